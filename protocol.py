@@ -1,0 +1,124 @@
+"""What a chat request holds, what an answer is, and how a request fails.
+
+The server, its clients and the offline engine all speak in these types. This module knows nothing
+of HTTP, terminals or vLLM, and imports nothing of the project.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+
+Turn = tuple[str, str]
+"""One finished exchange: what the user said, what the assistant answered."""
+
+StopWord = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
+
+
+class ChatError(Exception):
+    """Why a request got no answer, or no whole one. `message` is for the user; `status` is the HTTP status.
+
+    type                status
+    invalid_request     400, 404, 413, 415   the request must change; `param` names the field
+    overloaded          503                  the queue is full: try again in a moment
+    engine_error        500, 503             the engine failed or is shutting down
+    unreachable         –                    client only: no server answered
+    incomplete          –                    client only: the answer broke off
+    """
+
+    def __init__(
+        self, message: str, type: str = "invalid_request", param: str | None = None, status: int = 400
+    ) -> None:
+        super().__init__(message)
+        self.message, self.type, self.param, self.status = message, type, param, status
+
+    def as_dict(self) -> dict[str, Any]:
+        """The wire form, `{"error": {"type", "message", "param"}}`."""
+        return {"error": {"type": self.type, "message": self.message, "param": self.param}}
+
+
+class Sampling(BaseModel):
+    """How to pick the tokens of an answer. What is None is left to the server's and the model's defaults."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    """most tokens in the answer"""
+    temperature: float | None = Field(None, ge=0, le=2)
+    """0 always picks the likeliest token"""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """sample from the likeliest tokens that reach this probability together"""
+    top_k: int | None = Field(None, ge=-1, le=INT32_MAX)
+    """sample from this many likeliest tokens; 0 or -1: from all"""
+    min_p: float | None = Field(None, ge=0, le=1)
+    """least probability of a token, relative to the likeliest"""
+    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
+    """above 1 discourages tokens of the prompt and the answer"""
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    """above 0 discourages tokens already in the answer"""
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    """the same, growing with each repetition"""
+    seed: int | None = Field(None, ge=0, le=INT64_MAX)
+    """makes sampling repeatable"""
+    stop: list[StopWord] | None = Field(None, max_length=32, validation_alias=AliasChoices("stop", "user_stop_words"))
+    """words that end the answer and are not part of it"""
+    model: str | None = Field(None, min_length=1, max_length=256)
+    """name of the model or of a LoRA adapter"""
+    enable_thinking: bool | None = None
+    """let a model that can think (Qwen3) do so"""
+
+    def given(self) -> dict[str, Any]:
+        """The sampling parameters that are not None, by name."""
+        return self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
+
+
+class ChatRequest(Sampling):
+    """The body of `POST /chat`. Unknown fields and wrong types are refused, nothing is coerced."""
+
+    query: str
+    """what the user says now"""
+    history: list[Turn] = []
+    """earlier turns, oldest first: [[user, assistant], …]"""
+    system: str = DEFAULT_SYSTEM
+    """how the model should behave"""
+    stream: bool = False
+    """answer piece by piece, as newline-delimited JSON"""
+
+    @field_validator("query")
+    @classmethod
+    def _not_blank(cls, query: str) -> str:
+        if not query.strip():
+            raise ValueError("must not be blank")
+        return query
+
+
+@dataclass(frozen=True)
+class ChatResult:
+    """A finished answer. `history` ends with this turn, ready for the next request.
+
+    `finish_reason` is "stop" or "length"; `stop_reason` the stop word that matched, None where the
+    model ended by itself; `dropped_turns` how many of the oldest turns did not fit the context.
+    """
+
+    text: str
+    history: list[Turn]
+    finish_reason: str
+    stop_reason: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    dropped_turns: int
+
+
+def validated(model: type[BaseModel], data: bytes | Mapping[str, Any]) -> Any:
+    """An instance of `model` from JSON bytes or a mapping; a ChatError that names the first bad field otherwise."""
+    try:
+        return model.model_validate_json(data) if isinstance(data, bytes) else model.model_validate(data)
+    except ValidationError as failure:
+        error = failure.errors(include_input=False, include_url=False, include_context=False)[0]
+        param = ".".join(str(part)[:64] for part in error["loc"]) or None
+        message = error["msg"].removeprefix("Value error, ")[:300]
+        raise ChatError(f"{param}: {message}" if param else message, param=param) from None

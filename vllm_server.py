@@ -1,0 +1,315 @@
+"""The server: vLLM's own, with our defaults and one more endpoint, POST /chat.
+
+`python vllm_server.py` resolves the model, fills in defaults and starts `vllm serve`, which loads `ChatEndpoint` as
+an endpoint plugin in every front-end process (see `pyproject.toml`). vLLM gives the OpenAI routes and all its flags.
+"""
+
+import asyncio
+import json
+import os
+import sys
+from argparse import Namespace
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from model_utils import (
+    DEMO_NAME,
+    HUBS,
+    ModelUnavailable,
+    engine_defaults,
+    resolve_model,
+    sampling_defaults,
+    sampling_params,
+    set_environment,
+)
+from prompt_utils import Prompt, PromptBuilder
+from protocol import ChatError, ChatRequest, validated
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput
+    from vllm.engine.protocol import EngineClient
+    from vllm.lora.request import LoRARequest
+
+PLUGIN = "qwen_chat"
+MAX_BODY = 2**20
+LONG_TEXT = 8192
+"""From this many characters a prompt is built on a thread, so that other streams do not wait for it."""
+
+
+class ChatEndpoint:
+    """`POST /chat`, as a vLLM endpoint plugin."""
+
+    name = PLUGIN
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Adds the route, and its request to the API's description."""
+        schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        app.add_api_route(
+            "/chat", self.chat, methods=["POST"], openapi_extra={"requestBody": body}, response_model=None
+        )
+
+    async def init_state(self, engine_client: "EngineClient", state: State, args: Namespace) -> None:
+        """Takes hold of the running engine; called by vLLM before the server listens."""
+        self._engine = engine_client
+        self._models = state.openai_serving_models
+        self._context = engine_client.model_config.max_model_len
+        self._defaults = sampling_defaults(engine_client.model_config)
+        self._builder, self._no_chat = None, None
+        try:
+            self._builder = PromptBuilder(engine_client.get_tokenizer(), _template(args))
+        except ChatError as reason:
+            self._no_chat = reason
+            print(f"/chat is off: {reason.message}", file=sys.stderr)
+        self._announcing = asyncio.create_task(announce(state, args))
+
+    async def chat(self, request: Request) -> Response:
+        """Answers a query in the light of its history, whole or streamed as newline-delimited JSON."""
+        try:
+            chat: ChatRequest = validated(ChatRequest, await read_json(request))
+            if self._no_chat:
+                raise self._no_chat
+            adapter = self._adapter(chat.model)
+            max_tokens = chat.max_tokens or self._defaults["max_tokens"]
+            if max_tokens >= self._context:
+                raise ChatError(f"max_tokens: must be less than the context of {self._context}", param="max_tokens")
+            prompt = await self._build_prompt(chat, self._context - max_tokens)
+            params = sampling_params(chat, self._defaults, self._builder.stop_token_id, chat.stream)
+        except ChatError as error:
+            return JSONResponse(error.as_dict(), error.status)
+        outputs = self._engine.generate(
+            {"prompt_token_ids": prompt.token_ids}, params, f"chat-{os.urandom(16).hex()}", lora_request=adapter
+        )
+        return Answer(outputs, chat.stream, prompt)
+
+    async def _build_prompt(self, chat: ChatRequest, budget: int) -> Prompt:
+        turn = chat.system, chat.history, chat.query, budget, chat.enable_thinking
+        length = len(chat.system) + len(chat.query) + sum(len(user) + len(answer) for user, answer in chat.history)
+        if length < LONG_TEXT:
+            return self._builder.build(*turn)
+        return await asyncio.to_thread(self._builder.build, *turn)
+
+    def _adapter(self, name: str | None) -> "LoRARequest | None":
+        """The LoRA adapter called `name`; None for the model itself."""
+        adapters = self._models.lora_requests
+        if name is None or self._models.is_base_model(name):
+            return None
+        if name not in adapters:
+            names = ", ".join([*(path.name for path in self._models.base_model_paths), *adapters])
+            raise ChatError(f"model: there is no such model here, only {names}", param="model", status=404)
+        return adapters[name]
+
+
+class Answer(Response):
+    """One answer on its way to its client, as an ASGI application. A client that leaves aborts the request.
+
+    Whole: one JSON object. Streamed: a line `{"delta"}` for each piece of text, then one last line, with the finish
+    reason and the usage or with the error. What fails before the first token has a status of its own.
+    """
+
+    def __init__(self, outputs: AsyncGenerator["RequestOutput"], stream: bool, prompt: Prompt) -> None:
+        self.background = None
+        self._outputs, self._stream, self._prompt = outputs, stream, prompt
+        self._completion_tokens = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answering = asyncio.create_task(self._answer(scope, receive, send))
+        leaving = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+            answering.cancel()
+            await asyncio.wait((answering,))
+        if not answering.cancelled():
+            answering.result()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._outputs):
+            try:
+                output = await anext(self._outputs)
+                if not self._stream:
+                    result = {"text": output.outputs[0].text, **self._ending(output)}
+                    return await JSONResponse(result)(scope, receive, send)
+            except Exception as error:
+                reason = _explained(error)
+                headers = {"Retry-After": "1"} if reason.status == 503 else None
+                return await JSONResponse(reason.as_dict(), reason.status, headers)(scope, receive, send)
+            await send({"type": "http.response.start", "status": 200, "headers": NDJSON_HEADERS})
+            try:
+                while not output.finished:
+                    await self._send_delta(output, send)
+                    output = await anext(self._outputs)
+                await self._send_delta(output, send)
+                last_line = self._ending(output)
+            except Exception as error:
+                last_line = _explained(error).as_dict()
+            await _send_line(last_line, send, more_body=False)
+
+    async def _send_delta(self, output: "RequestOutput", send: Send) -> None:
+        completion = output.outputs[0]
+        self._completion_tokens += len(completion.token_ids)
+        if completion.text:
+            await _send_line({"delta": completion.text}, send, more_body=True)
+
+    def _ending(self, output: "RequestOutput") -> dict[str, Any]:
+        completion = output.outputs[0]
+        if completion.finish_reason not in ("stop", "length"):
+            raise ChatError("the engine gave up this request; send it again", "engine_error", status=503)
+        return {
+            "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason if isinstance(completion.stop_reason, str) else None,
+            "usage": {
+                "prompt_tokens": len(self._prompt.token_ids),
+                "completion_tokens": self._completion_tokens or len(completion.token_ids),
+            },
+            "dropped_turns": self._prompt.dropped_turns,
+        }
+
+
+NDJSON_HEADERS = [
+    (b"content-type", b"application/x-ndjson"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # or nginx holds the lines back
+]
+
+
+async def _send_line(line: dict[str, Any], send: Send, more_body: bool) -> None:
+    body = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+    await send({"type": "http.response.body", "body": body, "more_body": more_body})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _explained(error: Exception) -> ChatError:
+    """What the client is told of an exception from the engine: the reason, never its internals."""
+    from vllm.exceptions import GracefulHTTPError, VLLMClientError
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    match error:
+        case ChatError():
+            return error
+        case GracefulHTTPError():
+            return ChatError("the server is busy: try again in a moment", "overloaded", status=error.http_status)
+        case EngineDeadError():
+            return ChatError("the engine has died; the server is stopping", "engine_error", status=503)
+        case VLLMClientError():
+            return ChatError(str(error)[:300])
+    return ChatError("the engine failed on this request", "engine_error", status=500)
+
+
+async def read_json(request: Request) -> bytes:
+    """The body of a request, at most MAX_BODY bytes.
+
+    Raises:
+        ChatError: 415 where it is not declared to be JSON, 413 where it is too long.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ChatError("send the request as Content-Type: application/json", status=415)
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY:
+                raise ChatError(f"the body is over the limit of {MAX_BODY} bytes", status=413)
+    except ClientDisconnect:
+        raise ChatError("the body ended early") from None
+    return bytes(body)
+
+
+def _template(args: Namespace) -> str | None:
+    from vllm.renderers.chat_utils import load_chat_template
+
+    return load_chat_template(args.chat_template)
+
+
+async def announce(state: State, args: Namespace) -> None:
+    """Prints how to use the server, once it listens."""
+    while not getattr(state, "server", None) or not state.server.started:
+        await asyncio.sleep(0.05)
+    if state.vllm_config.parallel_config._api_process_rank > 0:
+        return
+    host = "127.0.0.1" if args.host in (None, "", "0.0.0.0", "::") else args.host
+    url = f"http{'s' if args.ssl_certfile else ''}://{host}:{args.port}"
+    name = state.openai_serving_models.base_model_paths[0].name
+    ask = json.dumps({"query": "What is the capital of France?", "stream": True})
+    openai = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
+    post = "  curl -N %s -H 'Content-Type: application/json' -d '%s'"
+    lines = [
+        f"{name} is ready at {url}  (API: {url}/docs)",
+        post % (f"{url}/chat", ask),
+        post % (f"{url}/v1/chat/completions", openai),
+        f"  python vllm_client.py --url {url}",
+    ]
+    print("\n".join(["", *lines, ""]), file=sys.stderr, flush=True)
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """Every flag of `vllm serve`, with our defaults, and --model_path as another name for --model."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(
+        FlexibleArgumentParser(
+            prog="vllm_server.py",
+            description="Serves a chat model: POST /chat and the OpenAI API. Takes every flag of `vllm serve`.",
+        )
+    )
+    parser.add_argument("--model-path", dest="model", help="another name for --model")
+    parser.add_argument("--hub", choices=HUBS, default="modelscope", help="where a model that is no folder comes from")
+    parser.set_defaults(model=None, host="127.0.0.1", **engine_defaults())
+    args = parser.parse_args(argv)
+    name = args.model_tag or args.model
+    args.model = args.model_tag = resolve_model(name, args.hub)
+    args.served_model_name = args.served_model_name or [(name or DEMO_NAME).rstrip("/")]
+    validate_parsed_serve_args(args)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Starts the server and returns when it has stopped."""
+    if not entry_points(group="vllm.endpoint_plugins", name=PLUGIN):
+        sys.exit("vllm_server.py is not installed here yet: run `make setup`, or `pip install --no-deps -e .`")
+    set_environment()
+    from vllm import envs
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+
+    os.environ["VLLM_PLUGINS"] = ",".join([*_other_plugins(envs.VLLM_PLUGINS), PLUGIN])
+    cli_env_setup()
+    try:
+        args = parse_args(argv)
+    except ModelUnavailable as error:
+        sys.exit(f"vllm_server.py: {error}")
+    configure_logging_from_args(args)
+    if args.host not in ("127.0.0.1", "localhost", "::1") and not (args.api_key or envs.VLLM_API_KEY):
+        print(
+            f"Warning: {args.host or 'all addresses'} can be reached from other machines, and no --api-key is set.",
+            file=sys.stderr,
+        )
+    ServeSubcommand.cmd(args)
+
+
+def _other_plugins(allowed: list[str] | None) -> list[str]:
+    """The plugins that vLLM would load without ours: naming one shuts out all that are not named."""
+    if allowed is not None:
+        return allowed
+    groups = ("general", "platform", "io_processor", "stat_logger")
+    return sorted({plugin.name for group in groups for plugin in entry_points(group=f"vllm.{group}_plugins")})
+
+
+if __name__ == "__main__":
+    main()

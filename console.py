@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -34,21 +34,21 @@ HELP = """\
 Enter sends, Alt-Enter breaks the line, Ctrl-C stops the answer."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that both terminals take: the conversation's and one for each sampling parameter."""
+def add_arguments(parser: argparse.ArgumentParser, sampling: Iterable[str] = tuple(Sampling.model_fields)) -> None:
+    """The flags that both terminals take: the conversation's and one for each parameter named in `sampling`."""
     parser.add_argument(
         "--history-max", type=_count, default=5, metavar="N", help="earlier turns sent along; 0: none (default: 5)"
     )
     parser.add_argument("--system", default=DEFAULT_SYSTEM, help="system prompt (default: %(default)r)")
     group = parser.add_argument_group("sampling (default: the model's)")
-    for name, field in Sampling.model_fields.items():
-        flag = f"--{name.replace('_', '-')}"
+    for name in sampling:
+        flag, text = f"--{name.replace('_', '-')}", Sampling.model_fields[name].description
         if name == "stop":
-            group.add_argument(flag, action="append", metavar="WORD", help=f"{field.description}; repeatable")
+            group.add_argument(flag, action="append", metavar="WORD", help=f"{text}; repeatable")
         elif name == "enable_thinking":
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=field.description)
-        elif name != "model" or not _has_flag(parser, "--model"):
-            group.add_argument(flag, dest=name, metavar="X", help=field.description)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            group.add_argument(flag, metavar="X", help=text)
 
 
 def run(ask: Ask, title: str, args: argparse.Namespace) -> int:
@@ -85,7 +85,7 @@ class Chat:
     """One conversation: its turns, its settings and its commands. A failed turn changes nothing."""
 
     def __init__(self, ask: Ask, system: str, sampling: Sampling, history_max: int) -> None:
-        self.ask, self.system, self.sampling, self.history_max = ask, system, sampling, history_max
+        self.ask, self.system, self.settings, self.history_max = ask, system, sampling, history_max
         self.history: list[Turn] = []
         self.on_terminal = sys.stdout.isatty()
 
@@ -93,7 +93,7 @@ class Chat:
         """Asks, prints the answer as it comes, and keeps the turn; Ctrl-C keeps what has arrived."""
         earlier = self.history[-self.history_max :] if self.history_max else []
         began, first, pieces, result = time.monotonic(), None, [], None
-        parts = self.ask(query, earlier, self.system, self.sampling)
+        parts = self.ask(query, earlier, self.system, self.settings)
         try:
             for part in parts:
                 if isinstance(part, ChatResult):
@@ -162,12 +162,12 @@ class Chat:
             print(f"> {query}\n{self._shown(answer)}")
 
     def _set(self, name: str = "", value: str = "") -> None:
-        settings = self.sampling.given()
+        settings = self.settings.sampling()
         if name:
             settings.pop(name, None)
             settings |= {name: _parsed(name, value)} if value else {}
-            self.sampling = validated(Sampling, settings)
-        for name, value in self.sampling.given().items():
+            self.settings = validated(Sampling, settings)
+        for name, value in self.settings.sampling().items():
             print(f"{name} = {value}")
 
     def _regenerate(self) -> None:
@@ -240,7 +240,3 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError("must be 0 or more")
     return int(text)
-
-
-def _has_flag(parser: argparse.ArgumentParser, flag: str) -> bool:
-    return flag in parser._option_string_actions

@@ -14,9 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from protocol import Sampling
+from prompt_utils import Prompt, PromptBuilder
+from protocol import ChatError, ChatRequest
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
     from vllm import SamplingParams
     from vllm.config import ModelConfig
 
@@ -125,29 +127,59 @@ def _convert_gguf(source: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(source, gguf_file=DEMO_GGUF).save_pretrained(target)
 
 
-def sampling_defaults(model_config: "ModelConfig") -> dict[str, Any]:
-    """What a request that says nothing gets: ours, then the model's `generation_config.json`, then the command line
-    (`--override-generation-config`), the later winning. An answer may take up to a quarter of the context, at most
-    8,192 tokens, and never more than half of it.
+class RequestBuilder:
+    """Turns chat requests into what the engine takes, for one loaded model.
+
+    Args:
+        model_config: the engine's; its context, and what the model and the command line say of sampling.
+        tokenizer: the model's.
+        chat_template: Jinja text that replaces the tokenizer's own.
+
+    Raises:
+        ChatError: the model has no chat template that the prompt builder can follow.
     """
-    context = model_config.max_model_len
+
+    def __init__(
+        self, model_config: "ModelConfig", tokenizer: "PreTrainedTokenizerBase", chat_template: str | None = None
+    ) -> None:
+        self.prompts = PromptBuilder(tokenizer, chat_template)
+        self.context = model_config.max_model_len
+        self.defaults = sampling_defaults(self.context, model_config.get_diff_sampling_param())
+
+    def build(self, request: ChatRequest, stream: bool) -> tuple[Prompt, "SamplingParams"]:
+        """The prompt and the sampling parameters: deltas if `stream`, else the whole answer at the end.
+
+        Room for the answer, `max_tokens`, is reserved before the history is fitted in.
+
+        Raises:
+            ChatError: system, query and answer together are longer than the context.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        wanted = self.defaults | request.sampling()
+        if wanted["max_tokens"] >= self.context:
+            raise ChatError(f"max_tokens: must be less than the context of {self.context}", param="max_tokens")
+        prompt = self.prompts.build(
+            request.system,
+            request.history,
+            request.query,
+            self.context - wanted["max_tokens"],
+            wanted.pop("enable_thinking", None),
+        )
+        wanted.pop("model", None)
+        kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
+        return prompt, SamplingParams(**wanted, stop_token_ids=[self.prompts.stop_token_id], output_kind=kind)
+
+
+def sampling_defaults(context: int, configured: Mapping[str, Any]) -> dict[str, Any]:
+    """What a request that says nothing gets: ours, then what is `configured`, by the model's `generation_config.json`
+    or over it by `--override-generation-config`. An answer may take up to a quarter of the context, at most 8,192
+    tokens; one that is configured longer, up to half of it.
+    """
     ours = {"temperature": 0.7, "top_p": 0.8, "max_tokens": min(context // 4, 8192)}
-    defaults = {**ours, **model_config.get_diff_sampling_param()}
+    defaults = {**ours, **configured}
     return {**defaults, "max_tokens": max(1, min(defaults["max_tokens"], context // 2))}
-
-
-def sampling_params(
-    request: Sampling, defaults: Mapping[str, Any], stop_token_id: int, stream: bool
-) -> "SamplingParams":
-    """The engine's parameters for one request over `defaults`; deltas if `stream`, else the whole answer at the end."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    wanted = {**defaults, **request.given()}
-    wanted.pop("model", None)
-    wanted.pop("enable_thinking", None)
-    kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
-    return SamplingParams(**wanted, stop_token_ids=[stop_token_id], output_kind=kind)
 
 
 def set_environment(local_model: bool = True) -> None:

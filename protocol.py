@@ -71,7 +71,7 @@ class Sampling(BaseModel):
     enable_thinking: bool | None = None
     """let a model that can think (Qwen3) do so"""
 
-    def given(self) -> dict[str, Any]:
+    def sampling(self) -> dict[str, Any]:
         """The sampling parameters that are not None, by name."""
         return self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
 

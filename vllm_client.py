@@ -37,7 +37,7 @@ def stream_chat(
     """
     body = {"query": query, "history": list(history), "system": system, "stream": True}
     if sampling:
-        body |= sampling.given()
+        body |= sampling.sampling()
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         with requests.post(f"{url}/chat", json=body, headers=headers, timeout=timeout, stream=True) as response:

@@ -24,13 +24,12 @@ from model_utils import (
     DEMO_NAME,
     HUBS,
     ModelUnavailable,
+    RequestBuilder,
     engine_defaults,
     resolve_model,
-    sampling_defaults,
-    sampling_params,
     set_environment,
 )
-from prompt_utils import Prompt, PromptBuilder
+from prompt_utils import Prompt
 from protocol import ChatError, ChatRequest, validated
 
 if TYPE_CHECKING:
@@ -60,13 +59,15 @@ class ChatEndpoint:
 
     async def init_state(self, engine_client: "EngineClient", state: State, args: Namespace) -> None:
         """Takes hold of the running engine; called by vLLM before the server listens."""
+        from vllm.renderers.chat_utils import load_chat_template
+
         self._engine = engine_client
         self._models = state.openai_serving_models
-        self._context = engine_client.model_config.max_model_len
-        self._defaults = sampling_defaults(engine_client.model_config)
-        self._builder, self._no_chat = None, None
+        self._requests, self._no_chat = None, None
         try:
-            self._builder = PromptBuilder(engine_client.get_tokenizer(), _template(args))
+            self._requests = RequestBuilder(
+                engine_client.model_config, engine_client.get_tokenizer(), load_chat_template(args.chat_template)
+            )
         except ChatError as reason:
             self._no_chat = reason
             print(f"/chat is off: {reason.message}", file=sys.stderr)
@@ -79,24 +80,17 @@ class ChatEndpoint:
             if self._no_chat:
                 raise self._no_chat
             adapter = self._adapter(chat.model)
-            max_tokens = chat.max_tokens or self._defaults["max_tokens"]
-            if max_tokens >= self._context:
-                raise ChatError(f"max_tokens: must be less than the context of {self._context}", param="max_tokens")
-            prompt = await self._build_prompt(chat, self._context - max_tokens)
-            params = sampling_params(chat, self._defaults, self._builder.stop_token_id, chat.stream)
+            length = len(chat.system) + len(chat.query) + sum(len(user) + len(answer) for user, answer in chat.history)
+            if length < LONG_TEXT:
+                prompt, params = self._requests.build(chat, chat.stream)
+            else:
+                prompt, params = await asyncio.to_thread(self._requests.build, chat, chat.stream)
         except ChatError as error:
             return JSONResponse(error.as_dict(), error.status)
         outputs = self._engine.generate(
             {"prompt_token_ids": prompt.token_ids}, params, f"chat-{os.urandom(16).hex()}", lora_request=adapter
         )
         return Answer(outputs, chat.stream, prompt)
-
-    async def _build_prompt(self, chat: ChatRequest, budget: int) -> Prompt:
-        turn = chat.system, chat.history, chat.query, budget, chat.enable_thinking
-        length = len(chat.system) + len(chat.query) + sum(len(user) + len(answer) for user, answer in chat.history)
-        if length < LONG_TEXT:
-            return self._builder.build(*turn)
-        return await asyncio.to_thread(self._builder.build, *turn)
 
     def _adapter(self, name: str | None) -> "LoRARequest | None":
         """The LoRA adapter called `name`; None for the model itself."""
@@ -227,12 +221,6 @@ async def read_json(request: Request) -> bytes:
     except ClientDisconnect:
         raise ChatError("the body ended early") from None
     return bytes(body)
-
-
-def _template(args: Namespace) -> str | None:
-    from vllm.renderers.chat_utils import load_chat_template
-
-    return load_chat_template(args.chat_template)
 
 
 async def announce(state: State, args: Namespace) -> None:

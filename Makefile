@@ -1,0 +1,38 @@
+# MODEL=Qwen/… or a folder (default: the demo model); ARGS="…" goes to the server, or to the offline chat.
+MODEL ?=
+ARGS ?=
+PY := .venv/bin/python
+SERVER_ARGS := $(if $(MODEL),--model $(MODEL)) $(ARGS)
+export PYTHON
+
+.PHONY: help setup chat serve offline test lint lock clean
+.SILENT:
+
+help:  ## this list
+	sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	echo; sed -n '1s/^# //p' $(MAKEFILE_LIST)
+
+setup:  ## install into .venv what this machine needs
+	./setup.sh
+
+chat: setup  ## start a server, chat with it here, stop it at the end
+	$(PY) with_server.py $(SERVER_ARGS) -- $(PY) vllm_client.py
+
+serve: setup  ## start a server
+	exec $(PY) vllm_server.py $(SERVER_ARGS)
+
+offline: setup  ## chat without a server
+	exec $(PY) vllm_offline.py $(SERVER_ARGS)
+
+test: setup lint  ## all tests, on the real engine too
+	$(PY) -m pytest $(ARGS)
+
+lint: setup  ## check the style
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+lock: ## write the locked requirements anew from pyproject.toml
+	./setup.sh lock
+
+clean:  ## remove what setup and tests made here; the model cache stays
+	rm -rf .venv .tools *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -24,6 +24,7 @@ class ChatError(Exception):
 
     type                status
     invalid_request     400, 404, 413, 415   the request must change; `param` names the field
+    unauthorized        401                  the key is missing or wrong
     overloaded          503                  the queue is full: try again in a moment
     engine_error        500, 503             the engine failed or is shutting down
     unreachable         –                    client only: no server answered

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         with nullcontext() if args.verbose else _output_to(LOG):
             from vllm_wrapper import ChatModel
 
-            model = ChatModel(folder, **_engine_args(engine_flags))
+            model = ChatModel(**_engine_args(folder, engine_flags))
     except (ModelUnavailable, ChatError) as error:
         print(f"vllm_offline.py: {error}", file=sys.stderr)
         return 1
@@ -59,17 +59,15 @@ def main(argv: list[str] | None = None) -> int:
     return console.run(model.stream_chat, f"{name}, offline", args)
 
 
-def _engine_args(flags: list[str]) -> dict[str, object]:
+def _engine_args(folder: str, flags: list[str]) -> dict[str, object]:
     """What vLLM's own flags ask of the engine, by the names of `vllm.EngineArgs`, over our defaults."""
     set_environment()
     from vllm import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm_offline.py"))
-    parser.set_defaults(**engine_defaults())
-    engine_args = vars(EngineArgs.from_cli_args(parser.parse_args(flags)))
-    del engine_args["model"]
-    return engine_args
+    parser.set_defaults(model=folder, **engine_defaults())
+    return vars(EngineArgs.from_cli_args(parser.parse_args(flags)))
 
 
 @contextmanager

@@ -7,6 +7,8 @@ an endpoint plugin in every front-end process (see `pyproject.toml`). vLLM gives
 import asyncio
 import json
 import os
+import secrets
+import socket
 import sys
 from argparse import Namespace
 from collections.abc import AsyncGenerator
@@ -16,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.datastructures import State
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model_utils import (
     DEMO_NAME,
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
 PLUGIN = "qwen_chat"
 MAX_BODY = 2**20
+OPEN_PATHS = {"/health", "/ping"}
 LONG_TEXT = 8192
 """From this many characters a prompt is built on a thread, so that other streams do not wait for it."""
 
@@ -50,7 +54,10 @@ class ChatEndpoint:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Adds the route, and its request to the API's description."""
+        """Adds the route, and its request to the API's description; gives wrong paths and methods our error shape."""
+        from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
+
+        app.exception_handler(HTTPException)(http_exception_handler)
         schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         app.add_api_route(
@@ -101,6 +108,34 @@ class ChatEndpoint:
             names = ", ".join([*(path.name for path in self._models.base_model_paths), *adapters])
             raise ChatError(f"model: there is no such model here, only {names}", param="model", status=404)
         return adapters[name]
+
+
+class KeyGuard:
+    """ASGI middleware: with `--api-key` or $VLLM_API_KEY set, every path but OPEN_PATHS wants one of the keys.
+
+    vLLM's own check covers only paths that begin with /v1 and a few others.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
+            keys = scope["app"].state.args.api_key or [os.environ.get("VLLM_API_KEY")]
+            keys = [key.encode() for key in keys if key]
+            if keys and not _holds_key(scope, keys):
+                refusal = ChatError("send a valid key as Authorization: Bearer KEY", "unauthorized", status=401)
+                response = JSONResponse(refusal.as_dict(), refusal.status, {"WWW-Authenticate": "Bearer"})
+                return await response(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
+def _holds_key(scope: Scope, keys: list[bytes]) -> bool:
+    values = [value for name, value in scope["headers"] if name == b"authorization"]
+    scheme, _, given = values[0].partition(b" ") if values else (b"", b"", b"")
+    # All are compared, each in constant time, so that the time tells nothing of the keys.
+    matches = [secrets.compare_digest(given, key) for key in keys]
+    return scheme.lower() == b"bearer" and any(matches)
 
 
 class Answer(Response):
@@ -259,11 +294,28 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--hub", choices=HUBS, default="modelscope", help="where a model that is no folder comes from")
     parser.set_defaults(model=None, host="127.0.0.1", **engine_defaults())
     args = parser.parse_args(argv)
+    _check_port(args)
+    args.middleware = [f"{KeyGuard.__module__}.{KeyGuard.__name__}", *args.middleware]
     name = args.model_tag or args.model
     args.model = args.model_tag = resolve_model(name, args.hub)
     args.served_model_name = args.served_model_name or [(name or DEMO_NAME).rstrip("/")]
     validate_parsed_serve_args(args)
     return args
+
+
+def _check_port(args: Namespace) -> None:
+    """Ends the program where the port is taken, before anything is fetched or loaded."""
+    if args.uds or args.headless:
+        return
+    family = socket.AF_INET6 if ":" in (args.host or "") else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((args.host or "", args.port))
+        except OSError as error:
+            sys.exit(
+                f"vllm_server.py: cannot listen on {args.host}:{args.port} ({error.strerror}): choose another --port"
+            )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import requests
@@ -54,6 +54,8 @@ def running_server(
     known.add_argument("--port", default=_free_port(), type=int)
     port = known.parse_known_args(flags)[0].port
     url = f"http://127.0.0.1:{port}"
+    if _taken(port):
+        raise ServerFailed(f"port {port} is taken by another program: name another --port")
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(Path(__file__).with_name("vllm_server.py")), *flags, "--port", str(port)]
     # A session of its own: Ctrl-C in the terminal is for the command.
@@ -92,15 +94,16 @@ def _reason(log: str) -> str:
 def _stop(server: subprocess.Popen) -> None:
     """Ends the server and all that it has started."""
     server.terminate()
-    try:
+    with suppress(subprocess.TimeoutExpired):
         server.wait(STOP_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        pass
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     server.wait()
+
+
+def _taken(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _free_port() -> int:

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def run(ask: Ask, title: str, args: argparse.Namespace) -> int:
     try:
         sampling = _sampling(args)
     except ChatError as error:
-        print(f"{error.message}", file=sys.stderr)
+        print(error.message, file=sys.stderr)
         return 2
     chat = Chat(ask, args.system, sampling, args.history_max)
     if not sys.stdin.isatty():
@@ -87,7 +88,7 @@ class Chat:
     def __init__(self, ask: Ask, system: str, sampling: Sampling, history_max: int) -> None:
         self.ask, self.system, self.settings, self.history_max = ask, system, sampling, history_max
         self.history: list[Turn] = []
-        self.on_terminal = sys.stdout.isatty()
+        self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
 
     def answer(self, query: str) -> bool:
         """Asks, prints the answer as it comes, and keeps the turn; Ctrl-C keeps what has arrived."""
@@ -133,10 +134,11 @@ class Chat:
             "save": lambda: self._save(argument),
             "load": lambda: self._load(argument),
         }
+        if name not in commands:
+            print(f"There is no command /{name}; /help lists them.")
+            return
         try:
             commands[name]()
-        except KeyError:
-            print(f"There is no command /{name}; /help lists them.")
         except ChatError as error:
             print(error.message)
         except OSError as error:
@@ -151,7 +153,7 @@ class Chat:
         """Text as it may go to the terminal: an answer must not steer it with control characters."""
         if not self.on_terminal:
             return text
-        return "".join(c for c in text if c in "\n\t" or c.isprintable() or c == "\u200d")
+        return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
     def _set_system(self, text: str) -> None:
         self.system = text or self.system
@@ -174,21 +176,30 @@ class Chat:
         if not self.history:
             raise ChatError("There is nothing to answer again.")
         turn = self.history.pop()
-        if not self.answer(turn[0]) or not self.history:
+        kept = len(self.history)
+        self.answer(turn[0])
+        if len(self.history) == kept:
             self.history.append(turn)
 
     def _save(self, path: str) -> None:
         conversation = {"system": self.system, "history": self.history}
-        Path(path or ".").expanduser().write_text(json.dumps(conversation, ensure_ascii=False, indent=1) + "\n")
+        text = json.dumps(conversation, ensure_ascii=False, indent=1) + "\n"
+        _file(path).write_text(text, encoding="utf-8")
 
     def _load(self, path: str) -> None:
-        text = Path(path or ".").expanduser().read_text()
         try:
+            text = _file(path).read_text(encoding="utf-8")
             saved = validated(ChatRequest, json.dumps({"query": "-", **json.loads(text)}).encode())
         except (ValueError, TypeError):
             raise ChatError(f"{path} holds no saved conversation.") from None
         self.system, self.history = saved.system, list(saved.history)
         print(f"{len(self.history)} turns")
+
+
+def _file(path: str) -> Path:
+    if not path:
+        raise ChatError("Name a file: /save FILE, /load FILE.")
+    return Path(path).expanduser()
 
 
 def _session() -> PromptSession:

@@ -182,11 +182,9 @@ def sampling_defaults(context: int, configured: Mapping[str, Any]) -> dict[str, 
     return {**defaults, "max_tokens": max(1, min(defaults["max_tokens"], context // 2))}
 
 
-def set_environment(local_model: bool = True) -> None:
+def set_environment() -> None:
     """Environment for vLLM, to be set before it is imported; what the user has set stays."""
     wanted = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if local_model:
-        wanted["HF_HUB_OFFLINE"] = "1"
     if on_cpu():
         # One engine takes all cores: vLLM would keep one free and bind threads, a fifth slower on small machines.
         wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 
@@ -38,9 +39,11 @@ def stream_chat(
     body = {"query": query, "history": list(history), "system": system, "stream": True}
     if sampling:
         body |= sampling.sampling()
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        with requests.post(f"{url}/chat", json=body, headers=headers, timeout=timeout, stream=True) as response:
+        with (
+            _session(url, api_key) as session,
+            session.post(f"{url}/chat", json=body, timeout=timeout, stream=True) as response,
+        ):
             if response.status_code != 200:
                 raise _refusal(response)
             text = ""
@@ -71,14 +74,23 @@ def served_model(url: str, api_key: str | None = None) -> str:
     Raises:
         ChatError: as in `stream_chat`.
     """
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        response = requests.get(f"{url}/v1/models", headers=headers, timeout=(CONNECT_TIMEOUT, 10))
+        with _session(url, api_key) as session:
+            response = session.get(f"{url}/v1/models", timeout=(CONNECT_TIMEOUT, 10))
     except requests.RequestException as error:
         raise ChatError(f"no server answers at {url}: is it running? (make serve)", "unreachable") from error
     if response.status_code != 200:
         raise _refusal(response)
     return response.json()["data"][0]["id"]
+
+
+def _session(url: str, api_key: str | None) -> requests.Session:
+    session = requests.Session()
+    if api_key:
+        session.headers["Authorization"] = f"Bearer {api_key}"
+    # A proxy that is set for the internet cannot reach this machine's own servers.
+    session.trust_env = urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1")
+    return session
 
 
 def _lines(response: requests.Response) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,7 @@ import requests
 from model_utils import CACHE
 
 LOG = CACHE / "server.log"
+SERVER = (sys.executable, str(Path(__file__).with_name("vllm_server.py")))
 STOP_TIMEOUT = 30
 """Seconds that a server has to stop, before it is killed."""
 
@@ -41,11 +42,15 @@ class ServerFailed(Exception):
 
 @contextmanager
 def running_server(
-    flags: Sequence[str] = (), log: Path = LOG, progress: Callable[[str, float], None] = lambda stage, seconds: None
+    flags: Sequence[str] = (),
+    log: Path = LOG,
+    progress: Callable[[str, float], None] = lambda stage, seconds: None,
+    program: Sequence[str] = SERVER,
 ) -> Iterator[str]:
     """A server with these flags, on a free port unless they name one; yields its address, and stops it at the end.
 
     `progress` is told several times a second what the server is doing, and for how many seconds it has been starting.
+    `program` is the command that runs it; any that answers /health and takes --port will do.
 
     Raises:
         ServerFailed: the server ended before it was ready.
@@ -57,7 +62,7 @@ def running_server(
     if _taken(port):
         raise ServerFailed(f"port {port} is taken by another program: name another --port")
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(Path(__file__).with_name("vllm_server.py")), *flags, "--port", str(port)]
+    command = [*program, *flags, "--port", str(port)]
     # A session of its own: Ctrl-C in the terminal is for the command.
     with log.open("wb") as output:
         server = subprocess.Popen(
@@ -72,16 +77,17 @@ def running_server(
 
 def _wait(server: subprocess.Popen, url: str, log: Path, progress: Callable[[str, float], None]) -> None:
     began = time.monotonic()
+    session = requests.Session()
+    session.trust_env = False
     while True:
         text = log.read_text(errors="replace")
         if server.poll() is not None:
             raise ServerFailed(f"the server did not start: {_reason(text)}\nIts log: {log}")
         progress([stage for mark, stage in STAGES if mark in text][-1], time.monotonic() - began)
-        try:
-            if requests.get(f"{url}/health", timeout=1).ok:
+        with suppress(requests.RequestException):
+            if session.get(f"{url}/health", timeout=1).ok:
                 return
-        except requests.RequestException:
-            time.sleep(0.25)
+        time.sleep(0.25)
 
 
 def _reason(log: str) -> str:

@@ -107,7 +107,7 @@ class Chat:
             pass
         except ChatError as error:
             print("\n" * bool(pieces), end="", flush=True)
-            print(f"Error: {error.message}", file=sys.stderr, flush=True)
+            print(self._shown(f"Error: {error.message}"), file=sys.stderr, flush=True)
             return False
         finally:
             parts.close()

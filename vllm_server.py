@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -24,7 +25,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model_utils import (
-    DEMO_NAME,
     HUBS,
     ModelUnavailable,
     RequestBuilder,
@@ -298,7 +298,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args.middleware = [f"{KeyGuard.__module__}.{KeyGuard.__name__}", *args.middleware]
     name = args.model_tag or args.model
     args.model = args.model_tag = resolve_model(name, args.hub)
-    args.served_model_name = args.served_model_name or [(name or DEMO_NAME).rstrip("/")]
+    # The name that clients see: an id as it is, of a folder no more than its last part.
+    is_id = name and not Path(name).expanduser().is_dir()
+    args.served_model_name = args.served_model_name or [name if is_id else Path(args.model).resolve().name]
     validate_parsed_serve_args(args)
     return args
 

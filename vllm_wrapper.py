@@ -8,10 +8,11 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 from model_utils import RequestBuilder, engine_defaults, resolve_model, set_environment
-from protocol import DEFAULT_SYSTEM, ChatRequest, ChatResult, Sampling, Turn, validated
+from protocol import DEFAULT_SYSTEM, ChatError, ChatRequest, ChatResult, Sampling, Turn, validated
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
@@ -93,6 +94,8 @@ class ChatModel:
 
     def _generate(self, token_ids: list[int], params: Any) -> Iterator["RequestOutput"]:
         """Drives the engine until this request has finished; what it yields for others is kept for them."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         request_id, finished = next(self._ids), False
         mine = self._outputs[request_id]
         try:
@@ -106,6 +109,9 @@ class ChatModel:
                 output = mine.popleft()
                 finished = output.finished
                 yield output
+        except EngineDeadError as error:
+            finished = True
+            raise ChatError("the engine has died: leave, and start again", "engine_error", status=500) from error
         finally:
             if not finished:
                 self._engine.abort_request([request_id])
@@ -134,6 +140,8 @@ def _children_without_interrupts() -> Iterator[None]:
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
         yield
         return
+    # Children inherit the blocked signal. The tracker of multiprocessing unblocks it when it starts: start it before.
+    resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

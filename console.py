@@ -147,7 +147,7 @@ class Chat:
     def dim(self, text: str) -> None:
         """Prints a remark that is not part of the conversation; nothing where the output is not a terminal."""
         if self.on_terminal:
-            print(f"\x1b[2m{text}\x1b[0m", flush=True)
+            print(f"\x1b[2m{self._shown(text)}\x1b[0m", flush=True)
 
     def _shown(self, text: str) -> str:
         """Text as it may go to the terminal: an answer must not steer it with control characters."""
@@ -157,14 +157,16 @@ class Chat:
 
     def _set_system(self, text: str) -> None:
         self.system = text or self.system
-        print(self.system)
+        print(self._shown(self.system))
 
     def _show_history(self) -> None:
         for query, answer in self.history:
-            print(f"> {query}\n{self._shown(answer)}")
+            print(self._shown(f"> {query}\n{answer}"))
 
     def _set(self, name: str = "", value: str = "") -> None:
         settings = self.settings.sampling()
+        if name and name not in Sampling.model_fields:
+            raise ChatError(f"There is no parameter {name}, only {', '.join(Sampling.model_fields)}.")
         if name:
             settings.pop(name, None)
             settings |= {name: _parsed(name, value)} if value else {}
@@ -190,7 +192,7 @@ class Chat:
         try:
             text = _file(path).read_text(encoding="utf-8")
             saved = validated(ChatRequest, json.dumps({"query": "-", **json.loads(text)}).encode())
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise ChatError(f"{path} holds no saved conversation.") from None
         self.system, self.history = saved.system, list(saved.history)
         print(f"{len(self.history)} turns")

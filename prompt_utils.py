@@ -13,6 +13,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from protocol import ChatError, Turn
@@ -101,15 +102,20 @@ class PromptBuilder:
             messages += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
         messages.append({"role": "user", "content": query})
         flags = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        return self._tokenizer.apply_chat_template(
-            messages, chat_template=self._template, tokenize=False, add_generation_prompt=True, **flags
-        )
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages, chat_template=self._template, tokenize=False, add_generation_prompt=True, **flags
+            )
+        except TemplateError as error:
+            raise ChatError(f"the model's chat template fails: {error}") from error
 
     def _encode_system(self, system: str) -> tuple[int, ...]:
         return self._encode_text(self._system, system, self._user)
 
     def _encode_turn(self, user: str, answer: str) -> tuple[int, ...]:
         """Token ids from the start of a user's text up to the start of the next one."""
+        if self._drops_thoughts and "</think>" in answer:
+            answer = answer.split("</think>")[-1].lstrip("\n")
         return (
             *self._encode_text(self._user, user, self._assistant),
             *self._assistant.token_ids,
@@ -142,6 +148,8 @@ class PromptBuilder:
         if next_user != self._user:
             raise ChatError("the chat template opens the first user turn and later ones differently")
         self._generate = {thinking: found[-1] for thinking, found in marks.items()}
+        # Qwen3's template leaves the thoughts of earlier answers out.
+        self._drops_thoughts = "⟦thought⟧" not in self.render("", [("", "<think>⟦thought⟧</think>\n\nYes.")], "")
 
     def _mark(self, literal: str) -> Mark:
         special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
@@ -152,7 +160,11 @@ class PromptBuilder:
         return Mark(literal[:first], tuple(self._encode(literal[first:last])), literal[last:])
 
     def _check_against_template(self) -> None:
-        probe = "Be brief.", [("1 + 1 = ?", "2"), ("你好\n", " 你好！")], "  def f():\n\treturn 42\n"
+        probe = (
+            "Be brief.",
+            [("1 + 1 = ?", "2"), ("你好\n", " 你好！"), ("?", "<think>\nHm.\n</think>\n\nYes.")],
+            "  def f():\n\treturn 42\n",
+        )
         for thinking in self._generate:
             if self.build(*probe, 2**20, thinking).token_ids != self._encode(self.render(*probe, thinking)):
                 raise ChatError("the prompt builder and the model's chat template disagree")

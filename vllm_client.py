@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
+from urllib3.exceptions import NewConnectionError, ReadTimeoutError
 
 import console
 from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Sampling, Turn
@@ -18,6 +19,7 @@ from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Sampling, Turn
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT, READ_TIMEOUT = 5.0, 300.0
 """Seconds to wait for a connection, and for each further piece of an answer."""
+MODELS_TIMEOUT = (CONNECT_TIMEOUT, 10.0)
 
 
 def stream_chat(
@@ -55,16 +57,10 @@ def stream_chat(
                     return
                 text += line["delta"]
                 yield line["delta"]
-    except requests.ConnectionError as error:
-        if isinstance(error, requests.ConnectTimeout) or "NewConnectionError" in repr(error):
-            raise ChatError(f"no server answers at {url}: is it running? (make serve)", "unreachable") from error
-        raise ChatError("the server broke the connection off", "incomplete") from error
-    except requests.Timeout as error:
-        raise ChatError(f"the server sent nothing for {timeout[1]:.0f} s", "incomplete") from error
-    except requests.exceptions.ChunkedEncodingError as error:
-        raise ChatError("the server broke the answer off", "incomplete") from error
     except requests.RequestException as error:
-        raise ChatError(f"cannot ask {url}: {error}", "unreachable") from error
+        raise _failure(error, url, timeout) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ChatError(f"{url} answers, but not as a chat server does", "incomplete") from error
     raise ChatError("the answer ended without its last line", "incomplete")
 
 
@@ -76,12 +72,16 @@ def served_model(url: str, api_key: str | None = None) -> str:
     """
     try:
         with _session(url, api_key) as session:
-            response = session.get(f"{url}/v1/models", timeout=(CONNECT_TIMEOUT, 10))
+            response = session.get(f"{url}/v1/models", timeout=MODELS_TIMEOUT)
+            if response.status_code != 200:
+                raise _refusal(response)
+            return response.json()["data"][0]["id"]
+    except requests.JSONDecodeError as error:
+        raise ChatError(f"{url} answers, but not as a chat server does", "incomplete") from error
     except requests.RequestException as error:
-        raise ChatError(f"no server answers at {url}: is it running? (make serve)", "unreachable") from error
-    if response.status_code != 200:
-        raise _refusal(response)
-    return response.json()["data"][0]["id"]
+        raise _failure(error, url, MODELS_TIMEOUT) from error
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ChatError(f"{url} answers, but not as a chat server does", "incomplete") from error
 
 
 def _session(url: str, api_key: str | None) -> requests.Session:
@@ -89,7 +89,10 @@ def _session(url: str, api_key: str | None) -> requests.Session:
     if api_key:
         session.headers["Authorization"] = f"Bearer {api_key}"
     # A proxy that is set for the internet cannot reach this machine's own servers.
-    session.trust_env = urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1")
+    try:
+        session.trust_env = urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1")
+    except ValueError as error:
+        raise ChatError(f"{url} is no address: {error}", "unreachable") from error
     return session
 
 
@@ -99,6 +102,18 @@ def _lines(response: requests.Response) -> Iterator[dict[str, Any]]:
     for chunk in response.iter_content(chunk_size=None):
         *lines, pending = (pending + chunk).split(b"\n")
         yield from map(json.loads, lines)
+
+
+def _failure(error: requests.RequestException, url: str, timeout: tuple[float, float]) -> ChatError:
+    """What the user is told where the connection failed. requests wraps much of it: the cause tells more."""
+    cause = error.args[0] if error.args else None
+    if isinstance(error, requests.ReadTimeout) or isinstance(cause, ReadTimeoutError):
+        return ChatError(f"the server sent nothing for {timeout[1]:.0f} s", "incomplete")
+    if isinstance(error, requests.ConnectTimeout) or isinstance(getattr(cause, "reason", None), NewConnectionError):
+        return ChatError(f"no server answers at {url}: is it running? (make serve)", "unreachable")
+    if isinstance(error, requests.ConnectionError | requests.exceptions.ChunkedEncodingError):
+        return ChatError("the server broke the answer off", "incomplete")
+    return ChatError(f"cannot ask {url}: {error}", "unreachable")
 
 
 def _refusal(response: requests.Response) -> ChatError:

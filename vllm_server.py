@@ -166,19 +166,20 @@ class Answer(Response):
         async with aclosing(self._outputs):
             try:
                 output = await anext(self._outputs)
+                if output.finished:
+                    ending = self._ending(output)
+                    await anext(self._outputs, None)  # the engine's generator ends by itself, not as if aborted
                 if not self._stream:
-                    result = {"text": output.outputs[0].text, **self._ending(output)}
-                    return await JSONResponse(result)(scope, receive, send)
+                    return await JSONResponse({"text": output.outputs[0].text, **ending})(scope, receive, send)
             except Exception as error:
                 reason = _explained(error)
                 headers = {"Retry-After": "1"} if reason.status == 503 else None
                 return await JSONResponse(reason.as_dict(), reason.status, headers)(scope, receive, send)
             await send({"type": "http.response.start", "status": 200, "headers": NDJSON_HEADERS})
             try:
-                while not output.finished:
-                    await self._send_delta(output, send)
-                    output = await anext(self._outputs)
                 await self._send_delta(output, send)
+                async for output in self._outputs:
+                    await self._send_delta(output, send)
                 last_line = self._ending(output)
             except Exception as error:
                 last_line = _explained(error).as_dict()

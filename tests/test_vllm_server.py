@@ -1,0 +1,538 @@
+"""POST /chat on a scripted engine: answers, errors, clients that leave, keys, and the command line."""
+
+import asyncio
+import json
+import socket
+import sys
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValidationError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from vllm_server import MAX_BODY, ChatEndpoint, KeyGuard, announce, parse_args
+
+Engines = Callable[..., Any]
+ADAPTER = object()
+MARKS = len("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n")
+
+
+async def chat_app(engine: Any) -> FastAPI:
+    app, endpoint = FastAPI(), ChatEndpoint()
+    app.add_middleware(KeyGuard)
+    endpoint.attach_router(app)
+    app.state.args = Namespace(chat_template=None, api_key=None, log_error_stack=False)
+    app.state.openai_serving_models = SimpleNamespace(
+        base_model_paths=[SimpleNamespace(name="base")],
+        is_base_model=lambda name: name == "base",
+        lora_requests={"poet": ADAPTER},
+    )
+    await endpoint.init_state(engine, app.state, app.state.args)
+    return app
+
+
+def ask(engine: Any, method: str = "POST", path: str = "/chat", **sent: Any) -> httpx.Response:
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(await chat_app(engine))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.request(method, path, **sent)
+
+    return asyncio.run(send())
+
+
+def chat(engine: Any, query: str = "q", **fields: Any) -> httpx.Response:
+    return ask(engine, json={"query": query, **fields})
+
+
+def lines(response: httpx.Response) -> list[dict[str, Any]]:
+    assert response.text.endswith("\n")
+    return [json.loads(line) for line in response.text[:-1].split("\n")]
+
+
+def check_error(response: httpx.Response, status: int, type: str, param: str | None = None) -> str:
+    """The error's message, where the response is that error."""
+    error = response.json()["error"]
+    assert (response.status_code, error["type"], error["param"]) == (status, type, param)
+    assert len(response.content) <= 1024
+    return error["message"]
+
+
+@pytest.mark.parametrize("finish", [("stop", None), ("stop", "END"), ("stop", 151645), ("length", None)])
+@pytest.mark.parametrize("pieces", [["Hel", "lo", " 你好\n", "\u2028", "", "\x00"], [], [""]])
+def test_streamed_and_whole_answers_agree(scripted_engine: Engines, pieces: list[str], finish: tuple) -> None:
+    engine = scripted_engine(pieces, pieces, finish=finish)
+    whole, streamed = chat(engine).json(), lines(chat(engine, stream=True))
+    *deltas, last = streamed
+    assert all(list(line) == ["delta"] and line["delta"] for line in deltas)
+    assert {"text": "".join(line["delta"] for line in deltas), **last} == whole
+    assert whole == {
+        "text": "".join(pieces),
+        "finish_reason": finish[0],
+        "stop_reason": finish[1] if isinstance(finish[1], str) else None,
+        "usage": {"prompt_tokens": len(engine.calls[0].token_ids), "completion_tokens": len(pieces) + 1},
+        "dropped_turns": 0,
+    }
+    assert not any(call.aborted for call in engine.calls)
+
+
+def test_headers_of_a_stream(scripted_engine: Engines) -> None:
+    response = chat(scripted_engine(["a"]), stream=True)
+    assert response.headers["content-type"] == "application/x-ndjson"
+    assert response.headers["cache-control"] == "no-cache"
+
+
+def test_the_prompt_is_the_conversation(scripted_engine: Engines) -> None:
+    engine = scripted_engine(["c"])
+    chat(engine, "<|im_end|>?", history=[["a", "b"]], system="s", enable_thinking=False)
+    assert engine.calls[0].prompt == (
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\n<|im_end|>?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    assert engine.calls[0].token_ids.count(engine.get_tokenizer().eos_token_id) == 4
+
+
+def test_every_request_has_an_id_of_its_own(scripted_engine: Engines) -> None:
+    engine = scripted_engine(["a"], ["a"])
+    chat(engine)
+    chat(engine)
+    assert engine.calls[0].request_id != engine.calls[1].request_id
+
+
+def test_sampling_of_a_silent_request(scripted_engine: Engines) -> None:
+    engine = scripted_engine(["a"])
+    chat(engine)
+    params = engine.calls[0].params
+    assert (params.temperature, params.top_p, params.max_tokens) == (0.7, 0.8, 512)
+    assert params.stop_token_ids == [engine.get_tokenizer().eos_token_id]
+    assert params.stop == []
+
+
+def test_the_configured_goes_over_ours_and_the_request_over_both(scripted_engine: Engines) -> None:
+    configured = {"temperature": 0.2, "top_k": 20, "max_tokens": 100, "repetition_penalty": 1.05}
+    engine = scripted_engine(["a"], configured=configured)
+    chat(engine, temperature=0.9, top_k=7, seed=5)
+    params = engine.calls[0].params
+    assert (params.temperature, params.top_k, params.seed) == (0.9, 7, 5)
+    assert (params.top_p, params.max_tokens, params.repetition_penalty) == (0.8, 100, 1.05)
+
+
+@pytest.mark.parametrize("field", ["stop", "user_stop_words"])
+def test_stop_words_are_passed_on(scripted_engine: Engines, field: str) -> None:
+    engine = scripted_engine(["a"])
+    chat(engine, **{field: ["END", "结束"]})
+    params = engine.calls[0].params
+    assert (params.stop, params.include_stop_str_in_output) == (["END", "结束"], False)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_dropped_turns_are_told(scripted_engine: Engines, stream: bool) -> None:
+    engine = scripted_engine(["a"])
+    turn = ["u" * 400, "a" * 100]
+    response = chat(engine, history=[turn] * 4, system="s", max_tokens=500, stream=stream)
+    assert lines(response)[-1]["dropped_turns"] == 2 if stream else response.json()["dropped_turns"] == 2
+    assert len(engine.calls[0].token_ids) <= 1548
+
+
+def test_a_long_conversation_is_answered(scripted_engine: Engines) -> None:
+    engine = scripted_engine(["a"])
+    answer = chat(engine, history=[["question", "answer"]] * 10_000).json()
+    assert answer["text"] == "a"
+    assert answer["dropped_turns"] > 9_900
+
+
+@pytest.mark.parametrize("fields", [{"query": "long " * 500}, {"system": "long " * 500}, {"max_tokens": 2000}])
+def test_a_request_longer_than_the_context_is_refused(scripted_engine: Engines, fields: dict) -> None:
+    engine = scripted_engine()
+    message = check_error(chat(engine, **{"query": "q" * 40, **fields}), 400, "invalid_request", "query")
+    assert any(character.isdigit() for character in message)
+    assert engine.calls == []
+
+
+def test_more_tokens_than_the_context_are_refused(scripted_engine: Engines) -> None:
+    message = check_error(chat(scripted_engine(), max_tokens=2048), 400, "invalid_request", "max_tokens")
+    assert "2048" in message
+
+
+def test_a_bad_request_is_refused(scripted_engine: Engines) -> None:
+    message = check_error(chat(scripted_engine(), temperature=3), 400, "invalid_request", "temperature")
+    assert "2" in message
+
+
+@pytest.mark.parametrize(("name", "adapter"), [(None, None), ("base", None), ("poet", ADAPTER)])
+def test_models_by_name(scripted_engine: Engines, name: str | None, adapter: Any) -> None:
+    engine = scripted_engine(["a"])
+    assert chat(engine, model=name).status_code == 200
+    assert engine.calls[0].lora_request is adapter
+
+
+def test_an_unknown_model_is_refused_with_the_known_names(scripted_engine: Engines) -> None:
+    message = check_error(chat(scripted_engine(), model="gpt"), 404, "invalid_request", "model")
+    assert "base" in message
+    assert "poet" in message
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonl"])
+def test_another_content_type_is_refused(scripted_engine: Engines, kind: str | None) -> None:
+    headers = {"Content-Type": kind} if kind else {}
+    response = ask(scripted_engine(), content=b'{"query": "q"}', headers=headers)
+    assert "application/json" in check_error(response, 415, "invalid_request")
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/json; charset=utf-8", "Application/JSON"])
+def test_json_is_taken(scripted_engine: Engines, kind: str) -> None:
+    response = ask(scripted_engine(["a"]), content=b'{"query": "q"}', headers={"Content-Type": kind})
+    assert response.json()["text"] == "a"
+
+
+async def in_chunks(body: bytes) -> AsyncIterator[bytes]:
+    """Without a Content-Length."""
+    for start in range(0, len(body), 2**16):
+        yield body[start : start + 2**16]
+
+
+@pytest.mark.parametrize("send", [bytes, in_chunks])
+@pytest.mark.parametrize(("size", "status"), [(MAX_BODY, 200), (MAX_BODY + 1, 413), (3 * MAX_BODY, 413)])
+def test_the_limit_on_a_body(scripted_engine: Engines, send: Callable, size: int, status: int) -> None:
+    body = b'{"query": "q"}'.ljust(size)
+    response = ask(scripted_engine(["a"]), content=send(body), headers={"Content-Type": "application/json"})
+    assert response.status_code == status
+    if status == 413:
+        assert str(MAX_BODY) in check_error(response, 413, "invalid_request")
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/chat", 405), ("POST", "/chatter", 404)])
+def test_wrong_paths_and_methods_have_our_error_shape(
+    scripted_engine: Engines, method: str, path: str, status: int
+) -> None:
+    response = ask(scripted_engine(), method, path, json={"query": "q"})
+    assert response.status_code == status
+    assert response.json()["error"].keys() >= {"type", "message", "param"}
+
+
+class Unforeseen(Exception):
+    pass
+
+
+FAILURES = {
+    "a full queue": (QueueOverflowError(), 503, "overloaded"),
+    "too many tokens queued": (MaxQueuedTokensError(), 503, "overloaded"),
+    "a dead engine": (EngineDeadError(), 503, "engine_error"),
+    "a failed request": (EngineGenerateError("/home/secret"), 500, "engine_error"),
+    "the unforeseen": (Unforeseen("/home/secret"), 500, "engine_error"),
+    "a bad value": (VLLMValidationError("too many stop words"), 400, "invalid_request"),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("failure", "status", "type"), FAILURES.values(), ids=FAILURES.keys())
+def test_a_failure_before_the_first_token_is_a_status(
+    scripted_engine: Engines, failure: Exception, status: int, type: str, stream: bool
+) -> None:
+    response = chat(scripted_engine([failure]), stream=stream)
+    assert "secret" not in check_error(response, status, type)
+    assert ("Retry-After" in response.headers) == (status == 503)
+
+
+@pytest.mark.parametrize(("failure", "status", "type"), FAILURES.values(), ids=FAILURES.keys())
+def test_a_failure_after_the_first_token_is_the_last_line(
+    scripted_engine: Engines, failure: Exception, status: int, type: str
+) -> None:
+    response = chat(scripted_engine(["Hel", "lo", failure]), stream=True)
+    *deltas, last = lines(response)
+    assert response.status_code == 200
+    assert deltas == [{"delta": "Hel"}, {"delta": "lo"}]
+    assert last["error"]["type"] == type
+    assert "secret" not in response.text
+
+
+@pytest.mark.parametrize("failure", [failure for failure, _, _ in FAILURES.values()], ids=FAILURES.keys())
+def test_a_failed_whole_answer_is_a_status(scripted_engine: Engines, failure: Exception) -> None:
+    response = chat(scripted_engine(["Hel", failure]))
+    assert response.status_code >= 400
+    assert "Hel" not in response.text
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_given_up_before_its_first_token_is_a_status(
+    scripted_engine: Engines, reason: str, stream: bool
+) -> None:
+    check_error(chat(scripted_engine([], finish=(reason, None)), stream=stream), 503, "engine_error")
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_an_answer_given_up_later_ends_with_an_error(scripted_engine: Engines, reason: str) -> None:
+    *deltas, last = lines(chat(scripted_engine(["Hel"], finish=(reason, None)), stream=True))
+    assert deltas == [{"delta": "Hel"}]
+    assert last["error"]["type"] == "engine_error"
+
+
+def test_the_next_request_after_a_failure_is_answered(scripted_engine: Engines) -> None:
+    engine = scripted_engine([Unforeseen()], ["a"])
+    assert [chat(engine).status_code, chat(engine).status_code] == [500, 200]
+
+
+class Client:
+    """Speaks ASGI to the app, and leaves once `enough` says so of what it has received."""
+
+    def __init__(self, enough: Callable[[list[dict]], bool], body: bytes, more_body: bool = False) -> None:
+        self.received: list[dict] = []
+        self._enough, self._left = enough, asyncio.Event()
+        self._requests = [{"type": "http.request", "body": body, "more_body": more_body}]
+
+    async def receive(self) -> dict[str, Any]:
+        if self._requests:
+            return self._requests.pop()
+        await self._left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: dict[str, Any]) -> None:
+        self.received.append(message)
+        self.look()
+
+    def look(self) -> None:
+        if self._enough(self.received):
+            self._left.set()
+
+
+SCOPE = {
+    "type": "http",
+    "asgi": {"version": "3.0"},
+    "http_version": "1.1",
+    "method": "POST",
+    "path": "/chat",
+    "raw_path": b"/chat",
+    "root_path": "",
+    "scheme": "http",
+    "query_string": b"",
+    "headers": [(b"content-type", b"application/json")],
+    "client": ("127.0.0.1", 1),
+    "server": ("127.0.0.1", 8000),
+}
+
+
+def leave(engine: Any, enough: Callable[[list[dict]], bool], **fields: Any) -> list[dict]:
+    """What a client receives that leaves early; fails where the server goes on for ever."""
+
+    async def talk() -> list[dict]:
+        app = await chat_app(engine)
+        client = Client(enough, json.dumps({"query": "q", **fields}).encode())
+        served = asyncio.create_task(app(dict(SCOPE), client.receive, client.send))
+        while not (engine.calls or served.done()):
+            await asyncio.sleep(0)
+        client.look()
+        await asyncio.wait_for(served, 30)
+        return client.received
+
+    return asyncio.run(talk())
+
+
+def test_a_client_that_leaves_mid_answer_aborts_it(scripted_engine: Engines) -> None:
+    engine = scripted_engine(["Hel", "lo", ..., "never"])
+    received = leave(engine, lambda messages: len(messages) == 3, stream=True)
+    assert [message.get("body") for message in received] == [None, b'{"delta": "Hel"}\n', b'{"delta": "lo"}\n']
+    assert engine.calls[0].aborted
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_the_queue_aborts_its_request(scripted_engine: Engines, stream: bool) -> None:
+    engine = scripted_engine([...])
+    assert leave(engine, lambda messages: True, stream=stream) == []
+    assert engine.calls[0].aborted
+
+
+def test_a_client_that_leaves_a_whole_answer_aborts_it(scripted_engine: Engines) -> None:
+    engine = scripted_engine(["Hel", ...])
+    assert leave(engine, lambda messages: True) == []
+    assert engine.calls[0].aborted
+
+
+def test_a_server_that_is_cancelled_aborts_the_request(scripted_engine: Engines) -> None:
+    engine = scripted_engine(["Hel", ...])
+
+    async def talk() -> None:
+        app = await chat_app(engine)
+        client = Client(lambda messages: False, b'{"query": "q", "stream": true}')
+        served = asyncio.create_task(app(dict(SCOPE), client.receive, client.send))
+        while len(client.received) < 2 and not served.done():
+            await asyncio.sleep(0)
+        served.cancel()
+        await asyncio.wait([served], timeout=30)
+
+    asyncio.run(talk())
+    assert engine.calls[0].aborted
+
+
+def test_a_client_that_leaves_while_it_sends_reaches_no_engine(scripted_engine: Engines) -> None:
+    engine, client = scripted_engine(), Client(lambda messages: True, b'{"que', more_body=True)
+    client.look()
+
+    async def talk() -> None:
+        await (await chat_app(engine))(dict(SCOPE), client.receive, client.send)
+
+    asyncio.run(talk())
+    assert engine.calls == []
+    assert all(message.get("status") != 200 for message in client.received)
+
+
+def test_many_clients_get_their_own_answers(scripted_engine: Engines) -> None:
+    engine = scripted_engine(*[[f"answer {n}", f" to {n}"] for n in range(50)])
+
+    async def talk() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(await chat_app(engine))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            posts = [client.post("/chat", json={"query": f"{n}", "stream": n % 2 == 0}) for n in range(50)]
+            return await asyncio.gather(*posts)
+
+    answers = [
+        "".join(line.get("delta", line.get("text", "")) for line in lines(response))
+        if "ndjson" in response.headers["content-type"]
+        else response.json()["text"]
+        for response in asyncio.run(talk())
+    ]
+    queries = [call.prompt.split("user\n")[1].split("<")[0] for call in engine.calls]
+    assert [answers[int(query)] for query in queries] == [f"answer {n} to {n}" for n in range(50)]
+
+
+def test_a_model_without_a_chat_template_refuses_only_chat(
+    scripted_engine: Engines, qwen3_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(qwen3_tokenizer, "chat_template", None)
+    message = check_error(chat(scripted_engine()), 400, "invalid_request")
+    assert "chat template" in message
+    assert "/chat is off" in capsys.readouterr().err
+
+
+def test_a_broken_chat_template_refuses_only_chat(
+    scripted_engine: Engines, qwen3_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qwen3_tokenizer, "chat_template", "{{ raise_exception('System role not supported') }}")
+    check_error(chat(scripted_engine()), 400, "invalid_request")
+
+
+def test_the_description_of_the_api_has_the_request(scripted_engine: Engines) -> None:
+    schema = ask(scripted_engine(), "GET", "/openapi.json").json()
+    body = schema["paths"]["/chat"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {"query", "history", "system", "stream", "temperature"} <= body["properties"].keys()
+    assert body["required"] == ["query"]
+
+
+KEYS = {"api_key": ["right", "other"]}
+PATHS = ["/chat", "/v1/models", "//v1/models", "/v1/../chat", "/docs", "/metrics", "/tokenize", "/health/", "/"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer", "Bearer ", "right", "Basic right", "Bearer right "])
+def test_without_a_key_nothing_is_served(path: str, header: str | None) -> None:
+    headers = {"Authorization": header} if header else {}
+    response = asyncio.run(guarded(path, headers))
+    message = check_error(response, 401, "unauthorized")
+    assert "Bearer" in message
+    assert "right" not in response.text
+
+
+async def guarded(path: str, headers: dict[str, str]) -> httpx.Response:
+    """The answer of an app that serves every path, behind the guard."""
+    app = FastAPI(docs_url=None)
+    app.add_middleware(KeyGuard)
+    app.add_api_route("/{path:path}", lambda path: "served", methods=["GET", "POST"])
+    app.state.args = Namespace(**KEYS)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        request = client.build_request("GET", "http://server", headers=headers)
+        request.url = request.url.copy_with(raw_path=path.encode())
+        return await client.send(request)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("header", ["Bearer right", "Bearer other", "bearer right"])
+def test_with_a_key_all_is_served(path: str, header: str) -> None:
+    assert asyncio.run(guarded(path, {"Authorization": header})).json() == "served"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping"])
+def test_health_needs_no_key(path: str) -> None:
+    assert asyncio.run(guarded(path, {})).json() == "served"
+
+
+def test_a_key_from_the_environment(scripted_engine: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "right")
+    engine = scripted_engine(["a"])
+    check_error(chat(engine), 401, "unauthorized")
+    response = ask(engine, json={"query": "q"}, headers={"Authorization": "Bearer right"})
+    assert response.json()["text"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("host", "certificate", "url"),
+    [
+        ("127.0.0.1", None, "http://127.0.0.1:8123"),
+        ("0.0.0.0", None, "http://127.0.0.1:8123"),
+        (None, "cert.pem", "https://127.0.0.1:8123"),
+    ],
+)
+def test_the_announcement(capsys: pytest.CaptureFixture, host: str, certificate: str | None, url: str) -> None:
+    state = SimpleNamespace(
+        server=SimpleNamespace(started=True),
+        vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(_api_process_rank=0)),
+        openai_serving_models=SimpleNamespace(base_model_paths=[SimpleNamespace(name="base")]),
+    )
+    asyncio.run(announce(state, Namespace(host=host, port=8123, ssl_certfile=certificate)))
+    shown = capsys.readouterr().err
+    assert f"base is ready at {url}" in shown
+    assert f"curl -N {url}/chat" in shown
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text("{}")
+    return str(tmp_path)
+
+
+def test_a_server_is_for_this_machine_unless_told_otherwise(model: str) -> None:
+    args = parse_args(["--model", model, "--port", "0"])
+    assert (args.host, args.model) == ("127.0.0.1", model)
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_a_folder_is_served_under_its_last_part(model: str, end: str) -> None:
+    assert parse_args(["--model", model + end, "--port", "0"]).served_model_name == [Path(model).name]
+
+
+def test_an_id_is_served_as_it_is(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "modelscope", SimpleNamespace(snapshot_download=lambda name: model))
+    args = parse_args(["--model", "Qwen/Qwen3-8B", "--port", "0"])
+    assert (args.model, args.served_model_name) == (model, ["Qwen/Qwen3-8B"])
+
+
+@pytest.mark.parametrize("flags", [["--model"], ["--model-path"], ["--model_path"], []])
+def test_the_names_of_the_model_flag(model: str, flags: list[str]) -> None:
+    assert parse_args([*flags, model, "--port", "0"]).model == model
+
+
+def test_vllms_own_flags_are_taken(model: str) -> None:
+    args = parse_args(["--model", model, "--port=0", "--max_model_len=512", "--served-model-name", "a", "b"])
+    assert (args.max_model_len, args.served_model_name) == (512, ["a", "b"])
+
+
+def test_the_users_dtype_goes_over_ours(model: str) -> None:
+    assert parse_args(["--model", model, "--port", "0", "--dtype", "float16"]).dtype == "float16"
+
+
+def test_a_taken_port_ends_the_program_before_the_model_is_looked_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(SystemExit, match=port):
+            parse_args(["--model", "/does/not/exist", "--port", port])
+
+
+def test_an_unknown_flag_is_refused(model: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--model", model, "--temperatur", "1"])
+    assert "--temperatur" in capsys.readouterr().err

@@ -7,7 +7,6 @@ an endpoint plugin in every front-end process (see `pyproject.toml`). vLLM gives
 import asyncio
 import json
 import os
-import secrets
 import socket
 import sys
 from argparse import Namespace
@@ -20,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
+from guard import MAX_BODY, Guard
 from model_utils import (
     HUBS,
     ModelUnavailable,
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 PLUGIN = "qwen_chat"
-MAX_BODY = 2**20
-OPEN_PATHS = {"/health", "/ping"}
 LONG_TEXT = 8192
 """From this many characters a prompt is built on a thread, so that other streams do not wait for it."""
 
@@ -83,7 +81,9 @@ class ChatEndpoint:
     async def chat(self, request: Request) -> Response:
         """Answers a query in the light of its history, whole or streamed as newline-delimited JSON."""
         try:
-            chat: ChatRequest = validated(ChatRequest, await read_json(request))
+            if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+                raise ChatError("send the request as Content-Type: application/json", status=415)
+            chat: ChatRequest = validated(ChatRequest, await request.body())
             if self._no_chat:
                 raise self._no_chat
             adapter = self._adapter(chat.model)
@@ -108,34 +108,6 @@ class ChatEndpoint:
             names = ", ".join([*(path.name for path in self._models.base_model_paths), *adapters])
             raise ChatError(f"model: there is no such model here, only {names}", param="model", status=404)
         return adapters[name]
-
-
-class KeyGuard:
-    """ASGI middleware: with `--api-key` or $VLLM_API_KEY set, every path but OPEN_PATHS wants one of the keys.
-
-    vLLM's own check covers only paths that begin with /v1 and a few others.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
-            keys = scope["app"].state.args.api_key or [os.environ.get("VLLM_API_KEY")]
-            keys = [key.encode() for key in keys if key]
-            if keys and not _holds_key(scope, keys):
-                refusal = ChatError("send a valid key as Authorization: Bearer KEY", "unauthorized", status=401)
-                response = JSONResponse(refusal.as_dict(), refusal.status, {"WWW-Authenticate": "Bearer"})
-                return await response(scope, receive, send)
-        await self._app(scope, receive, send)
-
-
-def _holds_key(scope: Scope, keys: list[bytes]) -> bool:
-    values = [value for name, value in scope["headers"] if name == b"authorization"]
-    scheme, _, given = values[0].partition(b" ") if values else (b"", b"", b"")
-    # All are compared, each in constant time, so that the time tells nothing of the keys.
-    matches = [secrets.compare_digest(given, key) for key in keys]
-    return scheme.lower() == b"bearer" and any(matches)
 
 
 class Answer(Response):
@@ -240,25 +212,6 @@ def _explained(error: Exception) -> ChatError:
     return ChatError("the engine failed on this request", "engine_error", status=500)
 
 
-async def read_json(request: Request) -> bytes:
-    """The body of a request, at most MAX_BODY bytes.
-
-    Raises:
-        ChatError: 415 where it is not declared to be JSON, 413 where it is too long.
-    """
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ChatError("send the request as Content-Type: application/json", status=415)
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY:
-                raise ChatError(f"the body is over the limit of {MAX_BODY} bytes", status=413)
-    except ClientDisconnect:
-        raise ChatError("the body ended early") from None
-    return bytes(body)
-
-
 async def announce(state: State, args: Namespace) -> None:
     """Prints how to use the server, once it listens."""
     while not getattr(state, "server", None) or not state.server.started:
@@ -293,10 +246,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     )
     parser.add_argument("--model-path", dest="model", help="another name for --model")
     parser.add_argument("--hub", choices=HUBS, default="modelscope", help="where a model that is no folder comes from")
+    parser.add_argument(
+        "--max-body-size", type=int, default=MAX_BODY, help="largest body of a request in bytes; more for images"
+    )
     parser.set_defaults(model=None, host="127.0.0.1", **engine_defaults())
     args = parser.parse_args(argv)
     _check_port(args)
-    args.middleware = [f"{KeyGuard.__module__}.{KeyGuard.__name__}", *args.middleware]
+    args.middleware = [*args.middleware, f"{Guard.__module__}.{Guard.__name__}"]
     name = args.model_tag or args.model
     args.model = args.model_tag = resolve_model(name, args.hub)
     # The name that clients see: an id as it is, of a folder no more than its last part.

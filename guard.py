@@ -1,0 +1,147 @@
+"""What stands before every route of the server: the key, and bodies that could hurt the engine.
+
+vLLM validates the fields of a request, yet passes on some values that its engine cannot take: one that cannot be
+encoded holds its place in the queue for ever, one that cannot be decoded hangs all requests. They end here.
+"""
+
+import asyncio
+import json
+import math
+import os
+import re
+import secrets
+from typing import Any
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from protocol import INT32_MAX, INT64_MAX, ChatError
+
+OPEN_PATHS = {"/health", "/ping"}
+MAX_BODY = 2**20
+"""Bytes of a request's body, unless --max-body-size says otherwise."""
+BODY_TIMEOUT = 30
+"""Seconds in which the body of a request must have come."""
+MAX_DEPTH = 64
+"""Levels of lists and objects within each other."""
+MAX_ANSWERS = 32
+"""Answers to one request of the OpenAI routes (`n`)."""
+INTEGERS = {"n": MAX_ANSWERS, "best_of": MAX_ANSWERS, "seed": INT64_MAX}
+"""Largest integer a field may hold, where that is not INT32_MAX; what a field nests deeper, such as a schema's
+bounds, may be up to INT64_MAX."""
+
+
+class Guard:
+    """ASGI middleware. With --api-key or $VLLM_API_KEY set, every path but OPEN_PATHS wants one of the keys (vLLM's own
+    check covers only paths that begin with /v1 and a few others). Bodies are read once, checked, and handed on.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        args = scope["app"].state.args
+        try:
+            _check_key(scope, args.api_key or [os.environ.get("VLLM_API_KEY")])
+            if scope["method"] in ("POST", "PUT", "PATCH"):
+                body = await _read(receive, getattr(args, "max_body_size", MAX_BODY))
+                if b"json" in _header(scope, b"content-type").lower():
+                    check_json(body)
+                receive = _replayed(body, receive)
+        except ChatError as error:
+            headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+            return await JSONResponse(error.as_dict(), error.status, headers)(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
+def check_json(body: bytes) -> None:
+    """Refuses JSON that is broken or nested too deep, or holds a number or a string the engine cannot take.
+
+    Raises:
+        ChatError: naming the field.
+    """
+    try:
+        # The digits of an integer are cut where it is too large in any case: Python would refuse to read it at all.
+        value = json.loads(body.decode(), parse_int=lambda digits: int(digits[:21]))
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError as error:
+        raise ChatError(f"the body is no JSON: {str(error)[:200]}") from None
+    # Only \u escapes can spell half a character.
+    _check(value, None, 0, bool(re.search(rb"\\u[dD][89a-fA-F]", body)))
+
+
+def _check(value: Any, field: str | None, depth: int, surrogates: bool) -> None:
+    if depth > MAX_DEPTH:
+        raise _too_deep()
+    match value:
+        case dict():
+            for name, item in value.items():
+                if surrogates:
+                    _check_text(name, field)
+                _check(item, name[:64] if depth == 0 else field, depth + 1, surrogates)
+        case list():
+            for item in value:
+                _check(item, field, depth + 1, surrogates)
+        case int() if abs(value) > (limit := INTEGERS.get(field, INT32_MAX) if depth <= 2 else INT64_MAX):
+            raise ChatError(f"{field}: an integer here is at most {limit}", param=field)
+        case float() if not math.isfinite(value):
+            raise ChatError(f"{field}: must be a finite number", param=field)
+        case str() if surrogates:
+            _check_text(value, field)
+
+
+def _check_text(text: str, field: str | None) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ChatError(f"{field}: the text holds half a character (a lone surrogate)", param=field) from None
+
+
+def _too_deep() -> ChatError:
+    return ChatError(f"the body is nested deeper than {MAX_DEPTH} levels")
+
+
+def _check_key(scope: Scope, keys: list[str | None]) -> None:
+    keys = [key.encode() for key in keys if key]
+    if not keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        return
+    scheme, _, given = _header(scope, b"authorization").partition(b" ")
+    # All are compared, each in constant time, so that the time tells nothing of the keys.
+    matches = [secrets.compare_digest(given, key) for key in keys]
+    if scheme.lower() != b"bearer" or not any(matches):
+        raise ChatError("send a valid key as Authorization: Bearer KEY", "unauthorized", status=401)
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    return next((value for key, value in scope["headers"] if key == name), b"")
+
+
+async def _read(receive: Receive, limit: int) -> bytes:
+    """The whole body of a request."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ChatError("the body ended early")
+                body += message.get("body", b"")
+                if len(body) > limit:
+                    raise ChatError(f"the body is over the limit of {limit} bytes", status=413)
+                if not message.get("more_body"):
+                    return bytes(body)
+    except TimeoutError:
+        raise ChatError(f"the body did not come within {BODY_TIMEOUT} s", status=408) from None
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body that was read, then what follows."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay

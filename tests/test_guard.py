@@ -1,0 +1,121 @@
+"""The guard before every route, with an app behind it that echoes what reaches it."""
+
+import asyncio
+import json
+from argparse import Namespace
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+
+from guard import MAX_ANSWERS, MAX_DEPTH, Guard, check_json
+from protocol import INT32_MAX, INT64_MAX, ChatError
+
+KEYS = {"api_key": ["right", "other"]}
+PATHS = ["/chat", "/v1/models", "//v1/models", "/v1/../chat", "/docs", "/metrics", "/tokenize", "/health/", "/"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer", "Bearer ", "right", "Basic right", "Bearer right "])
+def test_without_a_key_nothing_is_served(path: str, header: str | None) -> None:
+    headers = {"Authorization": header} if header else {}
+    response = asyncio.run(guarded(path, headers))
+    assert response.status_code == 401
+    assert response.json()["error"]["type"] == "unauthorized"
+    assert "right" not in response.text
+
+
+async def guarded(path: str, headers: dict[str, str]) -> httpx.Response:
+    """The answer of an app that serves every path, behind the guard."""
+    app = FastAPI(docs_url=None)
+    app.add_middleware(Guard)
+    app.add_api_route("/{path:path}", lambda path: "served", methods=["GET", "POST"])
+    app.state.args = Namespace(**KEYS)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        request = client.build_request("GET", "http://server", headers=headers)
+        request.url = request.url.copy_with(raw_path=path.encode())
+        return await client.send(request)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("header", ["Bearer right", "Bearer other", "bearer right"])
+def test_with_a_key_all_is_served(path: str, header: str) -> None:
+    assert asyncio.run(guarded(path, {"Authorization": header})).json() == "served"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping"])
+def test_health_needs_no_key(path: str) -> None:
+    assert asyncio.run(guarded(path, {})).json() == "served"
+
+
+def encoded(body: str | dict) -> bytes:
+    return (body if isinstance(body, str) else json.dumps(body)).encode()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"n": MAX_ANSWERS},
+        {"max_tokens": INT32_MAX, "seed": INT64_MAX},
+        {"tools": [{"parameters": {"maximum": 10**15}}]},
+        '{"query": "a \\ud83d\\ude00 b \\u0000 \\uffff"}',
+        '{"a": ' + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + "}",
+        '{"temperature": 1e-300, "stop": ["<|im_end|>"], "logit_bias": {"5": 1}}',
+        '"text"',
+    ],
+)
+def test_bodies_that_pass(body: str | dict) -> None:
+    check_json(encoded(body))
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ('{"n": 16384}', "n"),
+        ({"max_tokens": 2**70}, "max_tokens"),
+        ({"max_completion_tokens": -(2**40)}, "max_completion_tokens"),
+        ({"top_k": 2**40}, "top_k"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop_token_ids": [1, 2**40]}, "stop_token_ids"),
+        ({"tools": [{"parameters": {"maximum": 2**64}}]}, "tools"),
+        ('{"seed": ' + "9" * 5000 + "}", "seed"),
+        ('{"temperature": NaN}', "temperature"),
+        ('{"temperature": 1e999}', "temperature"),
+        ('{"temperature": -Infinity}', "temperature"),
+        ('{"stop": ["a\\ud800"]}', "stop"),
+        ('{"messages": [{"content": "\\udfff"}]}', "messages"),
+        ('{"messages": [{"\\udfff": 1}]}', "messages"),
+        ("[" * 100_000, None),
+        ('{"schema": ' + '{"a":' * 65 + "1" + "}" * 66, None),
+        ('{"query": ', None),
+        ("", None),
+    ],
+)
+def test_bodies_that_are_refused(body: str | dict, field: str | None) -> None:
+    with pytest.raises(ChatError) as refused:
+        check_json(encoded(body))
+    assert (refused.value.status, refused.value.param) == (400, field)
+    assert len(refused.value.message) < 300
+
+
+def test_text_that_is_no_utf8_is_refused() -> None:
+    with pytest.raises(ChatError, match="utf-8"):
+        check_json(b'{"query": "\xff"}')
+
+
+@pytest.mark.parametrize("body", [b'{"a": 1}', b'{"a": "\xe4\xbd\xa0"}'])
+def test_the_body_reaches_the_route_as_it_was_sent(body: bytes) -> None:
+    async def post() -> httpx.Response:
+        app = FastAPI()
+        app.add_middleware(Guard)
+
+        @app.post("/echo")
+        async def echo(request: Request) -> str:
+            return (await request.body()).hex()
+
+        app.state.args = Namespace(api_key=None)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            return await client.post("/echo", content=body, headers={"Content-Type": "application/json"})
+
+    assert asyncio.run(post()).json() == body.hex()

@@ -6,11 +6,13 @@ It is handed a function that answers a question piece by piece, and knows nothin
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory
@@ -70,16 +72,16 @@ def run(ask: Ask, title: str, args: argparse.Namespace) -> int:
     while True:
         try:
             line = session.prompt("> ").strip()
+            if line == "/exit":
+                return 0
+            if line.startswith("/"):
+                chat.command(line)
+            elif line:
+                chat.answer(line)
         except KeyboardInterrupt:
             continue
         except EOFError:
             return 0
-        if line == "/exit":
-            return 0
-        if line.startswith("/"):
-            chat.command(line)
-        elif line:
-            chat.answer(line)
 
 
 class Chat:
@@ -88,7 +90,7 @@ class Chat:
     def __init__(self, ask: Ask, system: str, sampling: Sampling, history_max: int) -> None:
         self.ask, self.system, self.settings, self.history_max = ask, system, sampling, history_max
         self.history: list[Turn] = []
-        self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self.to_terminal = sys.stdout.isatty()
 
     def answer(self, query: str) -> bool:
         """Asks, prints the answer as it comes, and keeps the turn; Ctrl-C keeps what has arrived."""
@@ -145,13 +147,13 @@ class Chat:
             print(f"/{name} {argument}: {error.strerror}")
 
     def dim(self, text: str) -> None:
-        """Prints a remark that is not part of the conversation; nothing where the output is not a terminal."""
-        if self.on_terminal:
+        """Prints a remark that is not part of the conversation; nothing where questions or answers go by a pipe."""
+        if self.to_terminal and sys.stdin.isatty():
             print(f"\x1b[2m{self._shown(text)}\x1b[0m", flush=True)
 
     def _shown(self, text: str) -> str:
         """Text as it may go to the terminal: an answer must not steer it with control characters."""
-        if not self.on_terminal:
+        if not self.to_terminal:
             return text
         return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
@@ -202,6 +204,15 @@ def _file(path: str) -> Path:
     if not path:
         raise ChatError("Name a file: /save FILE, /load FILE.")
     return Path(path).expanduser()
+
+
+def open_log(path: Path, shown: bool) -> TextIO:
+    """A new file for the log of the engine; `shown`: what is written to it goes to stderr too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not shown:
+        return path.open("w", buffering=1, encoding="utf-8")
+    # -i: Ctrl-C is for the answer, not for the log.
+    return subprocess.Popen(["tee", "-i", str(path)], stdin=subprocess.PIPE, stdout=2, text=True, bufsize=1).stdin
 
 
 def _session() -> PromptSession:

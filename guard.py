@@ -29,6 +29,12 @@ MAX_ANSWERS = 32
 INTEGERS = {"n": MAX_ANSWERS, "best_of": MAX_ANSWERS, "seed": INT64_MAX}
 """Largest integer a field may hold, where that is not INT32_MAX; what a field nests deeper, such as a schema's
 bounds, may be up to INT64_MAX."""
+NUMBERS = {
+    *INTEGERS, "max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens", "thinking_token_budget",
+    "top_k", "logprobs", "top_logprobs", "prompt_logprobs", "stop_token_ids", "allowed_token_ids", "priority",
+    "truncate_prompt_tokens",
+}  # fmt: skip
+"""Fields that vLLM would read from text too, past the check of their size."""
 
 
 class Guard:
@@ -81,7 +87,7 @@ def _check(value: Any, field: str | None, depth: int, surrogates: bool) -> None:
             for name, item in value.items():
                 if surrogates:
                     _check_text(name, field)
-                _check(item, name[:64] if depth == 0 else field, depth + 1, surrogates)
+                _check(item, name[:64] if field in (None, "sampling_params") else field, depth + 1, surrogates)
         case list():
             for item in value:
                 _check(item, field, depth + 1, surrogates)
@@ -89,6 +95,8 @@ def _check(value: Any, field: str | None, depth: int, surrogates: bool) -> None:
             raise ChatError(f"{field}: an integer here is at most {limit}", param=field)
         case float() if not math.isfinite(value):
             raise ChatError(f"{field}: must be a finite number", param=field)
+        case str() if field in NUMBERS:
+            raise ChatError(f"{field}: must be a number, not text", param=field)
         case str() if surrogates:
             _check_text(value, field)
 
@@ -106,7 +114,9 @@ def _too_deep() -> ChatError:
 
 def _check_key(scope: Scope, keys: list[str | None]) -> None:
     keys = [key.encode() for key in keys if key]
-    if not keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+    # A browser asks without the key what it may send; vLLM answers that before any route.
+    preflight = scope["method"] == "OPTIONS" and _header(scope, b"access-control-request-method")
+    if not keys or preflight or scope["path"] in OPEN_PATHS:
         return
     scheme, _, given = _header(scope, b"authorization").partition(b" ")
     # All are compared, each in constant time, so that the time tells nothing of the keys.

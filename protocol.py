@@ -113,6 +113,11 @@ class ChatResult:
     completion_tokens: int
     dropped_turns: int
 
+    @property
+    def usage(self) -> dict[str, int]:
+        """Both counts of tokens, as the server sends them."""
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
+
 
 def validated(model: type[BaseModel], data: bytes | Mapping[str, Any]) -> Any:
     """An instance of `model` from JSON bytes or a mapping; a ChatError that names the first bad field otherwise."""

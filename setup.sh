@@ -8,12 +8,12 @@ UV_VERSION=0.13.8
 : "${PYTHON:=$(command -v python3.11 || command -v python3 || true)}"
 fail() { echo "setup: $*" >&2; exit 1; }
 
+"$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' ||
+    fail "Python 3.11 or 3.12 is needed: name one, as in  make chat PYTHON=/usr/bin/python3.11"
 uv=$(command -v uv || true)
 if [ -z "$uv" ] || [ "$("$uv" --version | cut -d' ' -f2)" != "$UV_VERSION" ]; then
     uv=.tools/bin/uv
     if [ ! -x $uv ]; then
-        "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' ||
-            fail "Python 3.11, 3.12 or 3.13 is needed: name one, as in  make chat PYTHON=/usr/bin/python3.11"
         "$PYTHON" -m venv .tools || fail "python3 -m venv failed: on Debian, apt install python3-venv"
         .tools/bin/pip install -q --disable-pip-version-check "uv==$UV_VERSION"
     fi
@@ -40,7 +40,7 @@ if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
 else
     requirements=requirements-cpu.txt
 fi
-stamp=.venv/$(cat $requirements pyproject.toml setup.sh | cksum | cut -d' ' -f1)
+stamp=.venv/$( { cat $requirements pyproject.toml setup.sh; echo "$PYTHON"; } | cksum | cut -d' ' -f1)
 [ -e "$stamp" ] && exit
 echo "Installing $requirements into .venv (once; 1 to 5 minutes) …" >&2
 $uv venv --quiet --clear --python "$PYTHON" --no-python-downloads .venv

@@ -155,6 +155,8 @@ def main(argv: list[str] | None = None) -> int:
         title = f"{served_model(url, args.api_key)} at {url}"
     except ChatError as error:
         title = f"{url}: {error.message}"
+    except KeyboardInterrupt:
+        return 130
     return console.run(ask, title, args)
 
 

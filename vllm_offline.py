@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import console
@@ -25,10 +25,17 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
         epilog="Every other flag goes to vLLM's engine, such as --tensor-parallel-size 2 or --quantization gptq.",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", "--model-path", "--model_path", metavar="MODEL", help="folder or id; default: demo")
+    # Not `model`, which is the name of a server's adapter in the console's settings.
+    parser.add_argument(
+        "--model",
+        "--model-path",
+        "--model_path",
+        dest="model_path",
+        metavar="MODEL",
+        help="folder or id; default: demo",
+    )
     parser.add_argument("--hub", choices=HUBS, default="modelscope", help="where a model that is no folder comes from")
-    parser.add_argument("--verbose", action="store_true", help=f"show vLLM's log, which else goes to {LOG}")
-    # --model is the model here, not an adapter of a server's.
+    parser.add_argument("--verbose", action="store_true", help=f"show vLLM's log too, which goes to {LOG}")
     console.add_arguments(parser, [name for name in Sampling.model_fields if name != "model"])
     return parser.parse_known_args(argv)
 
@@ -36,25 +43,25 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
 def main(argv: list[str] | None = None) -> int:
     """The offline chat; returns the exit status."""
     args, engine_flags = parse_args(argv)
-    name, args.model = args.model or DEMO_NAME, None
+    name = args.model_path or DEMO_NAME
     try:
-        folder = resolve_model(name if name != DEMO_NAME else None, args.hub)
+        folder = resolve_model(args.model_path, args.hub)
         print(f"Loading {name} …", file=sys.stderr, flush=True)
-        with nullcontext() if args.verbose else _output_to(LOG):
+        with _output_to(LOG, args.verbose):
             from vllm_wrapper import ChatModel
 
             model = ChatModel(**_engine_args(folder, engine_flags))
     except (ModelUnavailable, ChatError) as error:
         print(f"vllm_offline.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     except SystemExit:
-        if not args.verbose:
-            print(LOG.read_text().strip().splitlines()[-1], file=sys.stderr)
+        print(LOG.read_text().strip().splitlines()[-1], file=sys.stderr)
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:300]
-        where = "the output above" if args.verbose else LOG
-        print(f"vllm_offline.py: the engine could not start: {reason}\nDetails: {where}", file=sys.stderr)
+        print(f"vllm_offline.py: the engine could not start: {reason}\nDetails: {LOG}", file=sys.stderr)
         return 1
     return console.run(model.stream_chat, f"{name}, offline", args)
 
@@ -71,14 +78,12 @@ def _engine_args(folder: str, flags: list[str]) -> dict[str, object]:
 
 
 @contextmanager
-def _output_to(path: Path) -> Iterator[None]:
-    """Sends all output of the block to a file, that of child processes and of compiled code too.
-
-    Log handlers made in the block keep writing there.
+def _output_to(path: Path, shown: bool) -> Iterator[None]:
+    """Sends all output of the block to a file, that of child processes and of compiled code too; `shown`: it stays
+    visible. Log handlers made in the block keep writing there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    log = console.open_log(path, shown)
     kept = os.dup(1), os.dup(2)
-    log = path.open("w", buffering=1)
     try:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

@@ -7,6 +7,7 @@ an endpoint plugin in every front-end process (see `pyproject.toml`). vLLM gives
 import asyncio
 import json
 import os
+import signal
 import socket
 import sys
 from argparse import Namespace
@@ -219,15 +220,17 @@ async def announce(state: State, args: Namespace) -> None:
     if state.vllm_config.parallel_config._api_process_rank > 0:
         return
     host = "127.0.0.1" if args.host in (None, "", "0.0.0.0", "::") else args.host
+    host = f"[{host}]" if ":" in host else host
     url = f"http{'s' if args.ssl_certfile else ''}://{host}:{args.port}"
     name = state.openai_serving_models.base_model_paths[0].name
     ask = json.dumps({"query": "What is the capital of France?", "stream": True})
     openai = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
-    post = "  curl -N %s -H 'Content-Type: application/json' -d '%s'"
+    key = ' -H "Authorization: Bearer $QWEN_API_KEY"' if args.api_key or os.environ.get("VLLM_API_KEY") else ""
+    header = f"-H 'Content-Type: application/json'{key}"
     lines = [
         f"{name} is ready at {url}  (API: {url}/docs)",
-        post % (f"{url}/chat", ask),
-        post % (f"{url}/v1/chat/completions", openai),
+        f"  curl -N {url}/chat {header} -d '{ask}'",
+        f"  curl -N {url}/v1/chat/completions {header} -d '{openai}'",
         f"  python vllm_client.py --url {url}",
     ]
     print("\n".join(["", *lines, ""]), file=sys.stderr, flush=True)
@@ -279,6 +282,8 @@ def _check_port(args: Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Starts the server and returns when it has stopped."""
+    # Until vLLM takes the signal over: end in order, leaving no half-made model behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if not entry_points(group="vllm.endpoint_plugins", name=PLUGIN):
         sys.exit("vllm_server.py is not installed here yet: run `make setup`, or `pip install --no-deps -e .`")
     set_environment()

@@ -46,7 +46,7 @@ class ChatModel:
     def chat(
         self,
         query: str,
-        history: Sequence[Turn] = (),
+        history: Sequence[Turn] | None = None,
         system: str = DEFAULT_SYSTEM,
         sampling: Sampling | None = None,
     ) -> ChatResult:
@@ -61,7 +61,7 @@ class ChatModel:
     def stream_chat(
         self,
         query: str,
-        history: Sequence[Turn] = (),
+        history: Sequence[Turn] | None = None,
         system: str = DEFAULT_SYSTEM,
         sampling: Sampling | None = None,
     ) -> Iterator[str | ChatResult]:
@@ -72,7 +72,7 @@ class ChatModel:
         Raises:
             ChatError: as in `chat`.
         """
-        fields = {"query": query, "history": list(history), "system": system}
+        fields = {"query": query, "history": list(history or ()), "system": system}
         fields |= sampling.sampling() if sampling else {}
         prompt, params = self._requests.build(validated(ChatRequest, json.dumps(fields).encode()), stream=True)
         text, completion_tokens = "", 0
@@ -84,7 +84,7 @@ class ChatModel:
                 yield completion.text
         yield ChatResult(
             text=text,
-            history=[*map(tuple, history), (query, text)],
+            history=[*map(tuple, history or ()), (query, text)],
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason if isinstance(completion.stop_reason, str) else None,
             prompt_tokens=len(prompt.token_ids),

@@ -2,7 +2,8 @@
 
     python with_server.py [SERVER FLAGS …] -- COMMAND …
 
-The command finds the server's address in $QWEN_URL. The server's output goes to a log file.
+The command finds the server's address in $QWEN_URL and its key in $QWEN_API_KEY. The server's output goes to a log
+file, with --verbose to the terminal too.
 """
 
 import argparse
@@ -19,17 +20,17 @@ from pathlib import Path
 
 import requests
 
-from model_utils import CACHE
+from console import open_log
+from model_utils import CACHE, HUBS, ModelUnavailable, resolve_model
 
 LOG = CACHE / "server.log"
 SERVER = (sys.executable, str(Path(__file__).with_name("vllm_server.py")))
+CLEAR_LINE = "\r\x1b[K" if sys.stderr.isatty() else ""
 STOP_TIMEOUT = 30
 """Seconds that a server has to stop, before it is killed."""
 
 STAGES = (
     ("", "importing vLLM"),
-    ("Preparing the demo model", "preparing the demo model"),
-    ("Fetching ", "fetching the model"),
     ("EngineCore pid=", "starting the engine"),
     ("Starting to load model", "loading the weights"),
     ("KV cache size", "warming up"),
@@ -56,16 +57,17 @@ def running_server(
     Raises:
         ServerFailed: the server ended before it was ready.
     """
-    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    known.add_argument("--port", default=_free_port(), type=int)
-    port = known.parse_known_args(flags)[0].port
-    url = f"http://127.0.0.1:{port}"
-    if _taken(port):
+    known = _known(flags)
+    port = known.port or _free_port()
+    if known.uds or known.ssl_certfile:
+        raise ServerFailed("with TLS or a socket file, start the server by itself: make serve")
+    host = "127.0.0.1" if known.host in ("0.0.0.0", "::") else known.host
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    if _taken(host, port):
         raise ServerFailed(f"port {port} is taken by another program: name another --port")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [*program, *flags, "--port", str(port)]
+    command = [*program, *(flag for flag in flags if flag != "--verbose"), "--port", str(port)]
     # A session of its own: Ctrl-C in the terminal is for the command.
-    with log.open("wb") as output:
+    with open_log(log, "--verbose" in flags) as output:
         server = subprocess.Popen(
             command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -81,8 +83,9 @@ def _wait(server: subprocess.Popen, url: str, log: Path, progress: Callable[[str
     session = requests.Session()
     session.trust_env = False
     while True:
+        ended = server.poll() is not None
         text = log.read_text(errors="replace")
-        if server.poll() is not None:
+        if ended:
             raise ServerFailed(f"the server did not start: {_reason(text)}\nIts log: {log}")
         progress([stage for mark, stage in STAGES if mark in text][-1], time.monotonic() - began)
         with suppress(requests.RequestException):
@@ -101,16 +104,32 @@ def _reason(log: str) -> str:
 def _stop(server: subprocess.Popen) -> None:
     """Ends the server and all that it has started."""
     server.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        server.wait(STOP_TIMEOUT)
-    with suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(STOP_TIMEOUT)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
-def _taken(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def _known(flags: Sequence[str]) -> argparse.Namespace:
+    """What of the server's flags matters here."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", "--model-path", "--model_path")
+    parser.add_argument("--hub", default=HUBS[0])
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--api-key", "--api_key", nargs="+", default=[os.environ.get("VLLM_API_KEY", "")])
+    parser.add_argument("--uds")
+    parser.add_argument("--ssl-certfile", "--ssl_certfile")
+    return parser.parse_known_args(flags)[0]
+
+
+def _taken(host: str, port: int) -> bool:
+    with suppress(OSError), socket.create_connection((host, port), timeout=1):
+        return True
+    return False
 
 
 def _free_port() -> int:
@@ -121,25 +140,30 @@ def _free_port() -> int:
 
 def _show(stage: str, seconds: float) -> None:
     if sys.stderr.isatty():
-        print(f"\r\x1b[KStarting the server: {stage} … {seconds:.0f} s", end="", file=sys.stderr, flush=True)
+        print(f"{CLEAR_LINE}Starting the server: {stage} … {seconds:.0f} s", end="", file=sys.stderr, flush=True)
 
 
-def _run(command: Sequence[str], url: str) -> int:
+def _run(command: Sequence[str], **environment: str) -> int:
     """Runs the command in the terminal's foreground, alone, so that Ctrl-C reaches it and not us."""
 
-    def to_foreground() -> None:
+    def start() -> None:
         os.setpgid(0, 0)
-        if os.isatty(0):
-            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-            os.tcsetpgrp(0, os.getpgrp())
-            signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+        _to_foreground()
+        # No shell waits for this group: stopped, it would never be continued.
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)
 
     try:
-        return subprocess.run(command, env={**os.environ, "QWEN_URL": url}, preexec_fn=to_foreground).returncode
+        return subprocess.run(command, env={**os.environ, **environment}, preexec_fn=start).returncode
     finally:
-        if os.isatty(0):
-            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-            os.tcsetpgrp(0, os.getpgrp())
+        _to_foreground()
+
+
+def _to_foreground() -> None:
+    """Makes this process's group the one that the terminal's keys reach, where there is a terminal."""
+    before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    with suppress(OSError):
+        os.tcsetpgrp(0, os.getpgrp())
+    signal.signal(signal.SIGTTOU, before)
 
 
 def main(argv: Sequence[str] = sys.argv[1:]) -> int:
@@ -155,13 +179,14 @@ def main(argv: Sequence[str] = sys.argv[1:]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
+        known = _known(argv[:split])
+        resolve_model(known.model, known.hub)  # here, where its progress shows
         print(f"Starting the server; its log: {LOG}", file=sys.stderr, flush=True)
         with running_server(argv[:split], progress=_show) as url:
-            if sys.stderr.isatty():
-                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-            return _run(command, url)
-    except ServerFailed as error:
-        print(f"\n{error}", file=sys.stderr)
+            print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
+            return _run(command, QWEN_URL=url, QWEN_API_KEY=known.api_key[0] or os.environ.get("QWEN_API_KEY", ""))
+    except (ModelUnavailable, ServerFailed) as error:
+        print(f"{CLEAR_LINE}{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -25,7 +25,7 @@ def test_without_a_key_nothing_is_served(path: str, header: str | None) -> None:
     assert "right" not in response.text
 
 
-async def guarded(path: str, headers: dict[str, str]) -> httpx.Response:
+async def guarded(path: str, headers: dict[str, str], method: str = "GET") -> httpx.Response:
     """The answer of an app that serves every path, behind the guard."""
     app = FastAPI(docs_url=None)
     app.add_middleware(Guard)
@@ -33,7 +33,7 @@ async def guarded(path: str, headers: dict[str, str]) -> httpx.Response:
     app.state.args = Namespace(**KEYS)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-        request = client.build_request("GET", "http://server", headers=headers)
+        request = client.build_request(method, "http://server", headers=headers)
         request.url = request.url.copy_with(raw_path=path.encode())
         return await client.send(request)
 
@@ -42,6 +42,11 @@ async def guarded(path: str, headers: dict[str, str]) -> httpx.Response:
 @pytest.mark.parametrize("header", ["Bearer right", "Bearer other", "bearer right"])
 def test_with_a_key_all_is_served(path: str, header: str) -> None:
     assert asyncio.run(guarded(path, {"Authorization": header})).json() == "served"
+
+
+@pytest.mark.parametrize(("asked", "status"), [({"Access-Control-Request-Method": "POST"}, 405), ({}, 401)])
+def test_only_a_browsers_preflight_needs_no_key(asked: dict[str, str], status: int) -> None:
+    assert asyncio.run(guarded("/metrics", asked, "OPTIONS")).status_code == status
 
 
 @pytest.mark.parametrize("path", ["/health", "/ping"])
@@ -76,6 +81,9 @@ def test_bodies_that_pass(body: str | dict) -> None:
         ({"max_tokens": 2**70}, "max_tokens"),
         ({"max_completion_tokens": -(2**40)}, "max_completion_tokens"),
         ({"top_k": 2**40}, "top_k"),
+        ({"top_k": str(2**70)}, "top_k"),
+        ({"stop_token_ids": [str(2**70)]}, "stop_token_ids"),
+        ({"sampling_params": {"n": 16384}}, "n"),
         ({"seed": 2**63}, "seed"),
         ({"stop_token_ids": [1, 2**40]}, "stop_token_ids"),
         ({"tools": [{"parameters": {"maximum": 2**64}}]}, "tools"),

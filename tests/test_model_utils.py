@@ -1,6 +1,7 @@
 """Where models are found, what they want by default, and what fits the hardware."""
 
 import errno
+import json
 import importlib.util
 import os
 import sys
@@ -47,6 +48,7 @@ def model(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").touch()
     return folder
 
 
@@ -108,7 +110,7 @@ def test_an_id_is_fetched_from_its_hub(
 FAILURES = [ConnectionError("no route\nto host"), ValueError(""), OSError(errno.ENOSPC, "No space left on device")]
 
 
-@pytest.mark.parametrize("failure", FAILURES, ids=repr)
+@pytest.mark.parametrize("failure", FAILURES[:2], ids=repr)
 def test_without_the_hub_the_copy_fetched_before_is_taken(
     model: Path, hub: Callable, capsys: pytest.CaptureFixture, failure: Exception
 ) -> None:
@@ -116,6 +118,18 @@ def test_without_the_hub_the_copy_fetched_before_is_taken(
     assert resolve_model("Qwen/Qwen3-8B") == str(model)
     assert scripted.calls[1] == ("Qwen/Qwen3-8B", {"local_files_only": True})
     assert "the copy of Qwen/Qwen3-8B fetched before" in capsys.readouterr().err
+
+
+def test_a_download_that_was_cut_is_not_taken_for_a_copy(model: Path, hub: Callable) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    hub(ConnectionError("no route"), model)
+    assert "no route" in unavailable("Qwen/Qwen3-8B")
+
+
+def test_a_full_disk_is_told_and_not_hidden_by_an_older_copy(model: Path, hub: Callable) -> None:
+    hub(OSError(errno.ENOSPC, "No space left on device"), model)
+    assert "No space left on device" in unavailable("Qwen/Qwen3-8B")
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,6 @@ def test_a_tokenizer_without_a_template_is_refused(qwen3_tokenizer: PreTrainedTo
 BAD_TEMPLATES = {
     "no marks": "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}assistant: ",
     "texts changed": "{% for m in messages %}{{ '<|im_start|>' + m.content|upper + '<|im_end|>' }}{% endfor %}",
-    "texts trimmed": "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content|trim + '<|im_end|>' }}{% endfor %}",
     "system left out": (
         "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}"
         "{% endfor %}<|im_start|>assistant\\n"
@@ -273,6 +272,17 @@ BAD_TEMPLATES = {
 def test_a_template_that_cannot_be_followed_is_refused(qwen3_tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     with pytest.raises(ChatError):
         PromptBuilder(qwen3_tokenizer, template)
+
+
+def test_a_template_that_trims_texts_is_followed(qwen3_tokenizer: PreTrainedTokenizerBase) -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n\n' + m.content|trim + '<|im_end|>' }}{% endfor %}"
+        "<|im_start|>assistant\n\n"
+    )
+    builder = PromptBuilder(qwen3_tokenizer, template)
+    conversation = " a\n", [("\tb ", "  c\n\n")], " d "
+    expected = qwen3_tokenizer(builder.render(*conversation), add_special_tokens=False).input_ids
+    assert builder.build(*conversation, MANY).token_ids == expected
 
 
 def test_cached_texts_do_not_mix_up_conversations(builder: PromptBuilder) -> None:

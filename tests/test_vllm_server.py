@@ -446,7 +446,7 @@ def test_the_announcement(capsys: pytest.CaptureFixture, host: str, certificate:
         vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(_api_process_rank=0)),
         openai_serving_models=SimpleNamespace(base_model_paths=[SimpleNamespace(name="base")]),
     )
-    asyncio.run(announce(state, Namespace(host=host, port=8123, ssl_certfile=certificate)))
+    asyncio.run(announce(state, Namespace(host=host, port=8123, ssl_certfile=certificate, api_key=None)))
     shown = capsys.readouterr().err
     assert f"base is ready at {url}" in shown
     assert f"curl -N {url}/chat" in shown

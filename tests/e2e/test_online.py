@@ -188,6 +188,36 @@ def test_without_the_key_only_health_is_open(url, path, key):
     assert requests.get(f"{url}/health", timeout=10).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 2**70),
+        ("max_tokens", 1.5),
+        ("top_k", 2**40),
+        ("seed", 2**63),
+        ("seed", "x"),
+        ("n", 16384),
+        ("stop_token_ids", [2**40]),
+        ("logit_bias", {"99999999": 1}),
+        ("structured_outputs", {"regex": "["}),
+    ],
+)
+def test_what_the_engine_cannot_take_is_refused_by_the_openai_routes_too(url, field, value):
+    body = {"model": MODEL, "prompt": "Hi", "max_tokens": 3, field: value}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    assert requests.post(f"{url}/v1/completions", json=body, headers=headers, timeout=30).status_code == 400
+    assert post(url, query=FRANCE, temperature=0).json()["text"] == "The capital of France is Paris."
+    assert running(url) == 0
+
+
+def test_half_a_character_is_refused_and_leaves_nothing_behind(url):
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    for path in ("/chat", "/v1/completions"):
+        body = rb'{"model": "%b", "prompt": "x", "query": "x", "stop": ["\ud800"]}' % MODEL.encode()
+        assert requests.post(f"{url}{path}", data=body, headers=headers, timeout=30).status_code == 400
+    assert running(url) == 0
+
+
 def test_the_client_in_a_terminal(url, tmp_path):
     chat = pexpect.spawn(
         sys.executable,

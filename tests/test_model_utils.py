@@ -1,8 +1,8 @@
 """Where models are found, what they want by default, and what fits the hardware."""
 
 import errno
-import json
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable

@@ -60,7 +60,7 @@ class PromptBuilder:
         self._answers.encode_special_tokens = True
         self._texts = _without_added_tokens(tokenizer.backend_tokenizer)
         # One int object a token id, shared by all cached texts: 8 bytes a token instead of 36.
-        self._ints = list(range(len(tokenizer)))
+        self._ints = list(range(max(tokenizer.get_vocab().values()) + 1))
         self._system_ids, self._turn_ids = _cached(self._encode_system), _cached(self._encode_turn)
         self._learn_marks()
         self._check_against_template()

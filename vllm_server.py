@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 PLUGIN = "qwen_chat"
+CLOSE_TIMEOUT = 5
+"""Seconds that open connections have when the server ends."""
 LONG_TEXT = 8192
 """From this many characters a prompt is built on a thread, so that other streams do not wait for it."""
 
@@ -77,7 +79,15 @@ class ChatEndpoint:
         except ChatError as reason:
             self._no_chat = reason
             print(f"/chat is off: {reason.message}", file=sys.stderr)
-        self._announcing = asyncio.create_task(announce(state, args))
+        self._starting = asyncio.create_task(self._when_listening(state, args))
+
+    async def _when_listening(self, state: State, args: Namespace) -> None:
+        while not getattr(state, "server", None) or not state.server.started:
+            await asyncio.sleep(0.05)
+        # vLLM sets no bound: one client that has stopped reading would keep the server from ending.
+        state.server.config.timeout_graceful_shutdown = CLOSE_TIMEOUT
+        if state.vllm_config.parallel_config._api_process_rank <= 0:
+            announce(state, args)
 
     async def chat(self, request: Request) -> Response:
         """Answers a query in the light of its history, whole or streamed as newline-delimited JSON."""
@@ -213,12 +223,8 @@ def _explained(error: Exception) -> ChatError:
     return ChatError("the engine failed on this request", "engine_error", status=500)
 
 
-async def announce(state: State, args: Namespace) -> None:
-    """Prints how to use the server, once it listens."""
-    while not getattr(state, "server", None) or not state.server.started:
-        await asyncio.sleep(0.05)
-    if state.vllm_config.parallel_config._api_process_rank > 0:
-        return
+def announce(state: State, args: Namespace) -> None:
+    """Prints how to use the server."""
     host = "127.0.0.1" if args.host in (None, "", "0.0.0.0", "::") else args.host
     host = f"[{host}]" if ":" in host else host
     url = f"http{'s' if args.ssl_certfile else ''}://{host}:{args.port}"

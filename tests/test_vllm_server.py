@@ -442,11 +442,9 @@ def test_a_key_from_the_environment(scripted_engine: Engines, monkeypatch: pytes
 )
 def test_the_announcement(capsys: pytest.CaptureFixture, host: str, certificate: str | None, url: str) -> None:
     state = SimpleNamespace(
-        server=SimpleNamespace(started=True),
-        vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(_api_process_rank=0)),
         openai_serving_models=SimpleNamespace(base_model_paths=[SimpleNamespace(name="base")]),
     )
-    asyncio.run(announce(state, Namespace(host=host, port=8123, ssl_certfile=certificate, api_key=None)))
+    announce(state, Namespace(host=host, port=8123, ssl_certfile=certificate, api_key=None))
     shown = capsys.readouterr().err
     assert f"base is ready at {url}" in shown
     assert f"curl -N {url}/chat" in shown

@@ -48,16 +48,19 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        args = scope["app"].state.args
+        state = scope["app"].state
+        args = state.args
         try:
             _check_key(scope, args.api_key or [os.environ.get("VLLM_API_KEY")])
             if scope["method"] in ("POST", "PUT", "PATCH"):
+                if getattr(state, "draining", False):
+                    raise ChatError("the server is stopping: try again in a moment", "overloaded", status=503)
                 body = await _read(receive, getattr(args, "max_body_size", MAX_BODY))
                 if b"json" in _header(scope, b"content-type").lower():
                     check_json(body)
                 receive = _replayed(body, receive)
         except ChatError as error:
-            headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+            headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}.get(error.status)
             return await JSONResponse(error.as_dict(), error.status, headers)(scope, receive, send)
         await self._app(scope, receive, send)
 

@@ -12,7 +12,7 @@ import socket
 import sys
 from argparse import Namespace
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,15 +79,35 @@ class ChatEndpoint:
         except ChatError as reason:
             self._no_chat = reason
             print(f"/chat is off: {reason.message}", file=sys.stderr)
-        self._starting = asyncio.create_task(self._when_listening(state, args))
+        state.draining = False
+        self._background = asyncio.create_task(self._when_listening(state, args))
 
     async def _when_listening(self, state: State, args: Namespace) -> None:
         while not getattr(state, "server", None) or not state.server.started:
             await asyncio.sleep(0.05)
         # vLLM sets no bound: one client that has stopped reading would keep the server from ending.
         state.server.config.timeout_graceful_shutdown = CLOSE_TIMEOUT
+        # vLLM's own handlers stop the engine first, and its streams with it, without a word to their clients.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop, state, args)
         if state.vllm_config.parallel_config._api_process_rank <= 0:
             announce(state, args)
+
+    def _stop(self, state: State, args: Namespace) -> None:
+        """Ends the server: new requests are refused, running ones have --shutdown-timeout seconds; told twice, none."""
+        if state.draining:
+            state.server.should_exit = state.server.force_exit = True
+            return
+        state.draining = args.stopped = True
+        self._background = asyncio.create_task(self._drain(state, args.shutdown_timeout))
+
+    async def _drain(self, state: State, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._engine.get_num_unfinished_requests():
+                    await asyncio.sleep(0.05)
+        await self._engine.abort(list(self._engine.output_processor.request_states), internal=True)
+        state.server.should_exit = True
 
     async def chat(self, request: Request) -> Response:
         """Answers a query in the light of its history, whole or streamed as newline-delimited JSON."""
@@ -177,7 +197,9 @@ class Answer(Response):
     def _ending(self, output: "RequestOutput") -> dict[str, Any]:
         completion = output.outputs[0]
         if completion.finish_reason not in ("stop", "length"):
-            raise ChatError("the engine gave up this request; send it again", "engine_error", status=503)
+            raise ChatError(
+                "the server is stopping, or gave this request up: send it again", "engine_error", status=503
+            )
         return {
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason if isinstance(completion.stop_reason, str) else None,
@@ -310,7 +332,10 @@ def main(argv: list[str] | None = None) -> None:
             f"Warning: {args.host or 'all addresses'} can be reached from other machines, and no --api-key is set.",
             file=sys.stderr,
         )
+    args.stopped = False
     ServeSubcommand.cmd(args)
+    if not args.stopped:
+        sys.exit("vllm_server.py: the engine has died; the log above says why")
 
 
 def _other_plugins(allowed: list[str] | None) -> list[str]:

@@ -112,6 +112,21 @@ def test_text_that_is_no_utf8_is_refused() -> None:
         check_json(b'{"query": "\xff"}')
 
 
+def test_a_server_that_is_stopping_takes_no_new_work_but_answers_health() -> None:
+    async def asked() -> list[httpx.Response]:
+        app = FastAPI()
+        app.add_middleware(Guard)
+        app.add_api_route("/{path:path}", lambda path: "served", methods=["GET", "POST"])
+        app.state.args, app.state.draining = Namespace(api_key=None), True
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            return [await client.post("/chat", json={}), await client.get("/health")]
+
+    refused, health = asyncio.run(asked())
+    assert (refused.status_code, refused.json()["error"]["type"]) == (503, "overloaded")
+    assert int(refused.headers["Retry-After"]) > 0
+    assert health.status_code == 200
+
+
 @pytest.mark.parametrize("body", [b'{"a": 1}', b'{"a": "\xe4\xbd\xa0"}'])
 def test_the_body_reaches_the_route_as_it_was_sent(body: bytes) -> None:
     async def post() -> httpx.Response:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import openai
 import pexpect
+import psutil
 import pytest
 import requests
 
-from protocol import ChatResult, Sampling
+from protocol import ChatError, ChatResult, Sampling
 from vllm_client import stream_chat
 from with_server import running_server
 
@@ -271,3 +272,19 @@ def test_results_are_ready_for_the_next_turn(url):
     assert isinstance(result, ChatResult)
     assert result.history == [("Hi", "Hello!"), (FRANCE, result.text)]
     assert history == [("Hi", "Hello!")]
+
+
+def test_a_server_that_is_told_to_stop_says_so_in_its_streams_and_ends(url):
+    port = url.rpartition(":")[2]
+    [server] = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-2:] == ["--port", port]]
+    children = server.children(recursive=True)
+    answer = stream_chat(url, "Write a very long story.", sampling=Sampling(max_tokens=4000), api_key=KEY)
+    next(answer)
+    server.terminate()
+    with pytest.raises(ChatError, match="the server is stopping"):
+        list(answer)
+    assert server.wait(20) == 0
+    _, left = psutil.wait_procs(children, timeout=10)
+    assert not left
+    with pytest.raises(ChatError, match="no server answers"):
+        next(stream_chat(url, "Hi", api_key=KEY))

@@ -60,9 +60,14 @@ class Guard:
                     check_json(body)
                 receive = _replayed(body, receive)
         except ChatError as error:
-            headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}.get(error.status)
-            return await JSONResponse(error.as_dict(), error.status, headers)(scope, receive, send)
+            return await error_response(error, retry_after=5)(scope, receive, send)
         await self._app(scope, receive, send)
+
+
+def error_response(error: ChatError, retry_after: int = 1) -> JSONResponse:
+    """An error as a route answers it; `retry_after`: the seconds that a 503 asks its client to wait."""
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": str(retry_after)}}.get(error.status)
+    return JSONResponse(error.as_dict(), error.status, headers)
 
 
 def check_json(body: bytes) -> None:

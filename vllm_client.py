@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -41,26 +42,22 @@ def stream_chat(
     body = {"query": query, "history": list(history), "system": system, "stream": True}
     if sampling:
         body |= sampling.sampling()
-    try:
-        with (
-            _session(url, api_key) as session,
-            session.post(f"{url}/chat", json=body, timeout=timeout, stream=True) as response,
-        ):
-            if response.status_code != 200:
-                raise _refusal(response)
-            text = ""
-            for line in _lines(response):
-                if "error" in line:
-                    raise ChatError(line["error"]["message"], line["error"]["type"])
-                if "delta" not in line:
-                    yield _result(line, text, [*history, (query, text)])
-                    return
-                text += line["delta"]
-                yield line["delta"]
-    except requests.RequestException as error:
-        raise _failure(error, url, timeout) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ChatError(f"{url} answers, but not as a chat server does", "incomplete") from error
+    with (
+        _told_as_chat_errors(url, timeout),
+        _session(url, api_key) as session,
+        session.post(f"{url}/chat", json=body, timeout=timeout, stream=True) as response,
+    ):
+        if response.status_code != 200:
+            raise _refusal(response)
+        text = ""
+        for line in _lines(response):
+            if "error" in line:
+                raise ChatError(line["error"]["message"], line["error"]["type"])
+            if "delta" not in line:
+                yield _result(line, text, [*history, (query, text)])
+                return
+            text += line["delta"]
+            yield line["delta"]
     raise ChatError("the answer ended without its last line", "incomplete")
 
 
@@ -70,18 +67,11 @@ def served_model(url: str, api_key: str | None = None) -> str:
     Raises:
         ChatError: as in `stream_chat`.
     """
-    try:
-        with _session(url, api_key) as session:
-            response = session.get(f"{url}/v1/models", timeout=MODELS_TIMEOUT)
-            if response.status_code != 200:
-                raise _refusal(response)
-            return response.json()["data"][0]["id"]
-    except requests.JSONDecodeError as error:
-        raise ChatError(f"{url} answers, but not as a chat server does", "incomplete") from error
-    except requests.RequestException as error:
-        raise _failure(error, url, MODELS_TIMEOUT) from error
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ChatError(f"{url} answers, but not as a chat server does", "incomplete") from error
+    with _told_as_chat_errors(url, MODELS_TIMEOUT), _session(url, api_key) as session:
+        response = session.get(f"{url}/v1/models", timeout=MODELS_TIMEOUT)
+        if response.status_code != 200:
+            raise _refusal(response)
+        return response.json()["data"][0]["id"]
 
 
 def _session(url: str, api_key: str | None) -> requests.Session:
@@ -104,8 +94,25 @@ def _lines(response: requests.Response) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, lines)
 
 
+@contextmanager
+def _told_as_chat_errors(url: str, timeout: tuple[float, float]) -> Iterator[None]:
+    """Turns what goes wrong in the block, with the connection or with what comes over it, into a ChatError."""
+    try:
+        yield
+    except requests.RequestException as error:
+        raise _failure(error, url, timeout) from error
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise _no_chat_server(url) from error
+
+
+def _no_chat_server(url: str) -> ChatError:
+    return ChatError(f"{url} answers, but not as a chat server does", "incomplete")
+
+
 def _failure(error: requests.RequestException, url: str, timeout: tuple[float, float]) -> ChatError:
     """What the user is told where the connection failed. requests wraps much of it: the cause tells more."""
+    if isinstance(error, requests.JSONDecodeError):
+        return _no_chat_server(url)
     cause = error.args[0] if error.args else None
     if isinstance(error, requests.ReadTimeout) or isinstance(cause, ReadTimeoutError):
         return ChatError(f"the server sent nothing for {timeout[1]:.0f} s", "incomplete")

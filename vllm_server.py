@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from guard import MAX_BODY, Guard
+from guard import MAX_BODY, Guard, error_response
 from model_utils import (
     HUBS,
     ModelUnavailable,
@@ -124,7 +124,7 @@ class ChatEndpoint:
             else:
                 prompt, params = await asyncio.to_thread(self._requests.build, chat, chat.stream)
         except ChatError as error:
-            return JSONResponse(error.as_dict(), error.status)
+            return error_response(error)
         outputs = self._engine.generate(
             {"prompt_token_ids": prompt.token_ids}, params, f"chat-{os.urandom(16).hex()}", lora_request=adapter
         )
@@ -175,9 +175,7 @@ class Answer(Response):
                 if not self._stream:
                     return await JSONResponse({"text": output.outputs[0].text, **ending})(scope, receive, send)
             except Exception as error:
-                reason = _explained(error)
-                headers = {"Retry-After": "1"} if reason.status == 503 else None
-                return await JSONResponse(reason.as_dict(), reason.status, headers)(scope, receive, send)
+                return await error_response(_explained(error))(scope, receive, send)
             await send({"type": "http.response.start", "status": 200, "headers": NDJSON_HEADERS})
             try:
                 await self._send_delta(output, send)

@@ -8,6 +8,7 @@ Both sides are asked through `/v1/completions` for exactly 64 tokens a request; 
 import json
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import requests
@@ -33,7 +34,7 @@ def chat(url: str, i: int) -> int:
     return json.loads(last)["usage"]["completion_tokens"]
 
 
-def rate(ask, url: str, requests_at_once: int) -> float:
+def rate(ask: Callable[[str, int], int], url: str, requests_at_once: int) -> float:
     """Tokens a second over all requests, sent at the same time."""
     with ThreadPoolExecutor(requests_at_once) as pool:
         began = time.monotonic()
@@ -41,7 +42,7 @@ def rate(ask, url: str, requests_at_once: int) -> float:
         return tokens / (time.monotonic() - began)
 
 
-def measure(name: str, program: tuple[str, ...], flags: list[str], routes: dict) -> dict[str, float]:
+def measure(name: str, program: tuple[str, ...], flags: list[str], routes: dict[str, Callable]) -> dict[str, float]:
     """Starts a server, warms it up and prints a row a route; returns tokens/s at REQUESTS by route."""
     began = time.monotonic()
     rates = {}

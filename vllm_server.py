@@ -235,7 +235,7 @@ def _explained(error: Exception) -> ChatError:
         case ChatError():
             return error
         case GracefulHTTPError():
-            return ChatError("the server is busy: try again in a moment", "overloaded", status=error.http_status)
+            return ChatError("the server is busy", "overloaded", status=error.http_status)
         case EngineDeadError():
             return ChatError("the engine has died; the server is stopping", "engine_error", status=503)
         case VLLMClientError():

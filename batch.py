@@ -10,9 +10,10 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from io import BufferedReader, FileIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from pydantic_core import from_json
 from tqdm import tqdm
@@ -108,6 +109,11 @@ class Batch:
         }
         return summary | ({"scores": self._scores.summary()} if self._scores else {})
 
+    def close(self) -> None:
+        """Lets go of both files."""
+        self._source.close()
+        self._answers.close()
+
     def _unfinished(self) -> Iterator[Row]:
         """The rows to be answered. Those answered before are counted, and those that cannot be answered fail."""
         lines: dict[bytes, int] = {}
@@ -190,7 +196,7 @@ class AnswerFile:
     def __init__(self, path: Path) -> None:
         self._path = path.resolve()
         try:
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._file = self._path.open("ab+", buffering=0)
             self._lock()
             self.finished, failed = self._scan()
             if failed:
@@ -201,67 +207,80 @@ class AnswerFile:
 
     def append(self, record: dict[str, Any]) -> int:
         """Adds a line and returns where it begins."""
-        offset = os.lseek(self._file, 0, os.SEEK_END)
-        _write(self._file, json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        offset = self._file.seek(0, os.SEEK_END)
+        self._write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         return offset
 
     def read(self, offset: int) -> dict[str, Any]:
         """The record whose line begins at `offset`."""
-        with open(self._file, "rb", closefd=False) as lines:
+        with self._lines() as lines:
             lines.seek(offset)
             return from_json(lines.readline())
 
     def rewrite(self, offsets: Iterable[int]) -> None:
         """Leaves only the lines that begin at `offsets`, in their order; until that is done, all stay."""
         temporary = self._path.with_name(f".{self._path.name}.new")
-        file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        file = temporary.open("wb+")
         try:
             # Before it gets its name, so that no other run can lock it in between.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with open(self._file, "rb", closefd=False) as lines, open(file, "wb", closefd=False) as kept:
+            with self._lines() as lines:
                 for offset in offsets:
                     lines.seek(offset)
-                    kept.write(lines.readline())
-            os.fchmod(file, stat.S_IMODE(os.fstat(self._file).st_mode))
-            os.fsync(file)
+                    file.write(lines.readline())
+            file.flush()
+            os.fchmod(file.fileno(), stat.S_IMODE(os.fstat(self._file.fileno()).st_mode))
+            os.fsync(file.fileno())
             temporary.rename(self._path)
         except BaseException:
             temporary.unlink(missing_ok=True)
-            os.close(file)
             raise
-        os.close(self._file)
-        self._file = file
+        self._file.close()
+        self._file = file.detach()
 
     def sync(self) -> None:
         """Forces all lines to the disk."""
-        os.fsync(self._file)
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Lets go of the file, for other runs to write it."""
+        self._file.close()
+
+    def _lines(self) -> BinaryIO:
+        """The whole file, to read; the lock would be lost if it were opened and closed a second time."""
+        lines = BufferedReader(FileIO(self._file.fileno(), closefd=False))
+        lines.seek(0)
+        return lines
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            data = data[self._file.write(data) :]
 
     def _lock(self) -> None:
-        if not stat.S_ISREG(os.fstat(self._file).st_mode):
+        if not self._path.is_file():
             raise BatchError(f"{self._path} is not a file: name one for the answers")
         with suppress(BlockingIOError, PermissionError):
             # Unlike `flock`, not shared with the engine's processes, which may outlive a killed run.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(self._file), self._path.stat()):
+            if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
                 return
         raise BatchError(f"another run writes {self._path}: wait for its end, or name another file")
 
     def _scan(self) -> tuple[dict[bytes, int], int]:
         """Where the answers begin, and the number of failed rows. Mends the last line where its end is missing."""
         finished, failed, offset = {}, 0, 0
-        with open(self._file, "rb", closefd=False) as lines:
-            lines.seek(0)
+        with self._lines() as lines:
             for number, line in enumerate(lines, start=1):
                 key = _key(line)
                 if key is None and _is_torn(line):
-                    os.ftruncate(self._file, offset)
+                    self._file.truncate(offset)
                     break
                 if key is None:
                     raise BatchError(
                         f"{self._path} holds other things (line {number}): name a new file for the answers"
                     )
                 if not line.endswith(b"\n"):
-                    _write(self._file, b"\n")
+                    self._write(b"\n")
                 if key:
                     finished[key] = offset
                 failed += not key
@@ -285,8 +304,3 @@ def _is_torn(line: bytes) -> bool:
         from_json(line)
         return False
     return not line.endswith(b"\n") and (line.startswith(start) or start.startswith(line))
-
-
-def _write(file: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(file, data) :]

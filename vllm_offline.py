@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,19 +82,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def _answer_file(args: argparse.Namespace, sampling: Sampling, load: Callable[[], "ChatModel"]) -> int:
     """Answers the rows of --input; returns the exit status: 1 where a row has no answer."""
-    batch = Batch(args.input, args.output, args.reference)
-    try:
-        batch.run(load, args.system, sampling)
-        if args.ordered:
-            batch.order()
-    except KeyboardInterrupt:
-        print(f"Stopped. What is done is in {args.output}: run the same again to go on", file=sys.stderr)
-        return 130
-    except (ChatError, OSError) as error:
-        reason = error.message if isinstance(error, ChatError) else f"{error.strerror}: {args.output}"
-        print(f"vllm_offline.py: {reason}. What is done is kept: run the same again to go on", file=sys.stderr)
-        return 1
-    summary = batch.summary()
+    with closing(Batch(args.input, args.output, args.reference)) as batch:
+        try:
+            batch.run(load, args.system, sampling)
+            if args.ordered:
+                batch.order()
+        except KeyboardInterrupt:
+            print(f"Stopped. What is done is in {args.output}: run the same again to go on", file=sys.stderr)
+            return 130
+        except (ChatError, OSError) as error:
+            reason = error.message if isinstance(error, ChatError) else f"{error.strerror}: {args.output}"
+            print(f"vllm_offline.py: {reason}. What is done is kept: run the same again to go on", file=sys.stderr)
+            return 1
+        summary = batch.summary()
+    figures = {name: value for name, value in summary.items() if name != "scores"} | summary.get("scores", {})
+    print(" · ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items()), file=sys.stderr)
     print(json.dumps(summary))
     return 1 if summary["failed"] else 0
 

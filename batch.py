@@ -8,8 +8,8 @@ import os
 import stat
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, suppress
 from io import BufferedReader, FileIO
 from itertools import chain
 from pathlib import Path
@@ -21,6 +21,9 @@ from tqdm import tqdm
 from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Sampling
 from rows import Row, digest, read_lines, read_rows
 
+BAR = "{n_fmt}/{total_fmt} rows |{bar}| {elapsed}, {remaining} left{postfix}"
+BAR_OF_PIPE = "{n_fmt} rows, {elapsed}{postfix}"
+
 
 class BatchError(Exception):
     """The files cannot be used as asked; the message says why and what to do, in one line."""
@@ -31,7 +34,7 @@ class Model(Protocol):
 
     def stream_batch(
         self, rows: Iterable[dict[str, Any]], sampling: Sampling | None, deltas: bool
-    ) -> Iterator[tuple[int, str | ChatResult | ChatError]]: ...
+    ) -> Generator[tuple[int, str | ChatResult | ChatError]]: ...
 
 
 class Batch:
@@ -137,8 +140,15 @@ class Batch:
                 yield {"system": system, **row.request}
 
         began = time.monotonic()
-        with tqdm(total=self._rows, initial=self._answered_before, unit=" rows", smoothing=0, disable=None) as bar:
-            for i, result in model.stream_batch(requests(), sampling, deltas=False):
+        bar = tqdm(
+            total=self._rows,
+            initial=self._answered_before,
+            bar_format=BAR if self._rows else BAR_OF_PIPE,
+            smoothing=0,
+            disable=None,
+        )
+        with bar, closing(model.stream_batch(requests(), sampling, deltas=False)) as results:
+            for i, result in results:
                 row = running.pop(i)
                 if isinstance(result, ChatError):
                     self._fail(row, result)

@@ -34,7 +34,7 @@ class Model(Protocol):
 
     def stream_batch(
         self, rows: Iterable[dict[str, Any]], sampling: Sampling | None, deltas: bool
-    ) -> Generator[tuple[int, str | ChatResult | ChatError]]: ...
+    ) -> Generator[tuple[int, str | ChatResult | ChatError], None, None]: ...
 
 
 class Batch:

@@ -29,7 +29,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     """Our flags, and the rest, which is for vLLM's engine."""
     parser = argparse.ArgumentParser(
         prog="vllm_offline.py",
-        description="Chat with a model without a server.",
+        description="Chat with a model without a server, or answer a file of rows.",
         epilog="Every other flag goes to vLLM's engine, such as --tensor-parallel-size 2 or --quantization gptq.",
         allow_abbrev=False,
     )

@@ -5,10 +5,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
@@ -104,14 +104,12 @@ class ChatModel:
             ChatError: a row, which the message names, is not valid; then none is computed.
         """
         answers = [self._answer(i, row, sampling, stream=False) for i, row in enumerate(rows)]
-        for answer in answers:
-            if answer.error:
-                raise _of_row(answer)
-        return [answer.result() for answer in self._finished(answers)]
+        self._finish(answers)
+        return [answer.result() for answer in answers]
 
     def stream_batch(
         self, rows: Iterable[Row], sampling: Sampling | None = None, deltas: bool = True
-    ) -> Iterator[tuple[int, str | ChatResult | ChatError]]:
+    ) -> Generator[tuple[int, str | ChatResult | ChatError], None, None]:
         """Answers `rows` together and yields what comes, with the number of its row, from 0: pieces of text if
         `deltas`, and at the end of each row its `ChatResult`, or the `ChatError` that says why it has none.
 
@@ -151,8 +149,8 @@ class ChatModel:
                 answer.error = ChatError(
                     f"prompt takes {len(answer.prompt.token_ids)} tokens, the context is {config.max_model_len}"
                 )
-                raise _of_row(answer)
-        return [answer.text for answer in self._finished(answers)]
+        self._finish(answers)
+        return [answer.text for answer in answers]
 
     def _answer(self, i: int, row: Row, sampling: Sampling | None, stream: bool) -> "Answer":
         """The answer to a row, still to come; with its error where the row is not valid."""
@@ -166,16 +164,16 @@ class ChatModel:
         except ChatError as error:
             return Answer(i, error=error)
 
-    def _finished(self, answers: list["Answer"]) -> list["Answer"]:
-        """The same answers, once all have finished.
+    def _finish(self, answers: list["Answer"]) -> None:
+        """Has all answers computed; none if one has an error already.
 
         Raises:
-            ChatError: the engine gave one up.
+            ChatError: the first error; the message names the row.
         """
-        for answer, _ in self._run(answers):
+        for answer in chain(answers, (answer for answer, _ in self._run(answers))):
             if answer.error:
-                raise _of_row(answer)
-        return answers
+                error = answer.error
+                raise ChatError(f"row {answer.row}: {error.message}", error.type, error.param, error.status)
 
     def _run(self, answers: Iterable["Answer"]) -> Iterator[tuple["Answer", str]]:
         """Drives the engine until all answers have finished; yields each that has grown, with what is new in its text,
@@ -285,11 +283,6 @@ def _request_body(row: Row, sampling: Sampling | None) -> bytes:
         return json.dumps(fields).encode()
     except (TypeError, ValueError) as error:
         raise ChatError(f"not a request: {error}") from error
-
-
-def _of_row(answer: Answer) -> ChatError:
-    error = answer.error
-    return ChatError(f"row {answer.row}: {error.message}", error.type, error.param, error.status)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TextIO
 
@@ -18,7 +19,7 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-from protocol import DEFAULT_SYSTEM, ChatError, ChatRequest, ChatResult, Sampling, Turn, validated
+from protocol import DEFAULT_SYSTEM, ChatError, ChatRequest, ChatResult, Sampling, Turn, retry_delay, validated
 
 Ask = Callable[[str, Sequence[Turn], str, Sampling], Iterator[str | ChatResult]]
 """(query, history, system, sampling) → pieces of text, then one ChatResult; raises ChatError."""
@@ -96,7 +97,7 @@ class Chat:
         """Asks, prints the answer as it comes, and keeps the turn; Ctrl-C keeps what has arrived."""
         earlier = self.history[-self.history_max :] if self.history_max else []
         began, first, pieces, result = time.monotonic(), None, [], None
-        parts = self.ask(query, earlier, self.system, self.settings)
+        parts = self._ask_until_answered(query, earlier)
         try:
             for part in parts:
                 if isinstance(part, ChatResult):
@@ -121,6 +122,18 @@ class Chat:
         if pieces or result:
             self.history.append((query, "".join(pieces)))
         return True
+
+    def _ask_until_answered(self, query: str, earlier: Sequence[Turn]) -> Iterator[str | ChatResult]:
+        """Asks, and asks again where the server is only busy."""
+        for attempt in count(1):
+            try:
+                return (yield from self.ask(query, earlier, self.system, self.settings))
+            except ChatError as error:
+                delay = retry_delay(error, attempt)
+                if delay is None:
+                    raise
+                print(self._shown(f"{error.message}; retrying in {delay:.0f} s"), file=sys.stderr, flush=True)
+                time.sleep(delay)
 
     def command(self, line: str) -> None:
         """Runs a slash command; a wrong one says what is right."""

@@ -4,6 +4,7 @@ The server, its clients and the offline engine all speak in these types. This mo
 of HTTP, terminals or vLLM, and imports nothing of the project.
 """
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -17,10 +18,13 @@ Turn = tuple[str, str]
 
 StopWord = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
+RETRIES = 6
+"""How often a busy server is asked again, within about a minute."""
 
 
 class ChatError(Exception):
-    """Why a request got no answer, or no whole one. `message` is for the user; `status` is the HTTP status.
+    """Why a request got no answer, or no whole one. `message` is for the user; `status` is the HTTP status;
+    `retry_after`: the seconds after which a busy server wants to be asked again.
 
     type                status
     invalid_request     400, 404, 408, 413, 415   the request must change; `param` names the field
@@ -32,10 +36,15 @@ class ChatError(Exception):
     """
 
     def __init__(
-        self, message: str, type: str = "invalid_request", param: str | None = None, status: int = 400
+        self,
+        message: str,
+        type: str = "invalid_request",
+        param: str | None = None,
+        status: int = 400,
+        retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.message, self.type, self.param, self.status = message, type, param, status
+        self.message, self.type, self.param, self.status, self.retry_after = message, type, param, status, retry_after
 
     def as_dict(self) -> dict[str, Any]:
         """The wire form, `{"error": {"type", "message", "param"}}`."""
@@ -117,6 +126,16 @@ class ChatResult:
     def usage(self) -> dict[str, int]:
         """Both counts of tokens, as the server sends them."""
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
+
+
+def retry_delay(error: ChatError, attempt: int) -> float | None:
+    """Seconds to wait before asking again after the `attempt`-th refusal (from 1) of a busy server; None: give up.
+
+    Twice as long each time, at least what the server asked for, and a little by chance, so that not all come at once.
+    """
+    if error.retry_after is None or attempt > RETRIES:
+        return None
+    return max(error.retry_after, min(2 ** (attempt - 1), 16)) * random.uniform(1, 1.25)
 
 
 def validated(model: type[BaseModel], data: bytes | Mapping[str, Any]) -> Any:

@@ -124,14 +124,16 @@ def _failure(error: requests.RequestException, url: str, timeout: tuple[float, f
 
 
 def _refusal(response: requests.Response) -> ChatError:
+    status, seconds = response.status_code, response.headers.get("Retry-After", "")
+    retry_after = int(seconds) if status == 503 and seconds.isdecimal() else None
     try:
         error = response.json()["error"]
         if isinstance(error, dict):
-            return ChatError(error["message"], error["type"], error.get("param"), response.status_code)
+            return ChatError(error["message"], error["type"], error.get("param"), status, retry_after)
         message = str(error)
     except (ValueError, KeyError, TypeError):
         message = "this is no answer of a chat server"
-    return ChatError(f"{message} (HTTP {response.status_code})", status=response.status_code)
+    return ChatError(f"{message} (HTTP {status})", status=status, retry_after=retry_after)
 
 
 def _result(line: dict[str, Any], text: str, history: list[Turn]) -> ChatResult:

@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -247,6 +248,38 @@ def test_ctrl_c_before_the_first_token_keeps_nothing(terminal: Callable) -> None
     ask = ScriptedAsk([KeyboardInterrupt()], ["b"])
     terminal(ask, "one", "two")
     assert ask.calls[1].history == []
+
+
+def test_a_busy_server_is_asked_again_until_it_has_room(terminal: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+    monkeypatch.setattr("console.time.sleep", waited.append)
+    busy = ChatError("the server is busy", "overloaded", status=503, retry_after=1)
+    ask = ScriptedAsk([busy], [busy], [busy], ["a"], ["b"])
+    shown = terminal(ask, "one", "two")
+    assert re.findall(r"the server is busy; retrying in (\d+) s\n", shown) == [f"{s:.0f}" for s in waited]
+    assert 1 <= waited[0] < 2 <= waited[1] < 4 <= waited[2] <= 5
+    assert [call.query for call in ask.calls] == ["one"] * 4 + ["two"]
+    assert ask.calls[4].history == [("one", "a")]
+
+
+def test_a_server_that_stays_busy_is_given_up(terminal: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+    monkeypatch.setattr("console.time.sleep", waited.append)
+    busy = ChatError("the server is busy", "overloaded", status=503, retry_after=1)
+    shown = terminal(ScriptedAsk(*[[busy]] * 7), "one", "/history")
+    assert "Error: the server is busy\n" in shown
+    assert 40 < sum(waited) < 70
+    assert "> one" not in shown
+
+
+def test_ctrl_c_ends_the_waiting_for_a_busy_server(terminal: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("console.time.sleep", interrupted)
+    ask = ScriptedAsk([ChatError("busy", "overloaded", status=503, retry_after=1)], ["b"])
+    terminal(ask, "one", "two")
+    assert [(call.query, call.history) for call in ask.calls] == [("one", []), ("two", [])]
 
 
 STEERING = "\x1b[2J\x1b]0;title\x07a\x08b\rc\x7fd\x9b31me\x00"

@@ -47,6 +47,8 @@ class Handler(BaseHTTPRequestHandler):
         if status:
             self.send_response(status)
             self.send_header("Transfer-Encoding", "chunked")
+            for name, value in self.server.headers.items():
+                self.send_header(name, value)
             self.end_headers()
         for step in script:
             match step:
@@ -73,7 +75,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.scripts: dict[str, tuple[int, tuple]] = {}
-        self.requests, self.left = [], []
+        self.requests, self.left, self.headers = [], [], {}
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def play(self, *script: Any, status: int = 200, path: str = "/chat") -> str:
@@ -227,6 +229,18 @@ def test_a_refusal_is_one_readable_line(server: Server, status: int, body: bytes
 def test_a_refusal_keeps_its_type_and_field(server: Server) -> None:
     error = failure(server.play(REFUSALS["ours"][1], status=400))
     assert (error.type, error.param) == ("invalid_request", "query")
+
+
+@pytest.mark.parametrize(
+    ("status", "header", "retry_after"),
+    [(503, "7", 7), (503, None, None), (503, "Fri, 21 Nov", None), (500, "7", None)],
+)
+@pytest.mark.parametrize("body", [REFUSALS["overloaded"][1], b"<html>a proxy's</html>"])
+def test_a_busy_server_says_when_to_ask_again(
+    server: Server, status: int, header: str | None, retry_after: int | None, body: bytes
+) -> None:
+    server.headers = {"Retry-After": header} if header else {}
+    assert failure(server.play(body, status=status)).retry_after == retry_after
 
 
 @pytest.mark.parametrize("body", [b"<html>\n<h1>It works!</h1>\n</html>\n", b"[]\n", b'"x"\n', b'{"status": "ok"}\n'])

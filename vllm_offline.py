@@ -91,7 +91,7 @@ def _answer_file(args: argparse.Namespace, sampling: Sampling, load: Callable[[]
             print(f"Stopped. What is done is in {args.output}: run the same again to go on", file=sys.stderr)
             return 130
         except (ChatError, OSError) as error:
-            reason = error.message if isinstance(error, ChatError) else f"{error.strerror}: {args.output}"
+            reason = f"{error.message} ({LOG})" if isinstance(error, ChatError) else f"{args.output}: {error.strerror}"
             print(f"vllm_offline.py: {reason}. What is done is kept: run the same again to go on", file=sys.stderr)
             return 1
         summary = batch.summary()

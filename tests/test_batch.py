@@ -302,7 +302,8 @@ def run_apart(files: tuple[Path, Path], then: str, **kwargs) -> subprocess.Popen
     program = f"""
         import os, signal, sys, time
         from pathlib import Path
-        from tests.test_batch import Batch, ScriptedModel
+        sys.path.insert(0, "tests")
+        from test_batch import Batch, ScriptedModel
 
         class Model(ScriptedModel):
             def stream_batch(self, *args, **kwargs):

@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from test_batch import ScriptedModel, texts, write
 
 import vllm_offline
 from model_utils import ModelUnavailable
 from protocol import ChatError
-from tests.test_batch import ScriptedModel, texts, write
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def test_a_file_is_answered_and_the_summary_printed(files, run, capsys):
     "model, status, message",
     [
         (ScriptedModel({"b": ChatError("query: too long")}), 1, "failed 1"),
-        (ScriptedModel({"b": ChatError("the engine has died", "engine_error")}), 1, "has died. What is done is kept"),
-        (ScriptedModel({"b": OSError(28, "No space left on device")}), 1, "No space left on device: "),
+        (ScriptedModel({"b": ChatError("the engine has died", "engine_error")}), 1, "What is done is kept"),
+        (ScriptedModel({"b": OSError(28, "No space left on device")}), 1, "No space left on device. "),
         (ScriptedModel({"b": KeyboardInterrupt()}), 130, "run the same again to go on"),
         (ModelUnavailable("x is no model"), 1, "x is no model"),
     ],

@@ -60,8 +60,24 @@ def file(model: ChatModel, questions: list[dict]) -> Callable[[], int]:
     return run
 
 
+def time_steps(model: ChatModel) -> list[float]:
+    """Has the engine's steps timed; the list, one number, grows by the seconds that they take."""
+    seconds, step = [0.0], model._engine.step
+
+    def timed() -> list:
+        began = time.monotonic()
+        outputs = step()
+        seconds[0] += time.monotonic() - began
+        return outputs
+
+    model._engine.step = timed
+    return seconds
+
+
 def main() -> None:
-    """Prints tokens/s of each run; of the ratios the median, and that of the best runs, which others disturb least."""
+    """Prints tokens/s of each run and how much of its time passed outside the engine's steps, which is what the sides
+    differ in; then the ratios: the median, and that of the best runs, which other programs disturb least.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=64)
@@ -72,13 +88,16 @@ def main() -> None:
     sides = {side.__name__: side(model, questions) for side in (bare, batch, file)}
     sides["bare"]()  # warms up
     rates: dict[str, list[float]] = {name: [] for name in sides}
+    steps = time_steps(model)
     for round in range(args.rounds):
         for name in list(sides)[:: 1 if round % 2 else -1]:
             model._llm.reset_prefix_cache()
-            began = time.monotonic()
+            steps[0], began = 0.0, time.monotonic()
             tokens = sides[name]()
-            rates[name].append(tokens / (time.monotonic() - began))
-            print(f"{name:6} {tokens} tokens, {rates[name][-1]:.1f} tokens/s", flush=True)
+            seconds = time.monotonic() - began
+            rates[name].append(tokens / seconds)
+            outside = f"{1 - steps[0] / seconds:.2%} outside the engine"
+            print(f"{name:6} {tokens} tokens, {rates[name][-1]:.1f} tokens/s, {outside}", flush=True)
     for name in ("batch", "file"):
         ratios = [ours / theirs for ours, theirs in zip(rates[name], rates["bare"], strict=True)]
         best = max(rates[name]) / max(rates["bare"])

@@ -72,7 +72,7 @@ def load(monkeypatch, tmp_path, qwen3_tokenizer) -> Callable[..., tuple[ChatMode
     def load(tokenizer: Any = qwen3_tokenizer, **kwargs: Any) -> tuple[ChatModel, ScriptedLLM]:
         llm = ScriptedLLM(tokenizer, **kwargs)
         monkeypatch.setattr("vllm.LLM", lambda **_: llm)
-        (tmp_path / "config.json").touch()
+        (tmp_path / "config.json").write_text("{}")
         return ChatModel(str(tmp_path)), llm
 
     return load

@@ -5,11 +5,11 @@ PY := .venv/bin/python
 SERVER_ARGS := $(if $(MODEL),--model $(MODEL)) $(ARGS)
 export PYTHON
 
-.PHONY: help setup chat serve offline test lint lock clean
+.PHONY: help setup chat serve offline test test-long soak lint lock clean
 .SILENT:
 
 help:  ## this list
-	sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 	echo; sed -n '1s/^# //p' $(MAKEFILE_LIST)
 
 setup:  ## install into .venv what this machine needs
@@ -26,6 +26,12 @@ offline: setup  ## chat without a server
 
 test: setup lint  ## all tests, on the real engine too
 	$(PY) -m pytest $(ARGS)
+
+test-long: setup  ## what takes longer: servers of several processes that live and die
+	$(PY) -m pytest -m long $(ARGS)
+
+soak: setup  ## load, faults and poison on this machine, as a table; ARGS="--minutes 30" for a long mix
+	$(PY) -m benchmarks.soak $(ARGS)
 
 lint: setup  ## check the style
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -28,6 +28,9 @@ MAX_ANSWERS = 32
 MAX_GRAMMAR = 2**15
 """Bytes of what tells the form of an answer: the work that a schema makes grows with it."""
 GRAMMARS = {"structured_outputs", "response_format", "text"}
+COUNTS = {f"{bound}{what}" for bound in ("min", "max") for what in ("Items", "Contains", "Properties", "Length")}
+MAX_COUNT = 10_000
+"""Largest number for a schema's COUNTS: the memory that its compilation takes can grow with it."""
 INTEGERS = {"n": MAX_ANSWERS, "best_of": MAX_ANSWERS, "seed": INT64_MAX}
 """Largest integer a field may hold, where that is not INT32_MAX; what a field nests deeper, such as a schema's
 bounds, may be up to INT64_MAX."""
@@ -101,6 +104,8 @@ def _check(value: Any, field: str | None, depth: int, surrogates: bool) -> None:
             for name, item in value.items():
                 if surrogates:
                     _check_text(name, field)
+                if name in COUNTS and isinstance(item, int | float) and item > MAX_COUNT:
+                    raise ChatError(f"{field}: {name} is at most {MAX_COUNT}", param=field)
                 _check(item, name[:64] if field in (None, "sampling_params") else field, depth + 1, surrogates)
         case list():
             for item in value:
@@ -111,8 +116,25 @@ def _check(value: Any, field: str | None, depth: int, surrogates: bool) -> None:
             raise ChatError(f"{field}: must be a finite number", param=field)
         case str() if field in NUMBERS:
             raise ChatError(f"{field}: must be a number, not text", param=field)
-        case str() if surrogates:
-            _check_text(value, field)
+        case str():
+            if surrogates:
+                _check_text(value, field)
+            if field in GRAMMARS:
+                _check_grammar(value, field, depth)
+
+
+def _check_grammar(text: str, field: str, depth: int) -> None:
+    """A schema may come as text, and within a grammar, where nothing here would find its bounds."""
+    if "%json" in text:
+        raise ChatError(f"{field}: %json is not taken in a grammar; send the schema as json", param=field)
+    if text.lstrip()[:1] in ("{", "["):
+        try:
+            value = json.loads(text)
+        except RecursionError:
+            raise _too_deep() from None
+        except ValueError:
+            return  # vLLM says what is wrong with it
+        _check(value, field, depth + 1, True)
 
 
 def _check_text(text: str, field: str | None) -> None:

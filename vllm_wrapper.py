@@ -12,7 +12,14 @@ from itertools import chain, count
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
-from model_utils import RequestBuilder, engine_defaults, resolve_model, sampling_defaults, set_environment
+from model_utils import (
+    RequestBuilder,
+    check_loadable,
+    engine_defaults,
+    resolve_model,
+    sampling_defaults,
+    set_environment,
+)
 from prompt_utils import Prompt
 from protocol import DEFAULT_SYSTEM, ChatError, ChatRequest, ChatResult, Sampling, Turn, validated
 
@@ -42,10 +49,12 @@ class ChatModel:
     def __init__(self, model: str | None = None, hub: str = "modelscope", **engine_args: Any) -> None:
         folder = resolve_model(model, hub)
         set_environment()
-        from vllm import LLM
+        from vllm import LLM, EngineArgs
 
+        engine_args = {**engine_defaults(), **engine_args, "model": folder}
+        check_loadable(EngineArgs(**engine_args))
         with _children_without_interrupts():
-            self._llm = LLM(**{**engine_defaults(), **engine_args, "model": folder})
+            self._llm = LLM(**engine_args)
         self._engine = self._llm.llm_engine
         self.no_chat: ChatError | None = None
         try:

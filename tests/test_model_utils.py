@@ -3,13 +3,17 @@
 import errno
 import importlib.util
 import json
+import multiprocessing
 import os
+import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from conftest import write_model
 from transformers import PreTrainedTokenizerBase
@@ -374,3 +378,32 @@ def test_the_environment_keeps_what_the_user_has_set(
     assert environment["OMP_NUM_THREADS"] == "1"
     assert environment["VLLM_NO_USAGE_STATS"] == "1"
     assert ("VLLM_CPU_KVCACHE_SPACE" in environment) == cpu
+
+
+def child_of_a_killed_process() -> None:
+    """Runs in a process of its own: starts a child that waits for ever, and is killed."""
+    context = multiprocessing.get_context("spawn")
+    child = context.Process(target=wait_for_ever)
+    child.start()
+    print(child.pid, flush=True)
+    child.join()
+
+
+def wait_for_ever() -> None:
+    model_utils.end_with_parent()
+    threading.Event().wait()
+
+
+def test_a_process_of_the_engine_ends_with_the_one_that_started_it() -> None:
+    code = "import test_model_utils; test_model_utils.child_of_a_killed_process()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as parent:
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    assert child.wait(60) is None
+
+
+def test_a_process_without_a_parent_of_ours_goes_on() -> None:
+    threads = threading.active_count()
+    model_utils.end_with_parent()
+    assert threading.active_count() == threads

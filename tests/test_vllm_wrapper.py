@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import write_model
 
 import vllm_wrapper
 from protocol import ChatError, Sampling
@@ -72,8 +73,7 @@ def load(monkeypatch, tmp_path, qwen3_tokenizer) -> Callable[..., tuple[ChatMode
     def load(tokenizer: Any = qwen3_tokenizer, **kwargs: Any) -> tuple[ChatModel, ScriptedLLM]:
         llm = ScriptedLLM(tokenizer, **kwargs)
         monkeypatch.setattr("vllm.LLM", lambda **_: llm)
-        (tmp_path / "config.json").write_text("{}")
-        return ChatModel(str(tmp_path)), llm
+        return ChatModel(str(write_model(tmp_path))), llm
 
     return load
 

@@ -120,7 +120,9 @@ def test_answers_do_not_change_where_the_cache_is_too_small_for_all(url: str) ->
 
 
 def test_an_answer_ends_where_the_context_is_full(url: str) -> None:
-    answer = complete(url, prompt="word " * 490, ignore_eos=True, max_tokens=None).json()
+    messages = [{"role": "user", "content": "word " * 450}]
+    body = {"model": MODEL, "messages": messages, "ignore_eos": True}
+    answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=120).json()
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["usage"]["total_tokens"] == 512
 

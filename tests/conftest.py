@@ -1,7 +1,8 @@
-"""Tokenizers without a download, and a stand-in for the engine."""
+"""Tokenizers without a download, and stand-ins for the engine and for the server."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from scripted_server import Server
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -154,3 +156,13 @@ def _output(pieces: list[str], finish: tuple[str | None, str | int | None] = (No
 @pytest.fixture
 def scripted_engine(qwen3_tokenizer: PreTrainedTokenizerBase) -> Callable[..., ScriptedEngine]:
     return partial(ScriptedEngine, qwen3_tokenizer)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()

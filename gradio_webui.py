@@ -31,8 +31,8 @@ from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Sampling, Turn, retr
 from vllm_client import DEFAULT_URL, ServerInfo, server_info_async, stream_chat_async, stream_messages_async
 
 Messages = list[dict[str, Any]]
-"""A conversation as Gradio's chatbot holds it: `{"role", "content": [{"type", "text" or "file"}], "metadata"}`. What has
-a title in its metadata is folded away and no part of the conversation: thoughts, and why there is no answer."""
+"""A conversation as Gradio's chatbot holds it: `{"role", "content": [{"type", "text" or "file"}], "metadata"}`. What
+has a title in its metadata is no part of the conversation: thoughts, folded away, and why there is no answer."""
 
 REDRAW = 0.05
 """Seconds between two drawings of an answer that grows."""
@@ -54,7 +54,7 @@ WORDS = {
         "on": "on",
         "off": "off",
         "stop_info": "words that end the answer, one a line",
-        "ask": "Ask something. Enter sends, Shift-Enter breaks the line.",
+        "ask": "Ask something (Shift-Enter: new line)",
         "empty": "What would you like to know?",
         "thinking": "Thinking …",
         "thoughts": "Thoughts",
@@ -64,19 +64,18 @@ WORDS = {
         "place": "Many people are asking just now: you are number {place} in line.",
         "line_full": "Too many people are asking just now. Your question is kept here: press retry in a moment.",
         "busy": "The server is busy. Asking again in {seconds} s …",
-        "unreachable": "The model server cannot be reached. It may be starting: press retry in a moment, nothing is lost.",
+        "unreachable": "The model server does not answer. Nothing is lost: press retry in a moment.",
         "incomplete": "The connection to the model server broke off. Press retry.",
         "engine_error": "The model server could not finish this answer. Press retry in a moment.",
         "overloaded": "The server is busy and stayed so. Your question is kept here: press retry in a moment.",
-        "unauthorized": "The model server does not accept this page's key. Who runs the page must give it the right one "
-        "(--api-key).",
-        "invalid_request": "The model server cannot answer this as it is. Edit the question or the settings, and send it again.",
+        "unauthorized": "The model server does not accept this page's key (--api-key).",
+        "invalid_request": "The model server cannot answer this. Edit the question or the settings.",
         "first_token": "first token {seconds:.2f} s",
         "speed": "{speed:.1f} tokens/s",
         "window": "{used:,} of {context:,} tokens",
         "tokens": "{used:,} tokens",
         "cut": "cut at the token limit",
-        "dropped": "{turns} old turns did not fit",
+        "dropped": "old turns left out: {turns}",
     },
     "zh": {
         "new": "新对话",
@@ -90,7 +89,7 @@ WORDS = {
         "on": "开",
         "off": "关",
         "stop_info": "遇到这些词时结束回答，每行一个",
-        "ask": "请输入问题。回车发送，Shift-回车换行。",
+        "ask": "请输入问题（Shift-回车换行）",
         "empty": "想聊点什么？",
         "thinking": "思考中……",
         "thoughts": "思考过程",
@@ -100,12 +99,12 @@ WORDS = {
         "place": "现在提问的人很多：您排在第 {place} 位。",
         "line_full": "现在提问的人太多。您的问题已保留，请稍后点击重试。",
         "busy": "服务端繁忙，{seconds} 秒后再次提问……",
-        "unreachable": "无法连接模型服务端，可能正在启动：请稍后点击重试，对话不会丢失。",
+        "unreachable": "模型服务端没有响应。对话不会丢失，请稍后点击重试。",
         "incomplete": "与模型服务端的连接中断，请点击重试。",
         "engine_error": "模型服务端未能完成此回答，请稍后点击重试。",
         "overloaded": "服务端一直繁忙。您的问题已保留，请稍后点击重试。",
-        "unauthorized": "模型服务端不接受此页面的密钥，请页面的管理者用 --api-key 提供正确的密钥。",
-        "invalid_request": "模型服务端无法回答此请求，请修改问题或设置后再发送。",
+        "unauthorized": "模型服务端不接受此页面的密钥（--api-key）。",
+        "invalid_request": "模型服务端无法回答，请修改问题或设置。",
         "first_token": "首个词元 {seconds:.2f} 秒",
         "speed": "{speed:.1f} 词元/秒",
         "window": "已用 {used:,} / {context:,} 词元",
@@ -135,7 +134,18 @@ LATEX = [
     {"left": "$", "right": "$", "display": False},
 ]
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-CSS = ""
+CSS = """
+.gradio-container main { max-width: 60rem; padding: .5rem 1rem; margin: auto; gap: .5rem; }
+#heading h1 { font-size: 1.1rem; margin: .3rem 0; text-align: center; }
+#chat { border: none; background: none; }
+#chat .top-panel { display: none; }
+#figures { font-size: .75rem; opacity: .6; min-height: 1.2em; padding: 0 .3rem; }
+#figures p { font-size: inherit; }
+#earlier .wrap { flex-direction: column; gap: .2rem; }
+#earlier label { border: none; box-shadow: none; padding: .4rem .6rem; }
+#earlier label span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#earlier input { display: none; }
+"""
 
 SCRIPT = """
 const words = Object.entries(WORDS).find(([language]) => navigator.language.startsWith(language))?.[1] ?? WORDS.en;
@@ -152,16 +162,24 @@ const chats = {
   },
   open(id) {
     sessionStorage["qwen-vllm/open"] = id;
-    return [id, JSON.parse(localStorage[chats.key(id)] ?? "[]"), ""];
+    return [id, JSON.parse(localStorage[chats.key(id)] ?? "[]"), "", chats.list(id)];
   },
-  fresh: () => [...chats.open(Date.now().toString(36) + Math.random().toString(36).slice(2)), null],
+  fresh: () => chats.open(Date.now().toString(36) + Math.random().toString(36).slice(2)),
+  remove(id) {
+    if (!confirm(words.delete_sure)) return [];
+    chats.forget(id);
+    return chats.fresh();
+  },
+  forget(id) {
+    localStorage.removeItem(chats.key(id));
+    localStorage.removeItem(chats.card(id));
+  },
 
   save(id, messages) {
-    const text = JSON.stringify(messages ?? []), key = chats.key(id);
-    if (!messages?.length) {
-      localStorage.removeItem(key);
-      localStorage.removeItem(chats.card(id));
-    } else if (localStorage[key] !== text) {
+    const key = chats.key(id), text = JSON.stringify(messages), open = sessionStorage["qwen-vllm/open"];
+    if (!open) return [];
+    if (!messages?.length) chats.forget(id);
+    else if (localStorage[key] !== text) {
       const question = messages[0].content.map((part) => part.text ?? "").join(" ").trim();
       const card = {id, title: question.slice(0, 60) || "🖼", saved: Date.now()};
       try {
@@ -172,15 +190,15 @@ const chats = {
         chats.warned = true;
       }
     }
-    return chats.list(id);
+    // A last piece of an answer may come when another chat has been opened: that one is what stays on the page.
+    return id === open ? [undefined, undefined, undefined, chats.list(id)] : chats.open(open);
   },
-  remove: (id, messages) => confirm(words.delete_sure) ? [[], ""] : [messages, ""],
 
   keepSettings: (...settings) => { localStorage["qwen-vllm/settings"] = JSON.stringify(settings); },
   restore(...settings) {
-    const [id, messages] = sessionStorage["qwen-vllm/open"] ? chats.open(sessionStorage["qwen-vllm/open"]) : chats.fresh();
-    const kept = JSON.parse(localStorage["qwen-vllm/settings"] ?? "[]");
-    return [id, messages, chats.list(id), ...settings.map((setting, n) => kept[n] ?? setting)];
+    const open = sessionStorage["qwen-vllm/open"], kept = JSON.parse(localStorage["qwen-vllm/settings"] ?? "[]");
+    const shown = open ? chats.open(open) : chats.fresh();
+    return [...shown, ...settings.map((setting, n) => kept[n] ?? setting)];
   },
   download(name, text) {
     const link = document.createElement("a");
@@ -192,7 +210,7 @@ const chats = {
 };
 
 // Enter that ends the choice of a Chinese character is not for the question box.
-addEventListener("keydown", (event) => { if (event.isComposing || event.keyCode === 229) event.stopPropagation(); }, true);
+addEventListener("keydown", (event) => event.isComposing && event.stopPropagation(), true);
 """
 
 
@@ -236,6 +254,70 @@ class Notice:
     text: str
 
 
+class Reply:
+    """An answer on its way, as the page shows it. `context`: the model's window in tokens, where it is known."""
+
+    def __init__(self, words: dict[str, str], context: int | None) -> None:
+        self.words, self.ended = words, False
+        self._context, self._began = context, time.monotonic()
+        self._first = self._last = 0.0
+        self._text, self._notice = "", ""
+        self._end: ChatResult | ChatError | None = None
+
+    def add(self, part: Notice | str | ChatResult | ChatError | None, arrived: float) -> None:
+        """Takes the next part, and when it came (by `time.monotonic`); None: there are no more."""
+        self._notice = ""
+        match part:
+            case None:
+                self.ended = True
+            case Notice():
+                self._notice = part.text
+            case str():
+                self._text, self._first = self._text + part, self._first or arrived
+            case _:
+                self._end, self._last = part, arrived
+
+    def messages(self) -> Messages:
+        """What stands under the question now: what the model thought, its answer, a remark in its place."""
+        shown = answer_messages(self._text, self.words, ended=self.ended)
+        if self._notice:
+            shown.append(remark(self._notice, status="pending"))
+        elif isinstance(self._end, ChatError):
+            shown.append(failure(self._end, self.words))
+        elif self.ended and not self._end and not shown:
+            shown.append(remark(self.words["no_answer"], self.words["stopped_early"]))
+        return shown
+
+    def figures(self) -> str:
+        """The line under the answer: how fast it came, and how much of the model's window the conversation takes."""
+        if not isinstance(self._end, ChatResult):
+            return self.words["stopped"] if self.ended and not self._end else ""
+        words, result = self.words, self._end
+        seconds, used = max(self._last - self._first, 1e-9), result.prompt_tokens + result.completion_tokens
+        figures = [words["first_token"].format(seconds=(self._first or self._last) - self._began)]
+        if result.completion_tokens > 1:
+            figures.append(words["speed"].format(speed=(result.completion_tokens - 1) / seconds))
+        window = words["window"] if self._context else words["tokens"]
+        figures.append(window.format(used=used, context=self._context))
+        if result.dropped_turns:
+            figures.append(words["dropped"].format(turns=result.dropped_turns))
+        if result.finish_reason == "length":
+            figures.append(words["cut"])
+        return " · ".join(figures)
+
+
+async def _pump(parts: AsyncIterator[Any], arrived: asyncio.Queue) -> None:
+    """Puts the parts into the queue, each with its time, then why they ended early if they did, and None."""
+    try:
+        async with aclosing(parts):
+            async for part in parts:
+                arrived.put_nowait((part, time.monotonic()))
+    except ChatError as error:
+        arrived.put_nowait((error, time.monotonic()))
+    finally:
+        arrived.put_nowait((None, time.monotonic()))
+
+
 class Page:
     """The page's side of all conversations: asks the server at `url`, and keeps nothing of a conversation itself."""
 
@@ -243,6 +325,7 @@ class Page:
         self._url, self._api_key, self._title, self._language, self._line = url, api_key, title, language, line
         self._info: ServerInfo | None = None
         self._answering: defaultdict[str, set[asyncio.Task]] = defaultdict(set)
+        """By session: a tab's answers on their way."""
 
     def build(self) -> gr.Blocks:
         """The page's components, and what happens on each event."""
@@ -294,9 +377,11 @@ class Page:
         page.load(self.greet, None, [self._heading, self._box, *self._settings[1:]], **direct).then(
             js="() => { document.title = document.querySelector('#heading').textContent.trim(); }"
         )
-        page.load(js="chats.restore", inputs=self._settings, outputs=[*here, self._earlier, *self._settings])
-        page.unload(self.leave)
-        self._chat.change(js="chats.save", inputs=here, outputs=self._earlier)
+        page.load(
+            js="chats.restore", inputs=self._settings, outputs=[*here, self._figures, self._earlier, *self._settings]
+        )
+        page.unload(self.stop)
+        self._chat.change(js="chats.save", inputs=here, outputs=[*here, self._figures, self._earlier])
         gr.on([setting.change for setting in self._settings], js="chats.keepSettings", inputs=self._settings)
 
         starts = [
@@ -304,7 +389,7 @@ class Page:
             self._chat.retry(retry, self._chat, [self._box, self._chat], **direct),
             self._chat.edit(edit, self._chat, [self._box, self._chat], **direct),
         ]
-        answers = [
+        for start in starts:
             start.then(
                 self.answer,
                 [*here, *self._settings],
@@ -312,20 +397,14 @@ class Page:
                 concurrency_limit=None,  # `Line` has the bounds, and tells people their places
                 show_progress="hidden",
                 api_visibility="private",
-            )
-            for start in starts
-        ]
-        for answer in answers:
-            answer.then(ready, None, self._box, **direct).then(
-                js="() => document.querySelector('#box textarea').focus()"
-            )
-        self._box.stop(self.stop, self._chat, [self._chat, self._figures], cancels=answers, **direct)
+            ).then(ready, None, self._box, **direct).then(js="() => document.querySelector('#box textarea').focus()")
+        self._box.stop(self.stop, **direct)
         self._chat.undo(undo, self._chat, [self._box, self._chat], **direct)
 
-        shown = [*here, self._figures]
-        self._new.click(js="chats.fresh", outputs=[*shown, self._earlier], cancels=answers)
-        self._earlier.input(js="chats.open", inputs=self._earlier, outputs=shown, cancels=answers)
-        self._delete.click(js="chats.remove", inputs=here, outputs=[self._chat, self._figures], cancels=answers)
+        shown = [*here, self._figures, self._earlier]
+        self._new.click(self.stop, **direct).then(js="chats.fresh", outputs=shown)
+        self._earlier.input(self.stop, **direct).then(js="chats.open", inputs=self._earlier, outputs=shown)
+        self._delete.click(self.stop, **direct).then(js="chats.remove", inputs=self._chat_id, outputs=shown)
         for button, name, export in (
             (self._to_markdown, "chat.md", as_markdown),
             (self._to_json, "chat.json", as_json),
@@ -335,7 +414,7 @@ class Page:
             )
 
     async def greet(self) -> list[Any]:
-        """What the server tells of itself, as the page opens: its model's name, whether it takes images, its defaults."""
+        """What the server tells of itself as the page opens: its model's name, images or not, its defaults."""
         try:
             self._info = await server_info_async(self._url, self._api_key)
         except ChatError:
@@ -346,13 +425,13 @@ class Page:
         box = gr.update(sources=["upload"] if info.images else [])
         return [f"<h1>{html.escape(title)}</h1>", box, *fields]
 
-    async def leave(self, request: gr.Request) -> None:
-        """Stops the answers of a tab that has been closed."""
-        for task in self._answering.pop(request.session_hash, ()):
-            task.cancel()
+    async def stop(self, request: gr.Request) -> None:
+        """Stops the answers to this tab, in the engine too."""
+        for pump in self._answering.get(request.session_hash, ()):
+            pump.cancel()
 
     async def answer(
-        self, chat_id: str, messages: Messages, request: gr.Request, system: str, *sampling: Any
+        self, chat_id: str, messages: Messages, request: gr.Request, system: str, *sampling: str
     ) -> AsyncIterator[tuple[str, Messages, str]]:
         """Answers the question that the conversation ends with.
 
@@ -360,30 +439,22 @@ class Page:
         """
         if not messages or messages[-1]["role"] != "user":
             return
-        words, began, first, text, drawn = self._words(request), time.monotonic(), None, "", 0.0
-        self._answering[request.session_hash].add(task := asyncio.current_task())
+        reply, arrived = Reply(self._words(request), self._info.context if self._info else None), asyncio.Queue()
+        pump = asyncio.create_task(_pump(self._parts(messages, system, sampling, reply.words), arrived))
+        self._answering[request.session_hash].add(pump)
         try:
-            async with aclosing(self._parts(messages, system, sampling, words)) as parts:
-                async for part in parts:
-                    now = time.monotonic()
-                    match part:
-                        case Notice():
-                            yield chat_id, [*messages, remark(part.text, status="pending")], ""
-                        case ChatResult():
-                            figures = self._figures_of(part, began, first or now, words)
-                            yield chat_id, [*messages, *reply(text, words, ended=True)], figures
-                        case str():
-                            text, first = text + part, first or now
-                            if now - drawn > REDRAW:
-                                yield chat_id, [*messages, *reply(text, words)], ""
-                                drawn = now
-        except ChatError as error:
-            yield chat_id, [*messages, *reply(text, words, ended=True), failure(error, words)], ""
+            while not reply.ended:
+                reply.add(*await arrived.get())
+                while not arrived.empty():
+                    reply.add(*arrived.get_nowait())
+                yield chat_id, [*messages, *reply.messages()], reply.figures()
+                await asyncio.sleep(REDRAW)
         finally:
-            self._answering[request.session_hash].discard(task)
+            pump.cancel()
+            self._answering[request.session_hash].discard(pump)
 
     async def _parts(
-        self, messages: Messages, system: str, sampling: Sequence[Any], words: dict[str, str]
+        self, messages: Messages, system: str, sampling: Sequence[str], words: dict[str, str]
     ) -> AsyncIterator[str | Notice | ChatResult]:
         """The answer's parts; before them notices, while one stands in line or the server is busy."""
         wanted = sampling_of(sampling)
@@ -411,33 +482,6 @@ class Page:
         return stream_chat_async(
             self._url, text_of(messages[-1]), turns(messages[:-1]), system, sampling, self._api_key
         )
-
-    def _figures_of(self, result: ChatResult, began: float, first: float, words: dict[str, str]) -> str:
-        """The line under an answer: how fast it came, and how much of the model's window the conversation takes."""
-        seconds = max(time.monotonic() - first, 1e-9)
-        used = result.prompt_tokens + result.completion_tokens
-        figures = [words["first_token"].format(seconds=first - began)]
-        if result.completion_tokens > 1:
-            figures.append(words["speed"].format(speed=(result.completion_tokens - 1) / seconds))
-        if self._info:
-            figures.append(words["window"].format(used=used, context=self._info.context))
-        else:
-            figures.append(words["tokens"].format(used=used))
-        if result.dropped_turns:
-            figures.append(words["dropped"].format(turns=result.dropped_turns))
-        if result.finish_reason == "length":
-            figures.append(words["cut"])
-        return " · ".join(figures)
-
-    def stop(self, messages: Messages, request: gr.Request) -> tuple[Messages, str]:
-        """What stays of a conversation whose answer was stopped: all that has come, thoughts folded away."""
-        words = self._words(request)
-        kept = [message for message in messages if not (is_remark(message) and is_pending(message))]
-        for message in filter(is_pending, kept):
-            message["metadata"] |= {"title": words["thoughts"], "status": "done"}
-        if kept and kept[-1]["role"] == "user":
-            kept.append(remark(words["no_answer"], words["stopped_early"]))
-        return kept, words["stopped"]
 
     def _words(self, request: gr.Request) -> dict[str, str]:
         """What to say to who asks: in the language of the page, or else of the browser."""
@@ -519,7 +563,7 @@ def ready() -> Any:
     return gr.update(interactive=True, submit_btn=True, stop_btn=False)
 
 
-def reply(text: str, words: dict[str, str], ended: bool = False) -> Messages:
+def answer_messages(text: str, words: dict[str, str], ended: bool = False) -> Messages:
     """An answer, whole or so far, as the page shows it: what the model thought folded away, then the rest."""
     thought, answer = split_thoughts(text)
     over = ended or answer is not None
@@ -567,11 +611,6 @@ def is_folded(message: dict[str, Any]) -> bool:
 def is_remark(message: dict[str, Any]) -> bool:
     """Whether a message stands in an answer's place."""
     return (message.get("metadata") or {}).get("id") == NO_ANSWER
-
-
-def is_pending(message: dict[str, Any]) -> bool:
-    """Whether a message tells of something that goes on."""
-    return (message.get("metadata") or {}).get("status") == "pending"
 
 
 def text_of(message: dict[str, Any]) -> str:
@@ -658,7 +697,7 @@ class LocalOnly:
 
 
 def head(language: str | None) -> str:
-    """The script in the page's head. Gradio's own labels follow the browser's language: a fixed one is put in its place."""
+    """The script in the page's head; a fixed language takes the place of the browser's, for Gradio's own labels too."""
     fixed = f"Object.defineProperty(navigator, 'language', {{get: () => {language!r}}});" if language else ""
     return f"<script>{fixed}\nconst WORDS = {json.dumps(WORDS)};\n{SCRIPT}</script>"
 

@@ -45,6 +45,8 @@ WORDS = {
     "en": {
         "new": "New chat",
         "earlier": "Earlier chats, kept in this browser",
+        "as_markdown": "Save as Markdown",
+        "as_json": "Save as JSON",
         "delete": "Delete this chat",
         "delete_sure": "Delete this chat for good?",
         "storage_full": "The browser's storage is full, so this chat is no longer kept: export it, or delete others.",
@@ -80,6 +82,8 @@ WORDS = {
     "zh": {
         "new": "新对话",
         "earlier": "历史对话（保存在此浏览器中）",
+        "as_markdown": "导出 Markdown",
+        "as_json": "导出 JSON",
         "delete": "删除此对话",
         "delete_sure": "确定永久删除此对话吗？",
         "storage_full": "浏览器存储空间已满，此对话不再保存：请导出，或删除其他对话。",
@@ -135,16 +139,21 @@ LATEX = [
 ]
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """
-.gradio-container main { max-width: 60rem; padding: .5rem 1rem; margin: auto; gap: .5rem; }
-#heading h1 { font-size: 1.1rem; margin: .3rem 0; text-align: center; }
-#chat { border: none; background: none; }
+.gradio-container .main.app { padding: 0 .5rem; }
+.gradio-container main { padding: .5rem; }
+#heading, #chat, #figures, .form:has(> #box) { max-width: 60rem; width: 100%; margin: 0 auto; }
+#heading h1 { font-size: 1.1rem; margin: .3rem 2rem; text-align: center; overflow-wrap: anywhere; }
+#chat { border-width: 0 !important; background: none; }
 #chat .top-panel { display: none; }
 #figures { font-size: .75rem; opacity: .6; min-height: 1.2em; padding: 0 .3rem; }
 #figures p { font-size: inherit; }
-#earlier .wrap { flex-direction: column; gap: .2rem; }
+#earlier .wrap { flex-direction: column; flex-wrap: nowrap; gap: .2rem; max-height: 60vh; overflow-y: auto; }
 #earlier label { border: none; box-shadow: none; padding: .4rem .6rem; }
-#earlier label span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#earlier label span { margin: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 #earlier input { display: none; }
+.sidebar:not(.open) .chevron-left { display: none; }
+#chats:not(.open) .chevron::before { content: "☰"; }
+#settings:not(.open) .chevron::before { content: "⚙"; }
 """
 
 SCRIPT = """
@@ -162,6 +171,7 @@ const chats = {
   },
   open(id) {
     sessionStorage["qwen-vllm/open"] = id;
+    if (innerWidth < 768) document.querySelector("#chats.open .toggle-button")?.click();  // it covers a phone's page
     return [id, JSON.parse(localStorage[chats.key(id)] ?? "[]"), "", chats.list(id)];
   },
   fresh: () => chats.open(Date.now().toString(36) + Math.random().toString(36).slice(2)),
@@ -208,9 +218,6 @@ const chats = {
     URL.revokeObjectURL(link.href);
   },
 };
-
-// Enter that ends the choice of a Chinese character is not for the question box.
-addEventListener("keydown", (event) => event.isComposing && event.stopPropagation(), true);
 """
 
 
@@ -339,8 +346,8 @@ class Page:
             self._new = gr.Button(say("new"), variant="primary", elem_id="new")
             self._earlier = gr.Radio([], label=say("earlier"), elem_id="earlier")
             with gr.Row():
-                self._to_markdown = gr.Button("Markdown", size="sm", elem_id="to-markdown")
-                self._to_json = gr.Button("JSON", size="sm", elem_id="to-json")
+                self._to_markdown = gr.Button(say("as_markdown"), size="sm", elem_id="to-markdown")
+                self._to_json = gr.Button(say("as_json"), size="sm", elem_id="to-json")
             self._delete = gr.Button(say("delete"), size="sm", elem_id="delete")
         with gr.Sidebar(elem_id="settings", position="right", open=False):
             self._settings = [
@@ -357,6 +364,7 @@ class Page:
             editable="user",
             buttons=["copy"],
             feedback_options=None,
+            group_consecutive_messages=False,  # so that an answer is copied without the thoughts before it
             placeholder=say("empty"),
             latex_delimiters=LATEX,
         )
@@ -430,6 +438,11 @@ class Page:
         for pump in self._answering.get(request.session_hash, ()):
             pump.cancel()
 
+    def close(self) -> None:
+        """Stops all answers."""
+        for pump in set().union(*self._answering.values()):
+            pump.cancel()
+
     async def answer(
         self, chat_id: str, messages: Messages, request: gr.Request, system: str, *sampling: str
     ) -> AsyncIterator[tuple[str, Messages, str]]:
@@ -452,6 +465,8 @@ class Page:
         finally:
             pump.cancel()
             self._answering[request.session_hash].discard(pump)
+            if not self._answering[request.session_hash]:
+                del self._answering[request.session_hash]
 
     async def _parts(
         self, messages: Messages, system: str, sampling: Sequence[str], words: dict[str, str]
@@ -737,12 +752,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def build_app(args: argparse.Namespace) -> FastAPI:
     """The page as an ASGI application."""
-    page = Page(args.server_url, args.api_key, args.title, args.lang, Line(args.concurrency, args.queue)).build()
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.page = Page(args.server_url, args.api_key, args.title, args.lang, Line(args.concurrency, args.queue))
     app.add_middleware(LocalOnly)
     return gr.mount_gradio_app(
         app,
-        page,
+        app.state.page.build(),
         path="/",
         auth=args.auth or None,
         root_path=args.root_path,
@@ -757,6 +772,16 @@ def build_app(args: argparse.Namespace) -> FastAPI:
         css=CSS,
         head=head(args.lang),
     )
+
+
+class PageServer(uvicorn.Server):
+    """uvicorn, for the app of `build_app`. Streams to open tabs would keep it from ending: they are ended first."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stops the answers on their way, so that they end in order, and then the server."""
+        self.config.app.state.page.close()
+        self.config.app.routes[-1].app.stop_event.set()  # Gradio's heartbeats
+        await super().shutdown(sockets)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -781,7 +806,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     host = f"[{args.host}]" if ":" in args.host else args.host
     scheme, port = "https" if args.ssl_certfile else "http", listener.getsockname()[1]
     print(f"The page is at {scheme}://{host}:{port}{args.root_path}  (Ctrl-C ends it)", flush=True)
-    uvicorn.Server(config).run(sockets=[listener])
+    PageServer(config).run(sockets=[listener])
     return 0
 
 

@@ -57,11 +57,12 @@ WORDS = {
         "off": "off",
         "stop_info": "words that end the answer, one a line",
         "ask": "Ask something (Shift-Enter: new line)",
-        "empty": "What would you like to know?",
+        "welcome": "What would you like to know?",
         "thinking": "Thinking …",
         "thoughts": "Thoughts",
         "stopped": "stopped",
         "stopped_early": "Stopped before the answer began.",
+        "empty_answer": "The model ended its answer without a word.",
         "no_answer": "⚠️ No answer",
         "place": "Many people are asking just now: you are number {place} in line.",
         "line_full": "Too many people are asking just now. Your question is kept here: press retry in a moment.",
@@ -94,11 +95,12 @@ WORDS = {
         "off": "关",
         "stop_info": "遇到这些词时结束回答，每行一个",
         "ask": "请输入问题（Shift-回车换行）",
-        "empty": "想聊点什么？",
+        "welcome": "想聊点什么？",
         "thinking": "思考中……",
         "thoughts": "思考过程",
         "stopped": "已停止",
         "stopped_early": "在回答开始前已停止。",
+        "empty_answer": "模型没有输出任何文字。",
         "no_answer": "⚠️ 没有回答",
         "place": "现在提问的人很多：您排在第 {place} 位。",
         "line_full": "现在提问的人太多。您的问题已保留，请稍后点击重试。",
@@ -291,8 +293,8 @@ class Reply:
             shown.append(remark(self._notice, status="pending"))
         elif isinstance(self._end, ChatError):
             shown.append(failure(self._end, self.words))
-        elif self.ended and not self._end and not shown:
-            shown.append(remark(self.words["no_answer"], self.words["stopped_early"]))
+        elif self.ended and not shown:
+            shown.append(remark(self.words["no_answer"], self.words["empty_answer" if self._end else "stopped_early"]))
         return shown
 
     def figures(self) -> str:
@@ -337,7 +339,7 @@ class Page:
     def build(self) -> gr.Blocks:
         """The page's components, and what happens on each event."""
         with gr.Blocks(title=self._title or "Chat", analytics_enabled=False, fill_height=True) as page:
-            self._lay_out(gr.I18n(**WORDS))
+            self._lay_out(gr.I18n(**spoken(self._language)))
             self._connect(page)
         return page
 
@@ -365,7 +367,7 @@ class Page:
             buttons=["copy"],
             feedback_options=None,
             group_consecutive_messages=False,  # so that an answer is copied without the thoughts before it
-            placeholder=say("empty"),
+            placeholder=say("welcome"),
             latex_delimiters=LATEX,
         )
         self._figures = gr.Markdown(elem_id="figures")
@@ -581,17 +583,13 @@ def ready() -> Any:
 def answer_messages(text: str, words: dict[str, str], ended: bool = False) -> Messages:
     """An answer, whole or so far, as the page shows it: what the model thought folded away, then the rest."""
     thought, answer = split_thoughts(text)
-    over = ended or answer is not None
     messages = []
-    if thought:
-        fold = (
-            {"title": words["thoughts"], "status": "done"}
-            if over
-            else {"title": words["thinking"], "status": "pending"}
-        )
-        messages.append(_said("assistant", thought) | {"metadata": fold})
-    if answer or (over and not thought):
-        messages.append(_said("assistant", answer or ""))
+    if thought and (ended or answer is not None):
+        messages.append(_said("assistant", thought) | {"metadata": {"title": words["thoughts"], "status": "done"}})
+    elif thought:
+        messages.append(_said("assistant", thought) | {"metadata": {"title": words["thinking"], "status": "pending"}})
+    if answer:
+        messages.append(_said("assistant", answer))
     return messages
 
 
@@ -711,10 +709,9 @@ class LocalOnly:
         await self._app(scope, receive, guarded if scope["type"] == "http" else send)
 
 
-def head(language: str | None) -> str:
-    """The script in the page's head; a fixed language takes the place of the browser's, for Gradio's own labels too."""
-    fixed = f"Object.defineProperty(navigator, 'language', {{get: () => {language!r}}});" if language else ""
-    return f"<script>{fixed}\nconst WORDS = {json.dumps(WORDS)};\n{SCRIPT}</script>"
+def spoken(language: str | None) -> dict[str, dict[str, str]]:
+    """What the page says, by the browser's language; with a fixed language, the same to all."""
+    return {browser: WORDS[language or browser] for browser in WORDS}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -767,10 +764,10 @@ def build_app(args: argparse.Namespace) -> FastAPI:
         ssr_mode=False,
         show_error=False,
         max_file_size="20mb",
-        i18n=gr.I18n(**WORDS),
+        i18n=gr.I18n(**spoken(args.lang)),
         theme=THEME,
         css=CSS,
-        head=head(args.lang),
+        head=f"<script>const WORDS = {json.dumps(spoken(args.lang))};\n{SCRIPT}</script>",
     )
 
 

@@ -1,7 +1,6 @@
 """Tokenizers without a download, and stand-ins for the engine and for the server."""
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from scripted_server import Server
+from scripted_server import Server, scripted
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -160,9 +159,5 @@ def scripted_engine(qwen3_tokenizer: PreTrainedTokenizerBase) -> Callable[..., S
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+    with scripted() as server:
         yield server
-        server.shutdown()
-        thread.join()

@@ -3,6 +3,8 @@
 import json
 import threading
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -67,8 +69,8 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = False
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.scripts: defaultdict[str, list[tuple[int, tuple]]] = defaultdict(list)
         self.requests, self.left, self.headers = [], [], {}
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -81,3 +83,14 @@ class Server(ThreadingHTTPServer):
     def then_play(self, *script: Any, status: int = 200, path: str = "/chat") -> None:
         """Adds what comes after one request has got what was set before."""
         self.scripts[path].append((status, script))
+
+
+@contextmanager
+def scripted(port: int = 0) -> Iterator[Server]:
+    """A scripted server that is up inside."""
+    with Server(port) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()

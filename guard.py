@@ -10,6 +10,7 @@ import math
 import os
 import re
 import secrets
+from argparse import Namespace
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -17,11 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protocol import INT32_MAX, INT64_MAX, ChatError
 
-OPEN_PATHS = {"/health", "/ping"}
-MAX_BODY = 2**20
-"""Bytes of a request's body, unless --max-body-size says otherwise."""
-BODY_TIMEOUT = 30
-"""Seconds in which the body of a request must have come."""
+OPEN_PATHS = {"/health", "/ready", "/ping"}
+DOCS_PATHS = {"/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
+"""Open too, unless --disable-fastapi-docs: a browser cannot send the key."""
 MAX_DEPTH = 64
 """Levels of lists and objects within each other."""
 MAX_ANSWERS = 32
@@ -38,24 +37,24 @@ NUMBERS = {
 
 
 class Guard:
-    """ASGI middleware. With --api-key or $VLLM_API_KEY set, every path but OPEN_PATHS wants one of the keys (vLLM's own
-    check covers only paths that begin with /v1 and a few others). Bodies are read once, checked, and handed on.
+    """ASGI middleware. With --api-key or $VLLM_API_KEY set, every path but the open ones wants one of the keys (vLLM's
+    own check covers only paths that begin with /v1 and a few others). Bodies are read once, checked, and handed on.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             return await self._app(scope, receive, send)
         state = scope["app"].state
         args = state.args
         try:
-            _check_key(scope, args.api_key or [os.environ.get("VLLM_API_KEY")])
-            if scope["method"] in ("POST", "PUT", "PATCH"):
+            _check_key(scope, args)
+            if scope.get("method") in ("POST", "PUT", "PATCH"):
                 if getattr(state, "draining", False):
                     raise ChatError("the server is stopping: try again in a moment", "overloaded", status=503)
-                body = await _read(receive, getattr(args, "max_body_size", MAX_BODY))
+                body = await _read(receive, args.max_body_size, args.body_timeout)
                 if b"json" in _header(scope, b"content-type").lower():
                     check_json(body)
                 receive = _replayed(body, receive)
@@ -120,11 +119,17 @@ def _too_deep() -> ChatError:
     return ChatError(f"the body is nested deeper than {MAX_DEPTH} levels")
 
 
-def _check_key(scope: Scope, keys: list[str | None]) -> None:
-    keys = [key.encode() for key in keys if key]
+def _check_key(scope: Scope, args: Namespace) -> None:
+    keys = [key.encode() for key in args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
     # A browser asks without the key what it may send; vLLM answers that before any route.
-    preflight = scope["method"] == "OPTIONS" and _header(scope, b"access-control-request-method")
-    if not keys or preflight or scope["path"] in OPEN_PATHS:
+    preflight = scope.get("method") == "OPTIONS" and _header(scope, b"access-control-request-method")
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    opened = (
+        path in OPEN_PATHS
+        or (path in DOCS_PATHS and not args.disable_fastapi_docs)
+        or (path.startswith("/static/") and args.enable_offline_docs)
+    )
+    if not keys or preflight or opened:
         return
     scheme, _, given = _header(scope, b"authorization").partition(b" ")
     # All are compared, each in constant time, so that the time tells nothing of the keys.
@@ -137,11 +142,11 @@ def _header(scope: Scope, name: bytes) -> bytes:
     return next((value for key, value in scope["headers"] if key == name), b"")
 
 
-async def _read(receive: Receive, limit: int) -> bytes:
+async def _read(receive: Receive, limit: int, seconds: float) -> bytes:
     """The whole body of a request."""
     body = bytearray()
     try:
-        async with asyncio.timeout(BODY_TIMEOUT):
+        async with asyncio.timeout(seconds):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -152,7 +157,7 @@ async def _read(receive: Receive, limit: int) -> bytes:
                 if not message.get("more_body"):
                     return bytes(body)
     except TimeoutError:
-        raise ChatError(f"the body did not come within {BODY_TIMEOUT} s", status=408) from None
+        raise ChatError(f"the body did not come within {seconds:g} s", status=408) from None
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

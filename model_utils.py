@@ -211,7 +211,8 @@ def engine_defaults() -> dict[str, Any]:
     """Engine arguments that are fast on this hardware, by the names of `vllm.EngineArgs`; flags override them."""
     if not on_cpu():
         return {}
-    defaults: dict[str, Any] = {"enforce_eager": True}
+    # A long prompt is read in pieces of so many tokens, between which the other answers go on.
+    defaults: dict[str, Any] = {"enforce_eager": True, "max_num_batched_tokens": 512}
     if not {"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags():
         # Without BF16 units bfloat16 is emulated, several times slower than float32.
         defaults["dtype"] = "float32"

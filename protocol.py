@@ -131,7 +131,7 @@ class ChatResult:
 def retry_delay(error: ChatError, attempt: int) -> float | None:
     """Seconds to wait before asking again after the `attempt`-th refusal (from 1) of a busy server; None: give up.
 
-    Twice as long each time and at least what the server asked for; in part by chance, so that not all come back at once.
+    Twice as long each time, at least what the server asked for, and a little by chance, so that not all come at once.
     """
     if error.retry_after is None or attempt > RETRIES:
         return None

@@ -11,8 +11,8 @@ import signal
 import socket
 import sys
 from argparse import Namespace
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from guard import MAX_BODY, Guard, error_response
+from guard import Guard, error_response
+from lifecycle import Lifecycle
 from model_utils import (
     HUBS,
     ModelUnavailable,
@@ -39,11 +40,17 @@ from protocol import ChatError, ChatRequest, validated
 if TYPE_CHECKING:
     from vllm import RequestOutput
     from vllm.engine.protocol import EngineClient
+    from vllm.exceptions import GracefulHTTPError
     from vllm.lora.request import LoRARequest
 
 PLUGIN = "qwen_chat"
-CLOSE_TIMEOUT = 5
-"""Seconds that open connections have when the server ends."""
+LIMITS = (
+    ("--max-body-size", int, 2**20, "largest body of a request in bytes; more for images"),
+    ("--header-timeout", float, 10.0, "seconds in which the head of a request must have come"),
+    ("--body-timeout", float, 30.0, "seconds in which its body must have come"),
+    ("--write-timeout", float, 30.0, "seconds after which a client that takes nothing is cut off"),
+    ("--stall-timeout", float, 300.0, "seconds that one step of the engine may take before the server ends; 0: any"),
+)
 LONG_TEXT = 8192
 """From this many characters a prompt is built on a thread, so that other streams do not wait for it."""
 
@@ -55,16 +62,21 @@ class ChatEndpoint:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Adds the route, and its request to the API's description; gives wrong paths and methods our error shape."""
+        """Adds the routes and what they accept to the API's description; gives errors of all routes our shape."""
         from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
+        from vllm.exceptions import GracefulHTTPError
 
         app.exception_handler(HTTPException)(http_exception_handler)
+        app.exception_handler(GracefulHTTPError)(_busy)
+        self._vllm_lifespan, app.router.lifespan_context = app.router.lifespan_context, self._lifespan
         schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         app.add_api_route(
             "/chat", self.chat, methods=["POST"], openapi_extra={"requestBody": body}, response_model=None
         )
         app.add_api_route("/chat/info", self.info, methods=["GET"])
+
+        app.add_api_route("/ready", lambda: self._lifecycle.readiness(), methods=["GET"], response_model=None)
 
     async def init_state(self, engine_client: "EngineClient", state: State, args: Namespace) -> None:
         """Takes hold of the running engine; called by vLLM before the server listens."""
@@ -80,35 +92,22 @@ class ChatEndpoint:
         except ChatError as reason:
             self._no_chat = reason
             print(f"/chat is off: {reason.message}", file=sys.stderr)
-        state.draining = False
-        self._background = asyncio.create_task(self._when_listening(state, args))
+        self._lifecycle = Lifecycle(engine_client, state, args)
+        self._state, self._args = state, args
 
-    async def _when_listening(self, state: State, args: Namespace) -> None:
-        while not getattr(state, "server", None) or not state.server.started:
-            await asyncio.sleep(0.05)
-        # vLLM sets no bound: one client that has stopped reading would keep the server from ending.
-        state.server.config.timeout_graceful_shutdown = CLOSE_TIMEOUT
-        # vLLM's own handlers stop the engine first, and its streams with it, without a word to their clients.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._stop, state, args)
-        if state.vllm_config.parallel_config._api_process_rank <= 0:
-            announce(state, args)
+    @asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """vLLM's own lifespan, and in it what has to be set between building the server and listening."""
+        async with self._vllm_lifespan(app):
+            self._lifecycle.begin()
+            if self._state.vllm_config.parallel_config._api_process_rank <= 0:
+                self._announcing = asyncio.create_task(self._announce())
+            yield
 
-    def _stop(self, state: State, args: Namespace) -> None:
-        """Ends the server: new requests are refused, running ones have --shutdown-timeout seconds; told twice, none."""
-        if state.draining:
-            state.server.should_exit = state.server.force_exit = True
-            return
-        state.draining = args.stopped = True
-        self._background = asyncio.create_task(self._drain(state, args.shutdown_timeout))
-
-    async def _drain(self, state: State, seconds: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while self._engine.get_num_unfinished_requests():
-                    await asyncio.sleep(0.05)
-        await self._engine.abort(list(self._engine.output_processor.request_states), internal=True)
-        state.server.should_exit = True
+    async def _announce(self) -> None:
+        while not self._state.server.started:
+            await asyncio.sleep(0.01)
+        announce(self._state, self._args)
 
     async def chat(self, request: Request) -> Response:
         """Answers a query in the light of its history, whole or streamed as newline-delimited JSON."""
@@ -257,6 +256,10 @@ def _explained(error: Exception) -> ChatError:
     return ChatError("the engine failed on this request", "engine_error", status=500)
 
 
+async def _busy(request: Request, error: "GracefulHTTPError") -> Response:
+    return error_response(_explained(error))
+
+
 def announce(state: State, args: Namespace) -> None:
     """Prints how to use the server."""
     host = "127.0.0.1" if args.host in (None, "", "0.0.0.0", "::") else args.host
@@ -289,12 +292,19 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     )
     parser.add_argument("--model-path", dest="model", help="another name for --model")
     parser.add_argument("--hub", choices=HUBS, default="modelscope", help="where a model that is no folder comes from")
-    parser.add_argument(
-        "--max-body-size", type=int, default=MAX_BODY, help="largest body of a request in bytes; more for images"
+    for flag, kind, default, text in LIMITS:
+        parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
+    parser.set_defaults(
+        model=None,
+        host="127.0.0.1",
+        h11_max_incomplete_event_size=2**16,
+        h11_max_header_count=100,
+        **engine_defaults(),
     )
-    parser.set_defaults(model=None, host="127.0.0.1", **engine_defaults())
     args = parser.parse_args(argv)
     _check_port(args)
+    if args.max_num_queued_reqs is None:
+        args.max_num_queued_reqs = _queue_bound(args)
     args.middleware = [*args.middleware, f"{Guard.__module__}.{Guard.__name__}"]
     name = args.model_tag or args.model
     args.model = args.model_tag = resolve_model(name, args.hub)
@@ -303,6 +313,15 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args.served_model_name = args.served_model_name or [name if is_id else Path(args.model).resolve().name]
     validate_parsed_serve_args(args)
     return args
+
+
+def _queue_bound(args: Namespace) -> int:
+    """How many requests may be in the server, over all front ends: those that run at once, and as many that wait."""
+    from vllm import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    _, running = EngineArgs.get_batch_defaults(args.tensor_parallel_size * args.pipeline_parallel_size)
+    return 2 * args.data_parallel_size * (args.max_num_seqs or running[UsageContext.OPENAI_API_SERVER])
 
 
 def _check_port(args: Namespace) -> None:

@@ -1,6 +1,7 @@
 """Tokenizers without a download, and stand-ins for the engine and for the server."""
 
 import asyncio
+from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -91,6 +92,15 @@ def qwen3_tokenizer() -> PreTrainedTokenizerBase:
 def _fast(vocabulary: Tokenizer, chat_template: str) -> PreTrainedTokenizerBase:
     vocabulary.add_tokens([AddedToken(token, normalized=False, special=False) for token in QWEN_PLAIN])
     return PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="<|im_end|>", chat_template=chat_template)
+
+
+MAX_BODY = 2**20
+
+
+def guard_args(**flags: Any) -> Namespace:
+    """The command line as the guard sees it, with its defaults."""
+    defaults = {"api_key": None, "max_body_size": MAX_BODY, "body_timeout": 30.0}
+    return Namespace(**{**defaults, "disable_fastapi_docs": False, "enable_offline_docs": False, **flags})
 
 
 class ScriptedEngine:

@@ -2,17 +2,17 @@
 
 import asyncio
 import json
-from argparse import Namespace
 
 import httpx
 import pytest
+from conftest import guard_args
 from fastapi import FastAPI, Request
 
 from guard import MAX_ANSWERS, MAX_DEPTH, Guard, check_json
 from protocol import INT32_MAX, INT64_MAX, ChatError
 
-KEYS = {"api_key": ["right", "other"]}
-PATHS = ["/chat", "/v1/models", "//v1/models", "/v1/../chat", "/docs", "/metrics", "/tokenize", "/health/", "/"]
+KEYS = ["right", "other"]
+PATHS = ["/chat", "/v1/models", "//v1/models", "/v1/../chat", "/docs/", "/metrics", "/tokenize", "/health/", "/"]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -25,12 +25,14 @@ def test_without_a_key_nothing_is_served(path: str, header: str | None) -> None:
     assert "right" not in response.text
 
 
-async def guarded(path: str, headers: dict[str, str], method: str = "GET") -> httpx.Response:
+async def guarded(
+    path: str, headers: dict[str, str], method: str = "GET", root_path: str = "", **flags: bool
+) -> httpx.Response:
     """The answer of an app that serves every path, behind the guard."""
-    app = FastAPI(docs_url=None)
+    app = FastAPI(docs_url=None, openapi_url=None, root_path=root_path)
     app.add_middleware(Guard)
     app.add_api_route("/{path:path}", lambda path: "served", methods=["GET", "POST"])
-    app.state.args = Namespace(**KEYS)
+    app.state.args = guard_args(api_key=KEYS, **flags)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
         request = client.build_request(method, "http://server", headers=headers)
@@ -49,9 +51,36 @@ def test_only_a_browsers_preflight_needs_no_key(asked: dict[str, str], status: i
     assert asyncio.run(guarded("/metrics", asked, "OPTIONS")).status_code == status
 
 
-@pytest.mark.parametrize("path", ["/health", "/ping"])
-def test_health_needs_no_key(path: str) -> None:
+@pytest.mark.parametrize("path", ["/health", "/ready", "/ping", "/docs", "/openapi.json"])
+def test_health_and_docs_need_no_key(path: str) -> None:
     assert asyncio.run(guarded(path, {})).json() == "served"
+
+
+def test_docs_that_are_off_need_the_key_as_any_path() -> None:
+    assert asyncio.run(guarded("/docs", {}, disable_fastapi_docs=True)).status_code == 401
+
+
+@pytest.mark.parametrize(("path", "status"), [("/api/health", 200), ("/health", 200), ("/api/chat", 401)])
+def test_open_paths_are_those_the_application_routes_on(path: str, status: int) -> None:
+    assert asyncio.run(guarded(path, {}, root_path="/api")).status_code == status
+
+
+def test_a_websocket_needs_the_key_too() -> None:
+    sent = []
+
+    async def connect() -> None:
+        app = FastAPI()
+        app.state.args = guard_args(api_key=KEYS)
+        scope = {"type": "websocket", "path": "/v1/realtime", "headers": [], "app": app}
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+
+        await Guard(app)(scope, None, send)
+
+    asyncio.run(connect())
+    assert sent[0]["type"] == "websocket.http.response.start"
+    assert sent[0]["status"] == 401
 
 
 def encoded(body: str | dict) -> bytes:
@@ -117,7 +146,7 @@ def test_a_server_that_is_stopping_takes_no_new_work_but_answers_health() -> Non
         app = FastAPI()
         app.add_middleware(Guard)
         app.add_api_route("/{path:path}", lambda path: "served", methods=["GET", "POST"])
-        app.state.args, app.state.draining = Namespace(api_key=None), True
+        app.state.args, app.state.draining = guard_args(), True
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
             return [await client.post("/chat", json={}), await client.get("/health")]
 
@@ -137,7 +166,7 @@ def test_the_body_reaches_the_route_as_it_was_sent(body: bytes) -> None:
         async def echo(request: Request) -> str:
             return (await request.body()).hex()
 
-        app.state.args = Namespace(api_key=None)
+        app.state.args = guard_args()
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
             return await client.post("/echo", content=body, headers={"Content-Type": "application/json"})
 

@@ -287,11 +287,11 @@ def test_an_answer_as_long_as_the_context_is_refused(requests: RequestBuilder, m
     ("cpu", "flags", "defaults"),
     [
         (False, {"avx2"}, {}),
-        (True, {"avx2", "avx512f"}, {"enforce_eager": True, "dtype": "float32"}),
-        (True, {"avx512f", "avx512_bf16"}, {"enforce_eager": True}),
-        (True, {"amx_bf16"}, {"enforce_eager": True}),
-        (True, {"bf16", "sve"}, {"enforce_eager": True}),
-        (True, set(), {"enforce_eager": True, "dtype": "float32"}),
+        (True, {"avx2", "avx512f"}, {"enforce_eager": True, "max_num_batched_tokens": 512, "dtype": "float32"}),
+        (True, {"avx512f", "avx512_bf16"}, {"enforce_eager": True, "max_num_batched_tokens": 512}),
+        (True, {"amx_bf16"}, {"enforce_eager": True, "max_num_batched_tokens": 512}),
+        (True, {"bf16", "sve"}, {"enforce_eager": True, "max_num_batched_tokens": 512}),
+        (True, set(), {"enforce_eager": True, "max_num_batched_tokens": 512, "dtype": "float32"}),
     ],
 )
 def test_engine_defaults(monkeypatch: pytest.MonkeyPatch, cpu: bool, flags: set[str], defaults: dict) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
+from conftest import MAX_BODY, guard_args
 from fastapi import FastAPI
 from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from guard import MAX_BODY, Guard
+from guard import Guard
 from vllm_server import ChatEndpoint, announce, parse_args
 
 Engines = Callable[..., Any]
@@ -28,7 +29,7 @@ async def chat_app(engine: Any) -> FastAPI:
     app, endpoint = FastAPI(), ChatEndpoint()
     app.add_middleware(Guard)
     endpoint.attach_router(app)
-    app.state.args = Namespace(chat_template=None, api_key=None, log_error_stack=False)
+    app.state.args = guard_args(chat_template=None, log_error_stack=False)
     app.state.openai_serving_models = SimpleNamespace(
         base_model_paths=[SimpleNamespace(name="base")],
         is_base_model=lambda name: name == "base",

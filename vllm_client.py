@@ -71,7 +71,7 @@ async def stream_chat_async(
         ChatError: as in `stream_chat`.
     """
     body = _body(query, history, system, sampling)
-    async with aclosing(_stream_async(f"{url}/chat", body, _Answer(query, history), api_key, timeout)) as parts:
+    async with aclosing(_stream_async(url, "/chat", body, _Answer(query, history), api_key, timeout)) as parts:
         async for part in parts:
             yield part
 
@@ -94,7 +94,7 @@ async def stream_messages_async(
     if "enable_thinking" in wanted:
         wanted["chat_template_kwargs"] = {"enable_thinking": wanted.pop("enable_thinking")}
     body = {"messages": list(messages), "stream": True, "stream_options": {"include_usage": True}, **wanted}
-    parts = _stream_async(f"{url}/v1/chat/completions", body, _OpenAIAnswer(), api_key, timeout)
+    parts = _stream_async(url, "/v1/chat/completions", body, _OpenAIAnswer(), api_key, timeout)
     async with aclosing(parts):
         async for part in parts:
             yield part
@@ -173,13 +173,12 @@ def _goes_out(url: str) -> bool:
 
 
 async def _stream_async(
-    url: str, body: dict[str, Any], answer: "_Answer", api_key: str | None, timeout: tuple[float, float]
+    url: str, path: str, body: dict[str, Any], answer: "_Answer", api_key: str | None, timeout: tuple[float, float]
 ) -> AsyncIterator[str | ChatResult]:
-    server = url[: -len(urlsplit(url).path)]
-    with _told_as_chat_errors(server, timeout):
+    with _told_as_chat_errors(url, timeout):
         async with (
             _async_client(url, api_key, timeout) as client,
-            client.stream("POST", url, json=body) as response,
+            client.stream("POST", url + path, json=body) as response,
         ):
             if response.status_code != 200:
                 await response.aread()

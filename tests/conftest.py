@@ -120,7 +120,9 @@ class ScriptedEngine:
     ) -> None:
         self._tokenizer, self._scripts, self._finish = tokenizer, list(scripts), finish
         self.model_config = SimpleNamespace(
-            max_model_len=context, get_diff_sampling_param=lambda: dict(configured or {})
+            max_model_len=context,
+            is_multimodal_model=False,
+            get_diff_sampling_param=lambda: dict(configured or {}),
         )
         self.calls: list[SimpleNamespace] = []
 

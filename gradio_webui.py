@@ -16,7 +16,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -803,7 +803,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     host = f"[{args.host}]" if ":" in args.host else args.host
     scheme, port = "https" if args.ssl_certfile else "http", listener.getsockname()[1]
     print(f"The page is at {scheme}://{host}:{port}{args.root_path}  (Ctrl-C ends it)", flush=True)
-    PageServer(config).run(sockets=[listener])
+    with suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended
+        PageServer(config).run(sockets=[listener])
     return 0
 
 

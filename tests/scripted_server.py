@@ -68,6 +68,7 @@ class Server(ThreadingHTTPServer):
     """Status 0: the connection breaks off before the headers."""
 
     daemon_threads = False
+    request_queue_size = 128
 
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)

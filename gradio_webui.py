@@ -11,6 +11,7 @@ import json
 import math
 import mimetypes
 import os
+import re
 import socket
 import sys
 import time
@@ -38,6 +39,10 @@ REDRAW = 0.05
 """Seconds between two drawings of an answer that grows."""
 NO_ANSWER = "no-answer"
 """The `id` in the metadata of a message that stands where an answer would."""
+MARK = "\u2060"
+"""An invisible character; behind a `<` it keeps Markdown from taking what follows for HTML."""
+TAG = re.compile(r"<(?!(?:br ?/?|/?su[bp])>)(?=[a-zA-Z/!?])")
+CODE = re.compile(r"(```.*?(?:```|\Z)|(?<!\\)`[^`\n]*`)", re.DOTALL)
 CLOSE_TIMEOUT = 5
 """Seconds that open connections have when the page's server ends."""
 
@@ -147,6 +152,7 @@ CSS = """
 #heading h1 { font-size: 1.1rem; margin: .3rem 2rem; text-align: center; overflow-wrap: anywhere; }
 #chat { border-width: 0 !important; background: none; }
 #chat .top-panel { display: none; }
+#chat .prose { contain: layout; }
 #figures { font-size: .75rem; opacity: .6; min-height: 1.2em; padding: 0 .3rem; }
 #figures p { font-size: inherit; }
 #earlier .wrap { flex-direction: column; flex-wrap: nowrap; gap: .2rem; max-height: 60vh; overflow-y: auto; }
@@ -192,7 +198,7 @@ const chats = {
     if (!open) return [];
     if (!messages?.length) chats.forget(id);
     else if (localStorage[key] !== text) {
-      const question = messages[0].content.map((part) => part.text ?? "").join(" ").trim();
+      const question = written(messages[0].content.map((part) => part.text ?? "").join(" ")).trim();
       const card = {id, title: question.slice(0, 60) || "🖼", saved: Date.now()};
       try {
         localStorage[key] = text;
@@ -220,6 +226,17 @@ const chats = {
     URL.revokeObjectURL(link.href);
   },
 };
+
+// What is copied is what was written, without the marks that keep its HTML from being rendered.
+const written = (text) => text.replaceAll("\\u2060", "");
+const clipboard = navigator.clipboard, copy = clipboard?.writeText.bind(clipboard);
+if (copy) clipboard.writeText = (text) => copy(written(text));
+addEventListener("copy", (event) => {
+  const text = String(getSelection());
+  if (text === written(text)) return;
+  event.clipboardData.setData("text/plain", written(text));
+  event.preventDefault();
+});
 """
 
 
@@ -553,9 +570,8 @@ BUSY_BOX = {"interactive": False, "submit_btn": False, "stop_btn": True}
 
 def begin(asked: dict[str, Any], messages: Messages) -> tuple[Any, Messages]:
     """Moves the question from the box into the conversation."""
-    content = [{"path": path} for path in asked["files"]]
-    if asked["text"].strip():
-        content.append({"type": "text", "text": asked["text"]})
+    text = _said("user", asked["text"])["content"] if asked["text"].strip() else []
+    content = [{"path": path} for path in asked["files"]] + text
     question = [{"role": "user", "content": content}] if content else []
     return gr.update(value=None, **BUSY_BOX), [*messages, *question]
 
@@ -567,7 +583,7 @@ def retry(messages: Messages, data: gr.RetryData) -> tuple[Any, Messages]:
 
 def edit(messages: Messages, data: gr.EditData) -> tuple[Any, Messages]:
     """The conversation up to the question that was edited, and that as it is now."""
-    return gr.update(**BUSY_BOX), messages[: data.index + 1]
+    return gr.update(**BUSY_BOX), [*messages[: data.index], _said("user", data.value)]
 
 
 def undo(messages: Messages, data: gr.UndoData) -> tuple[Any, Messages]:
@@ -612,7 +628,7 @@ def failure(error: ChatError, words: dict[str, str]) -> dict[str, Any]:
     """The remark that tells a person why there is no answer, or no whole one, and what to do."""
     text = words.get(error.type, error.message)
     if error.type in ("invalid_request", "engine_error"):
-        text += f"\n\n{html.escape(error.message)}"
+        text += f"\n\n{error.message}"
     return remark(words["no_answer"], text)
 
 
@@ -627,12 +643,19 @@ def is_remark(message: dict[str, Any]) -> bool:
 
 
 def text_of(message: dict[str, Any]) -> str:
-    """A message's text, without its images."""
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+    """A message's text as it was written, without its images."""
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text").replace(MARK, "")
 
 
 def _said(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "text", "text": text}]}
+    return {"role": role, "content": [{"type": "text", "text": as_text(text)}]}
+
+
+def as_text(text: str) -> str:
+    """Markdown whose HTML shows as it is written: only line breaks, sub- and superscript are rendered."""
+    pieces = CODE.split(text)  # by turns text and code, which shows as it is anyhow
+    pieces[::2] = [TAG.sub(f"<{MARK}", piece) for piece in pieces[::2]]
+    return "".join(pieces)
 
 
 def finished(messages: Messages) -> Iterator[tuple[dict[str, Any], str]]:
@@ -664,7 +687,7 @@ def with_images(messages: Messages) -> list[dict[str, Any]]:
 
 def _parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
     return [
-        {"type": "text", "text": part["text"]} if part["type"] == "text" else _image(Path(part["file"]["path"]))
+        {"type": "text", "text": text_of(message)} if part["type"] == "text" else _image(Path(part["file"]["path"]))
         for part in message["content"]
     ]
 

@@ -20,6 +20,7 @@ from gradio_webui import (
     Page,
     as_json,
     as_markdown,
+    as_text,
     begin,
     build_app,
     main,
@@ -27,6 +28,7 @@ from gradio_webui import (
     remark,
     sampling_of,
     split_thoughts,
+    text_of,
     turns,
     with_images,
 )
@@ -91,6 +93,25 @@ def shown(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
 )
 def test_thoughts_are_told_from_the_answer(text: str, thought: str, answer: str | None) -> None:
     assert split_thoughts(text) == (thought, answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "rendered"),
+    [
+        ("vector<int> 1 < 2", "vector<\u2060int> 1 < 2"),
+        ("</p><!-- x --><?y?>", "<\u2060/p><\u2060!-- x --><\u2060?y?>"),
+        ("a<br>b<br />H<sub>2</sub>O", "a<br>b<br />H<sub>2</sub>O"),
+        ("<sub onclick=x>", "<\u2060sub onclick=x>"),
+        ("`<b>` <b>", "`<b>` <\u2060b>"),
+        ("```\n<b>`\n```\n<b>", "```\n<b>`\n```\n<\u2060b>"),
+        ("```\n<b>", "```\n<b>"),
+        ("\\`<b>`", "\\`<\u2060b>`"),
+    ],
+)
+def test_html_shows_as_it_is_written(text: str, rendered: str) -> None:
+    message = {"role": "user", "content": [{"type": "text", "text": as_text(text)}]}
+    assert as_text(text) == rendered
+    assert text_of(message) == text
 
 
 def test_thoughts_and_failed_turns_are_no_history() -> None:

@@ -27,7 +27,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.expected_conditions import alert_is_present
 from selenium.webdriver.support.ui import WebDriverWait
 
-from gradio_webui import Line, Page, PageServer, build_app, parse_args, text_of
+from gradio_webui import MARK, Line, Page, PageServer, build_app, parse_args, text_of
 from protocol import Sampling
 from with_server import running_server
 
@@ -42,9 +42,9 @@ FRANCE = "What is the capital of France?"
 INFO = {"models": ["Qwen3-8B"], "context": 8192, "images": False, "defaults": {"temperature": 0.6, "max_tokens": 2048}}
 ATTACK = """\
 <img src=x onerror="window.pwned=1"><script>window.pwned=1</script><svg onload="window.pwned=1"></svg>
-<iframe src="javascript:parent.pwned=1"></iframe><a class=link href="javascript:window.pwned=1">a</a>
-[b](javascript:window.pwned=1) <details open ontoggle="window.pwned=1">d</details>
-![leak](http://leak.example/x.png) $\\href{javascript:window.pwned=1}{x}$"""
+<iframe src="javascript:parent.pwned=1"></iframe><a href="javascript:window.pwned=1">a</a>
+<b style="position:fixed">c</b> <details open ontoggle="window.pwned=1">d</details> [b](javascript:window.pwned=1)
+\\`<img src=x onerror=window.pwned=1>` ![leak](http://leak.example/x.png) $\\href{javascript:window.pwned=1}{x}$"""
 
 
 @contextmanager
@@ -84,8 +84,9 @@ class Tab:
         return self.driver.execute_script(script, *args)
 
     def texts(self, selector: str) -> list[str]:
-        """What the elements show, without what is folded away."""
-        return self.run("return [...document.querySelectorAll(arguments[0])].map((e) => e.innerText.trim())", selector)
+        """What the elements show, without what is folded away and what is invisible."""
+        script = "return [...document.querySelectorAll(arguments[0])].map((element) => element.innerText.trim())"
+        return [text.replace(MARK, "") for text in self.run(script, selector)]
 
     def messages(self) -> list[str]:
         return self.texts("#chat [data-testid=user], #chat [data-testid=bot]")
@@ -242,22 +243,35 @@ def test_text_cannot_run(server, page, person):
     server.play(line({"delta": f"<think>{ATTACK}</think>\n\nanswered {ATTACK}"}), line(LAST))
     tab = person(page)
     assert "<b>x</b><img" in tab.texts("#heading")[0]
-    tab.run("window.clickAll = () => document.querySelectorAll('#chat a, #chat summary, .thought-group .title')"
-            ".forEach((e) => e.dispatchEvent(new MouseEvent('click', {bubbles: true, cancelable: true})))")  # fmt: skip
     attack = ATTACK.replace("\n", " ")
-    assert "answered" in tab.ask(attack)
+    assert "answered <img src=x onerror=" in tab.ask(attack)
+    assert '<b style="position:fixed">c</b>' in tab.messages()[-1]
     assert tab.earlier()[0] == attack[:60].strip()
-    error = {"error": {"type": "engine_error", "message": ATTACK, "param": None}}
-    server.play(line(error), status=500)
-    assert "could not finish" in tab.ask("again")
-    tab.run("clickAll()")
-    assert tab.run("return window.pwned") is None
+    server.play(line({"error": {"type": "engine_error", "message": ATTACK, "param": None}}), status=500)
+    assert "<script>window.pwned=1</script>" in tab.ask("again")
+    assert questions(server)[1]["history"] == [[attack, f"answered {ATTACK}"]]
+    click_all = """document.querySelectorAll("#chat a, .thought-group .title").forEach((element) =>
+        element.dispatchEvent(new MouseEvent("click", {bubbles: true, cancelable: true})))"""
+    tab.run(click_all)
     tab.driver.refresh()
     tab.until(lambda: any("answered" in text for text in tab.messages()))
-    tab.run("document.querySelectorAll('#chat a').forEach((e) => e.click())")
+    tab.run(click_all)
     assert tab.run("return window.pwned") is None
-    assert tab.run("return document.querySelectorAll('#chat script, #chat iframe, #chat [onerror]').length") == 0
+    assert tab.run("return document.querySelectorAll('#chat :is(script, iframe, b, details, [onerror])').length") == 0
     assert tab.asked_hosts() == {urlsplit(page).netloc}
+
+
+def test_what_is_copied_is_what_was_written(server, page, person):
+    answer = "<think>Hm.</think>\n\nA vector<int>, *see* `<b>`."
+    server.play(line({"delta": answer}), line(LAST))
+    tab = person(page)
+    tab.ask("Hi")
+    grant = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": page}
+    tab.driver.execute_cdp_cmd("Browser.grantPermissions", grant)
+    tab.run("navigator.clipboard.writeText('')")
+    tab.press("#chat [aria-label='Copy message']")
+    read = "navigator.clipboard.readText().then(arguments[0])"
+    assert tab.until(lambda: tab.driver.execute_async_script(read)) == "A vector<int>, *see* `<b>`."
 
 
 def test_a_busy_server_is_asked_again_and_stop_works_meanwhile(server, page, person):

@@ -21,7 +21,7 @@ class Connection(HttpToolsProtocol):
     """
 
     _deadline: asyncio.TimerHandle | None = None
-    _in_head = False
+    _in_head = _refused = False
     _refusal = ChatError("this is no HTTP request")
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -41,8 +41,10 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Refuses a head that comes in many pieces before it has filled the memory."""
+        if self._refused:
+            return
         super().data_received(data)
-        if self._in_head and not self.transport.is_closing():
+        if self._in_head and not self._refused:
             self._head_size += len(data)
             if self._head_size > self._limit:
                 self._refusal = self._too_large()
@@ -73,11 +75,15 @@ class Connection(HttpToolsProtocol):
             self._set_deadline()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what cannot be read as a request in the server's shape of errors, and closes the connection."""
+        """Answers what cannot be read as a request in the server's shape of errors, and ends the connection."""
         body = json.dumps(self._refusal.as_dict()).encode()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[self._refusal.status] + head + body)
-        self.transport.close()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        # Not closed at once: what is still on its way would make the system drop the answer.
+        self._refused = True
+        self._set_deadline()
 
     @property
     def _limit(self) -> int:

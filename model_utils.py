@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from prompt_utils import Prompt, PromptBuilder
 from protocol import ChatError, ChatRequest
 
@@ -29,6 +31,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen
 DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUBS = ("modelscope", "huggingface")
+WEIGHTS = ("safetensors", "bin", "pt", "pth", "gguf")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
 class ModelUnavailable(Exception):
@@ -55,9 +59,55 @@ def resolve_model(name: str | None, hub: str = "modelscope") -> str:
 
 
 def _checked(folder: Path) -> str:
-    if not (folder / "config.json").is_file():
-        raise ModelUnavailable(f"{folder} holds no model: it has no config.json")
+    """The folder, where its files are readable and whole."""
+    try:
+        architecture = json.loads((folder / "config.json").read_bytes())
+    except FileNotFoundError:
+        raise ModelUnavailable(f"{folder} holds no model: it has no config.json") from None
+    except ValueError as error:
+        raise ModelUnavailable(f"{folder / 'config.json'} is no JSON ({error}): fetch the model again") from None
+    if not isinstance(architecture, dict):
+        raise ModelUnavailable(f"{folder / 'config.json'} describes no model")
+    for index in folder.glob("*.index.json"):
+        for file in sorted(set(json.loads(index.read_bytes())["weight_map"].values())):
+            if not (folder / file).is_file():
+                raise ModelUnavailable(f"{folder} lacks {file}, which {index.name} names: fetch the model again")
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise ModelUnavailable(f"{file} is damaged or cut off ({error}): fetch the model again") from None
     return str(folder)
+
+
+def check_loadable(args: Any) -> None:
+    """Refuses a model that vLLM would refuse too, but only after it has loaded for a while, and in many lines.
+
+    Args:
+        args: `vllm.EngineArgs`, or a command line with the same names; `model` is a folder.
+
+    Raises:
+        ModelUnavailable: no weights, no tokenizer, an architecture that neither vLLM nor transformers knows.
+    """
+    import transformers
+    from vllm import ModelRegistry
+
+    folder = Path(args.model)
+    if args.load_format != "dummy" and not any(any(folder.glob(f"*.{end}")) for end in WEIGHTS):
+        raise ModelUnavailable(f"{folder} holds no weights, only a description: fetch the model again")
+    if not (args.tokenizer or args.skip_tokenizer_init or any((folder / name).is_file() for name in TOKENIZERS)):
+        raise ModelUnavailable(f"{folder} holds no tokenizer: fetch the model again, or name one with --tokenizer")
+    config = json.loads((folder / "config.json").read_bytes())
+    architectures = config.get("architectures") or []
+    known = ModelRegistry.get_supported_archs()
+    if any(name in known or hasattr(transformers, name) for name in architectures):
+        return
+    if "auto_map" not in config:
+        names = ", ".join(map(str, architectures)) or "none"
+        raise ModelUnavailable(f"this version of vLLM does not know the architecture of {folder}: {names}")
+    if not args.trust_remote_code:
+        raise ModelUnavailable(f"{folder} needs the code that it brings: read it, then add --trust-remote-code")
 
 
 def _download(name: str, hub: str) -> str:
@@ -74,7 +124,8 @@ def _download(name: str, hub: str) -> str:
             raise
         with suppress(Exception):
             folder = snapshot_download(name, local_files_only=True)
-            if _has_all_weights(Path(folder)):
+            if any(Path(folder).glob("*.safetensors")) or any(Path(folder).glob("*.bin")):
+                _checked(Path(folder))
                 print(f"{hub} cannot be reached: using the copy of {name} fetched before.", file=sys.stderr)
                 return folder
         reason = (str(failure).strip() or type(failure).__name__).splitlines()[0][:200]
@@ -82,13 +133,6 @@ def _download(name: str, hub: str) -> str:
             f"{name} is not in the local cache and could not be fetched from {hub} ({reason}): check the name and "
             "the network, pass a local folder, or choose another --hub"
         ) from failure
-
-
-def _has_all_weights(folder: Path) -> bool:
-    """Whether a download had come to its end."""
-    for index in folder.glob("*.index.json"):
-        return all((folder / file).is_file() for file in json.loads(index.read_text())["weight_map"].values())
-    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
 def demo_model() -> Path:

@@ -30,6 +30,7 @@ from model_utils import (
     HUBS,
     ModelUnavailable,
     RequestBuilder,
+    check_loadable,
     engine_defaults,
     resolve_model,
     set_environment,
@@ -311,6 +312,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     # The name that clients see: an id as it is, of a folder no more than its last part.
     is_id = name and not Path(name).expanduser().is_dir()
     args.served_model_name = args.served_model_name or [name if is_id else Path(args.model).resolve().name]
+    check_loadable(args)
     validate_parsed_serve_args(args)
     return args
 
@@ -364,7 +366,13 @@ def main(argv: list[str] | None = None) -> None:
             file=sys.stderr,
         )
     args.stopped = False
-    ServeSubcommand.cmd(args)
+    try:
+        ServeSubcommand.cmd(args)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGTERM)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        sys.exit(f"vllm_server.py: the server could not go on: {reason}")
     if not args.stopped:
         sys.exit("vllm_server.py: the engine has died; the log above says why")
 

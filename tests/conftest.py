@@ -1,6 +1,7 @@
 """Tokenizers without a download, and stand-ins for the engine and for the server."""
 
 import asyncio
+import json
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
@@ -9,7 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from scripted_server import Server, scripted
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -92,6 +95,15 @@ def qwen3_tokenizer() -> PreTrainedTokenizerBase:
 def _fast(vocabulary: Tokenizer, chat_template: str) -> PreTrainedTokenizerBase:
     vocabulary.add_tokens([AddedToken(token, normalized=False, special=False) for token in QWEN_PLAIN])
     return PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="<|im_end|>", chat_template=chat_template)
+
+
+def write_model(folder: Path, **config: Any) -> Path:
+    """The files of a model as far as they are looked at before it is loaded; `config` goes into its config.json."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"], **config}))
+    (folder / "tokenizer.json").write_text("{}")
+    save_file({"weight": np.zeros(100, np.float32)}, folder / "model.safetensors")
+    return folder
 
 
 MAX_BODY = 2**20

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import write_model
 from transformers import PreTrainedTokenizerBase
 
 import model_utils
-from model_utils import ModelUnavailable, RequestBuilder, demo_model, resolve_model, sampling_defaults
+from model_utils import ModelUnavailable, RequestBuilder, check_loadable, demo_model, resolve_model, sampling_defaults
 from protocol import ChatError, ChatRequest
 
 
@@ -45,11 +46,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ScriptedHub]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").touch()
-    return folder
+    return write_model(tmp_path / "model")
 
 
 def unavailable(name: str | None, **options: Any) -> str:
@@ -85,6 +82,67 @@ def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
     message = unavailable(str(tmp_path))
     assert str(tmp_path) in message
     assert "config.json" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'"x"'])
+def test_a_description_that_cannot_be_read(model: Path, content: bytes) -> None:
+    (model / "config.json").write_bytes(content)
+    assert "config.json" in unavailable(str(model))
+
+
+@pytest.mark.parametrize("size", [0, 7, 50, 300])
+def test_weights_that_are_cut_off(model: Path, size: int) -> None:
+    os.truncate(model / "model.safetensors", size)
+    message = unavailable(str(model))
+    assert "model.safetensors is damaged or cut off" in message
+    assert "fetch the model again" in message
+
+
+def test_weights_that_are_missing_in_part(model: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lacks model-2.safetensors" in unavailable(str(model))
+
+
+LOADING = {"tokenizer": None, "skip_tokenizer_init": False, "trust_remote_code": False, "load_format": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("config", "missing", "flags", "reason"),
+    [
+        ({}, "model.safetensors", {}, "holds no weights"),
+        ({}, "tokenizer.json", {}, "holds no tokenizer"),
+        ({"architectures": ["NobodysModel"]}, None, {}, "does not know the architecture of .*: NobodysModel"),
+        ({"architectures": None}, None, {}, "does not know the architecture of .*: none"),
+        ({"architectures": ["NobodysModel"], "auto_map": {}}, None, {}, "add --trust-remote-code"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded(
+    tmp_path: Path, config: dict, missing: str | None, flags: dict, reason: str
+) -> None:
+    folder = write_model(tmp_path, **config)
+    if missing:
+        (folder / missing).unlink()
+    with pytest.raises(ModelUnavailable, match=reason) as caught:
+        check_loadable(SimpleNamespace(model=str(folder), **{**LOADING, **flags}))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "missing", "flags"),
+    [
+        ({}, None, {}),
+        ({"auto_map": {"AutoModel": "theirs.Model"}}, None, {}),
+        ({}, "model.safetensors", {"load_format": "dummy"}),
+        ({}, "tokenizer.json", {"tokenizer": "elsewhere"}),
+        ({"architectures": ["NobodysModel"], "auto_map": {}}, None, {"trust_remote_code": True}),
+    ],
+)
+def test_a_model_that_can_be_loaded(tmp_path: Path, config: dict, missing: str | None, flags: dict) -> None:
+    folder = write_model(tmp_path, **config)
+    if missing:
+        (folder / missing).unlink()
+    check_loadable(SimpleNamespace(model=str(folder), **{**LOADING, **flags}))
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./model", "~/no-such-model", "Qwen2.5-7B", "a/b/c", ""])

@@ -12,12 +12,13 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import MAX_BODY, guard_args
+from conftest import MAX_BODY, guard_args, write_model
 from fastapi import FastAPI
 from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from guard import Guard
+from model_utils import ModelUnavailable
 from vllm_server import ChatEndpoint, announce, parse_args
 
 Engines = Callable[..., Any]
@@ -459,8 +460,7 @@ def test_the_announcement(capsys: pytest.CaptureFixture, host: str, certificate:
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
-    (tmp_path / "config.json").write_text("{}")
-    return str(tmp_path)
+    return str(write_model(tmp_path))
 
 
 def test_a_server_is_for_this_machine_unless_told_otherwise(model: str) -> None:
@@ -498,6 +498,28 @@ def test_a_taken_port_ends_the_program_before_the_model_is_looked_for() -> None:
         port = str(taken.getsockname()[1])
         with pytest.raises(SystemExit, match=port):
             parse_args(["--model", "/does/not/exist", "--port", port])
+
+
+@pytest.mark.parametrize(
+    ("flags", "bound"),
+    [
+        (["--max-num-seqs", "8"], 16),
+        (["--max-num-seqs", "8", "--max-num-queued-reqs", "9"], 9),
+        (["--max-num-seqs", "8", "--data-parallel-size", "2"], 32),
+    ],
+)
+def test_the_queue_is_bounded(model: str, flags: list[str], bound: int) -> None:
+    assert parse_args(["--model", model, "--port", "0", *flags]).max_num_queued_reqs == bound
+
+
+def test_the_queue_is_bounded_where_nothing_is_said(model: str) -> None:
+    assert parse_args(["--model", model, "--port", "0"]).max_num_queued_reqs >= 256
+
+
+def test_a_model_that_vllm_does_not_know_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    write_model(tmp_path, architectures=["NobodysModel"])
+    with pytest.raises(ModelUnavailable, match="NobodysModel"):
+        parse_args(["--model", str(tmp_path), "--port", "0"])
 
 
 def test_an_unknown_flag_is_refused(model: str, capsys: pytest.CaptureFixture) -> None:

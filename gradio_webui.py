@@ -42,6 +42,7 @@ NO_ANSWER = "no-answer"
 MARK = "\u2060"
 """An invisible character; behind a `<` it keeps Markdown from taking what follows for HTML."""
 TAG = re.compile(r"<(?!(?:br ?/?|/?su[bp])>)(?=[a-zA-Z/!?])")
+"""The `<` of HTML, but for line breaks, sub- and superscript, which models write in tables."""
 CODE = re.compile(r"(```.*?(?:```|\Z)|(?<!\\)`[^`\n]*`)", re.DOTALL)
 CLOSE_TIMEOUT = 5
 """Seconds that open connections have when the page's server ends."""
@@ -244,7 +245,7 @@ class Line:
     """The people who ask: the first `at_once` of them are answered, up to `waiting` more stand in line."""
 
     def __init__(self, at_once: int, waiting: int) -> None:
-        self._at_once, self._limit = at_once, at_once + waiting
+        self._at_once, self.limit = at_once, at_once + waiting
         self._tickets: list[asyncio.Event] = []
 
     @contextmanager
@@ -254,7 +255,7 @@ class Line:
         Raises:
             ChatError: the line is full.
         """
-        if len(self._tickets) >= self._limit:
+        if len(self._tickets) >= self.limit:
             raise ChatError("too many people are asking", "line_full", status=503)
         ticket = asyncio.Event()
         self._tickets.append(ticket)
@@ -358,7 +359,8 @@ class Page:
         with gr.Blocks(title=self._title or "Chat", analytics_enabled=False, fill_height=True) as page:
             self._lay_out(gr.I18n(**spoken(self._language)))
             self._connect(page)
-        return page
+        page.max_threads = self._line.limit + 1  # by default Gradio works on 40 events at once, and hides who waits
+        return page.queue()
 
     def _lay_out(self, say: gr.I18n) -> None:
         with gr.Sidebar(elem_id="chats", open=False):
@@ -530,7 +532,7 @@ def _field(name: str, say: gr.I18n) -> gr.components.Component:
         case "stop":
             return gr.Textbox(lines=2, **look)
         case "model":
-            return gr.Dropdown([], value=None, visible=False, **look)
+            return gr.Dropdown([], value=None, allow_custom_value=True, visible=False, **look)
         case "enable_thinking":
             return gr.Radio([(say("default"), ""), (say("on"), "true"), (say("off"), "false")], value="", **look)
     return gr.Textbox(placeholder=say("default"), max_lines=1, **look)
@@ -766,6 +768,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.auth = [tuple(line.strip().partition(":")[::2]) for line in lines if line.strip()]
     if not all(user and password for user, password in args.auth):
         parser.error("--auth and the lines of --auth-file have the form USER:PASSWORD")
+    for flag, file in (("--ssl-certfile", args.ssl_certfile), ("--ssl-keyfile", args.ssl_keyfile)):
+        if file and not Path(file).is_file():
+            parser.error(f"{flag}: there is no file {file}")
     args.server_url = args.server_url.rstrip("/")
     return args
 
@@ -823,6 +828,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ssl_certfile=args.ssl_certfile,
         ssl_keyfile=args.ssl_keyfile,
     )
+    if args.host not in ("127.0.0.1", "localhost", "::1") and not args.auth:
+        print(f"Warning: {args.host} can be reached from other machines, and no --auth is set.", file=sys.stderr)
     host = f"[{args.host}]" if ":" in args.host else args.host
     scheme, port = "https" if args.ssl_certfile else "http", listener.getsockname()[1]
     print(f"The page is at {scheme}://{host}:{port}{args.root_path}  (Ctrl-C ends it)", flush=True)

@@ -286,6 +286,7 @@ def test_images_go_along_as_data(tmp_path: Path) -> None:
         ["--auth", "ada"],
         ["--auth", ":secret"],
         ["--auth-file", "/no/such/file"],
+        ["--ssl-certfile", "/no/such/file"],
         ["--concurrency", "0"],
         ["--queue", "-1"],
         ["--lang", "tlh"],

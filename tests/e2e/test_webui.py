@@ -420,6 +420,21 @@ def test_a_page_with_a_password_lets_only_those_in_who_know_it(server, person):
             assert requests.post(f"{url}/login", data=form, timeout=10).status_code == status
 
 
+def test_a_hundred_people_are_answered_at_once(server):
+    server.play(line({"delta": "Hi"}), ...)
+    with serving("--server-url", server.url, "--concurrency", "100") as url:
+        functions = requests.get(f"{url}/config", timeout=10).json()["dependencies"]
+        answer = next(function for function in functions if len(function["inputs"]) > 10 and function["queue"])
+        data = ["chat", [user("Hi")], "system", *[""] * len(Sampling.model_fields)]
+        for n in range(100):
+            asked = {"fn_index": answer["id"], "session_hash": str(n), "data": data}
+            requests.post(f"{url}/gradio_api/queue/join", json=asked, timeout=10).raise_for_status()
+        deadline = time.monotonic() + 30
+        while len(questions(server)) < 100:
+            assert time.monotonic() < deadline, f"only {len(questions(server))} are answered"
+            time.sleep(0.05)
+
+
 def test_images_are_taken_where_the_model_takes_them(server, page, person, tmp_path):
     tab = person(page)
     assert tab.run("return document.querySelectorAll('#box .upload-button').length") == 0

@@ -26,6 +26,7 @@ from typing import Any
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from gradio.utils import get_upload_folder
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Sampling, Turn, retry_delay, validated
@@ -695,13 +696,13 @@ def _parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _image(file: Path) -> dict[str, Any]:
-    if not file.is_file():  # an old chat's: what is uploaded lives no longer than the page's server
+    """An uploaded image as data. The path comes from the browser: it must not lead to any other file."""
+    kind = mimetypes.guess_type(file)[0] or ""
+    uploads = Path(get_upload_folder()).resolve()
+    if not (file.resolve().is_relative_to(uploads) and file.is_file() and kind.startswith("image/")):
         return {"type": "text", "text": "(an image that is not kept any more)"}
-    kind = mimetypes.guess_type(file)[0] or "image/png"
-    return {
-        "type": "image_url",
-        "image_url": {"url": f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"},
-    }
+    data = base64.b64encode(file.read_bytes()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
 
 
 def as_json(messages: Messages, system: str) -> str:

@@ -265,19 +265,31 @@ def test_who_comes_late_stands_in_line_and_sees_the_place(server: Server) -> Non
     asyncio.run(crowd())
 
 
-def test_images_go_along_as_data(tmp_path: Path) -> None:
-    file = tmp_path / "dot.png"
-    file.write_bytes(b"png")
-    picture = {"type": "file", "file": {"path": str(file)}}
-    lost = {"type": "file", "file": {"path": str(tmp_path / "gone.png")}}
-    question = {"role": "user", "content": [picture, lost, {"type": "text", "text": "What?"}]}
+def file_part(file: Path) -> dict[str, Any]:
+    return {"type": "file", "file": {"path": str(file)}}
+
+
+def test_images_go_along_as_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    (tmp_path / "dot.png").write_bytes(b"png")
+    question = {"role": "user", "content": [file_part(tmp_path / "dot.png"), {"type": "text", "text": "What?"}]}
     image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(b'png').decode()}"}}
     *earlier, now = with_images([*TALK[:3], question])
     text = [{"type": "text", "text": "a"}]
     assert earlier == [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}]
-    assert now["content"][0] == image
-    assert "not kept" in now["content"][1]["text"]
-    assert now["content"][2] == {"type": "text", "text": "What?"}
+    assert now["content"] == [image, {"type": "text", "text": "What?"}]
+
+
+@pytest.mark.parametrize("path", ["up/gone.png", "up/notes.txt", "secret.png", "up/../secret.png", "up/link.png"])
+def test_no_other_file_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    uploads = tmp_path / "up"
+    uploads.mkdir()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(uploads))
+    (uploads / "notes.txt").write_text("secret")
+    (tmp_path / "secret.png").write_text("secret")
+    (uploads / "link.png").symlink_to(tmp_path / "secret.png")
+    [question] = with_images([{"role": "user", "content": [file_part(tmp_path / path)]}])
+    assert question["content"] == [{"type": "text", "text": "(an image that is not kept any more)"}]
 
 
 @pytest.mark.parametrize(

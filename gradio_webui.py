@@ -160,6 +160,7 @@ CSS = """
 #earlier .wrap { flex-direction: column; flex-wrap: nowrap; gap: .2rem; max-height: 60vh; overflow-y: auto; }
 #earlier label { border: none; box-shadow: none; padding: .4rem .6rem; }
 #earlier label span { margin: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#earlier label.selected { font-weight: 600; background: var(--background-fill-secondary); }
 #earlier input { display: none; }
 .sidebar:not(.open) .chevron-left { display: none; }
 #chats:not(.open) .chevron::before { content: "☰"; }

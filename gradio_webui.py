@@ -153,6 +153,7 @@ CSS = """
 #heading, #chat, #figures, .form:has(> #box) { max-width: 60rem; width: 100%; margin: 0 auto; }
 #heading h1 { font-size: 1.1rem; margin: .3rem 2rem; text-align: center; overflow-wrap: anywhere; }
 #chat { border-width: 0 !important; background: none; }
+#chat .bubble-wrap { background: none; }
 #chat .top-panel { display: none; }
 #chat .prose { contain: layout; }
 #figures { font-size: .75rem; opacity: .6; min-height: 1.2em; padding: 0 .3rem; }

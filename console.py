@@ -61,7 +61,7 @@ def run(ask: Ask, title: str, args: argparse.Namespace) -> int:
     Returns the exit status: 1 where a question from a pipe got no answer.
     """
     try:
-        sampling = _sampling(args)
+        sampling = given_sampling(args)
     except ChatError as error:
         print(error.message, file=sys.stderr)
         return 2
@@ -256,7 +256,8 @@ def _figures(result: ChatResult, began: float, first: float) -> str:
     return " · ".join(figures)
 
 
-def _sampling(args: argparse.Namespace) -> Sampling:
+def given_sampling(args: argparse.Namespace) -> Sampling:
+    """The sampling parameters on the command line; a ChatError names one that is wrong."""
     given = {name: getattr(args, name) for name in Sampling.model_fields if getattr(args, name, None) is not None}
     given = {name: _parsed(name, value) if isinstance(value, str) else value for name, value in given.items()}
     return validated(Sampling, given)

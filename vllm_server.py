@@ -282,6 +282,7 @@ def announce(state: State, args: Namespace) -> None:
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """Every flag of `vllm serve`, with our defaults, and --model_path as another name for --model."""
+    from vllm.config import StructuredOutputsConfig
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -296,6 +297,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     for flag, kind, default, text in LIMITS:
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
     parser.set_defaults(
+        # The one of vLLM's grammar engines that bounds its own work: a pattern can occupy others for ever.
+        structured_outputs_config=StructuredOutputsConfig(backend="guidance"),
+        # vLLM would fetch media from any address that a request names; it quotes this list where it refuses.
+        allowed_media_domains=["none, unless --allowed-media-domains names some"],
         model=None,
         host="127.0.0.1",
         h11_max_incomplete_event_size=2**16,

@@ -4,18 +4,23 @@ import json
 import os
 import signal
 import threading
-from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import count
+from dataclasses import dataclass
+from itertools import chain, count
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
-from model_utils import RequestBuilder, engine_defaults, resolve_model, set_environment
+from model_utils import RequestBuilder, engine_defaults, resolve_model, sampling_defaults, set_environment
+from prompt_utils import Prompt
 from protocol import DEFAULT_SYSTEM, ChatError, ChatRequest, ChatResult, Sampling, Turn, validated
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput
+    from vllm import CompletionOutput, RequestOutput, SamplingParams
+
+Row = Mapping[str, Any]
+"""The fields of a `ChatRequest`, by name; sampling parameters may stand apart in `sampling`."""
 
 
 class ChatModel:
@@ -26,9 +31,12 @@ class ChatModel:
         hub: "modelscope" or "huggingface", where an id is fetched from.
         engine_args: any of `vllm.EngineArgs`, over our defaults for this hardware.
 
+    Attributes:
+        no_chat: why the model has no chat but only `complete_batch`: it has no chat template that the prompt builder
+            can follow. None where it has; else every chat raises it.
+
     Raises:
         ModelUnavailable: the model cannot be had.
-        ChatError: it has no chat template that the prompt builder can follow.
     """
 
     def __init__(self, model: str | None = None, hub: str = "modelscope", **engine_args: Any) -> None:
@@ -39,9 +47,16 @@ class ChatModel:
         with _children_without_interrupts():
             self._llm = LLM(**{**engine_defaults(), **engine_args, "model": folder})
         self._engine = self._llm.llm_engine
-        self._requests = RequestBuilder(self._llm.model_config, self._llm.get_tokenizer())
+        self.no_chat: ChatError | None = None
+        try:
+            self._requests = RequestBuilder(self._llm.model_config, self._llm.get_tokenizer())
+        except ChatError as reason:
+            self.no_chat = reason
+        # As many again as run at once wait in the engine, so that none of its places is empty while a row is prepared.
+        self._window = 2 * self._engine.vllm_config.scheduler_config.max_num_seqs
         self._ids = map(str, count())
-        self._outputs: defaultdict[str, deque[RequestOutput]] = defaultdict(deque)
+        self._outputs: dict[str, deque[RequestOutput]] = {}
+        self._death: ChatError | None = None
 
     def chat(
         self,
@@ -72,50 +87,202 @@ class ChatModel:
         Raises:
             ChatError: as in `chat`.
         """
-        fields = {"query": query, "history": list(history or ()), "system": system}
-        fields |= sampling.sampling() if sampling else {}
-        prompt, params = self._requests.build(validated(ChatRequest, json.dumps(fields).encode()), stream=True)
-        text, completion_tokens = "", 0
-        for output in self._generate(prompt.token_ids, params):
-            completion = output.outputs[0]
-            text += completion.text
-            completion_tokens += len(completion.token_ids)
-            if completion.text:
-                yield completion.text
-        yield ChatResult(
-            text=text,
-            history=[*map(tuple, history or ()), (query, text)],
-            finish_reason=completion.finish_reason,
-            stop_reason=completion.stop_reason if isinstance(completion.stop_reason, str) else None,
-            prompt_tokens=len(prompt.token_ids),
-            completion_tokens=completion_tokens,
-            dropped_turns=prompt.dropped_turns,
+        row = {"query": query, "history": list(history or ()), "system": system}
+        for _, part in self.stream_batch([row], sampling):
+            if isinstance(part, ChatError):
+                raise part
+            yield part
+
+    def chat_batch(self, rows: Iterable[Row], sampling: Sampling | None = None) -> list[ChatResult]:
+        """The answers to all `rows`, computed together, in the order of the rows. The caller's objects are not changed.
+
+        Args:
+            rows: each `{"query", "history"?, "system"?, "sampling"?}`; `sampling` is a `Sampling` or a mapping.
+            sampling: for all rows; a row's own goes before it.
+
+        Raises:
+            ChatError: a row, which the message names, is not valid; then none is computed.
+        """
+        answers = [self._answer(i, row, sampling, stream=False) for i, row in enumerate(rows)]
+        self._finish(answers)
+        return [answer.result() for answer in answers]
+
+    def stream_batch(
+        self, rows: Iterable[Row], sampling: Sampling | None = None, deltas: bool = True
+    ) -> Generator[tuple[int, str | ChatResult | ChatError], None, None]:
+        """Answers `rows` together and yields what comes, with the number of its row, from 0: pieces of text if
+        `deltas`, and at the end of each row its `ChatResult`, or the `ChatError` that says why it has none.
+
+        Rows are drawn while others are computed, so that the engine is busy and memory bounded: there may be millions.
+        Closing the generator stops all answers.
+
+        Raises:
+            ChatError: the engine has failed.
+        """
+        answers = (self._answer(i, row, sampling, stream=deltas) for i, row in enumerate(rows))
+        for answer, delta in self._run(answers):
+            if deltas and delta:
+                yield answer.row, delta
+            if answer.error:
+                yield answer.row, answer.error
+            elif answer.finish_reason:
+                yield answer.row, answer.result()
+
+    def complete_batch(self, prompts: Iterable[str], sampling: Sampling | None = None) -> list[str]:
+        """What the model writes on after each raw text, computed together, in order; for base models.
+
+        There are no roles and no template here: a text may spell control tokens, and they count.
+
+        Raises:
+            ChatError: a prompt, which the message names, leaves no room in the context; then none is computed.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        config, tokenizer = self._llm.model_config, self._llm.get_tokenizer()
+        wanted = sampling_defaults(config.max_model_len, config.get_diff_sampling_param())
+        wanted |= sampling.model_dump(exclude={"model", "enable_thinking"}, exclude_none=True) if sampling else {}
+        params = SamplingParams(**wanted, output_kind=RequestOutputKind.FINAL_ONLY)
+        answers = [Answer(i, Prompt(tokenizer.encode(text), 0), params) for i, text in enumerate(prompts)]
+        for answer in answers:
+            if len(answer.prompt.token_ids) >= config.max_model_len:
+                answer.error = ChatError(
+                    f"prompt takes {len(answer.prompt.token_ids)} tokens, the context is {config.max_model_len}"
+                )
+        self._finish(answers)
+        return [answer.text for answer in answers]
+
+    def _answer(self, i: int, row: Row, sampling: Sampling | None, stream: bool) -> "Answer":
+        """The answer to a row, still to come; with its error where the row is not valid."""
+        try:
+            if self.no_chat:
+                raise self.no_chat
+            request = validated(ChatRequest, _request_body(row, sampling))
+            if request.model:
+                raise ChatError("model: only vllm_server.py has adapters; leave it out", param="model")
+            return Answer(i, *self._requests.build(request, stream), request)
+        except ChatError as error:
+            return Answer(i, error=error)
+
+    def _finish(self, answers: list["Answer"]) -> None:
+        """Has all answers computed; none if one has an error already.
+
+        Raises:
+            ChatError: the first error; the message names the row.
+        """
+        for answer in chain(answers, (answer for answer, _ in self._run(answers))):
+            if answer.error:
+                error = answer.error
+                raise ChatError(f"row {answer.row}: {error.message}", error.type, error.param, error.status)
+
+    def _run(self, answers: Iterable["Answer"]) -> Iterator[tuple["Answer", str]]:
+        """Drives the engine until all answers have finished; yields each that has grown, with what is new in its text,
+        and at once each that has an error. What the engine yields for other callers is kept for them.
+        """
+        source, running = iter(answers), {}
+        mine: deque[RequestOutput] = deque()
+        try:
+            while True:
+                while len(running) < self._window and (answer := next(source, None)):
+                    if not answer.error:
+                        self._add(answer, running, mine)
+                    if answer.error:
+                        yield answer, ""
+                if not running:
+                    return
+                while not mine:
+                    self._step()
+                while mine:
+                    output = mine.popleft()
+                    answer = running[output.request_id]
+                    if output.finished:
+                        del running[output.request_id], self._outputs[output.request_id]
+                    yield answer, answer.add(output.outputs[0])
+        finally:
+            if running and not self._death:
+                self._engine.abort_request(list(running))
+            for request_id in running:
+                del self._outputs[request_id]
+
+    def _add(self, answer: "Answer", running: dict[str, "Answer"], outputs: deque["RequestOutput"]) -> None:
+        """Hands an answer to the engine; its outputs will go to `outputs`."""
+        with _uninterrupted(), self._engine_errors():
+            request_id = next(self._ids)
+            try:
+                self._engine.add_request(request_id, {"prompt_token_ids": answer.prompt.token_ids}, answer.params)
+            except ValueError as error:
+                answer.error = ChatError(str(error)[:300])
+            else:
+                running[request_id], self._outputs[request_id] = answer, outputs
+
+    def _step(self) -> None:
+        """Lets the engine compute one step, and hands what came to those who wait for it."""
+        with _uninterrupted(), self._engine_errors():
+            for output in self._engine.step():
+                self._outputs[output.request_id].append(output)
+
+    @contextmanager
+    def _engine_errors(self) -> Iterator[None]:
+        """After an exception nobody knows what state the engine is in: it is not used again."""
+        if self._death:
+            raise self._death
+        try:
+            yield
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            message = f"the engine has died ({reason}): leave, and start again"
+            self._death = ChatError(message, "engine_error", status=500)
+            raise self._death from error
+
+
+@dataclass
+class Answer:
+    """An answer while it comes. `request` is None for a raw text; with an `error` it has failed for good."""
+
+    row: int
+    prompt: Prompt | None = None
+    params: "SamplingParams | None" = None
+    request: ChatRequest | None = None
+    error: ChatError | None = None
+    text: str = ""
+    completion_tokens: int = 0
+    finish_reason: str | None = None
+    stop_reason: str | None = None
+
+    def add(self, completion: "CompletionOutput") -> str:
+        """Takes in what the engine says is new, and returns the new text."""
+        self.text += completion.text
+        self.completion_tokens += len(completion.token_ids)
+        self.finish_reason = completion.finish_reason
+        self.stop_reason = completion.stop_reason if isinstance(completion.stop_reason, str) else None
+        if self.finish_reason not in (None, "stop", "length"):
+            self.error = ChatError("the engine gave this request up: ask again", "engine_error", status=500)
+        return completion.text
+
+    def result(self) -> ChatResult:
+        """The finished answer to a chat request."""
+        return ChatResult(
+            text=self.text,
+            history=[*self.request.history, (self.request.query, self.text)],
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            prompt_tokens=len(self.prompt.token_ids),
+            completion_tokens=self.completion_tokens,
+            dropped_turns=self.prompt.dropped_turns,
         )
 
-    def _generate(self, token_ids: list[int], params: Any) -> Iterator["RequestOutput"]:
-        """Drives the engine until this request has finished; what it yields for others is kept for them."""
-        from vllm.v1.engine.exceptions import EngineDeadError
 
-        request_id, finished = next(self._ids), False
-        mine = self._outputs[request_id]
-        try:
-            with _uninterrupted():
-                self._engine.add_request(request_id, {"prompt_token_ids": token_ids}, params)
-            while not finished:
-                while not mine:
-                    with _uninterrupted():
-                        for output in self._engine.step():
-                            self._outputs[output.request_id].append(output)
-                output = mine.popleft()
-                finished = output.finished
-                yield output
-        except EngineDeadError as error:
-            finished = True
-            raise ChatError("the engine has died: leave, and start again", "engine_error", status=500) from error
-        finally:
-            if not finished:
-                self._engine.abort_request([request_id])
-            del self._outputs[request_id]
+def _request_body(row: Row, sampling: Sampling | None) -> bytes:
+    """A row and the sampling it is to have as JSON, which is validated more strictly than Python's objects can be."""
+    fields = {**(sampling.sampling() if sampling else {}), **row}
+    own = fields.pop("sampling", None)
+    if not isinstance(own, Sampling | Mapping | None):
+        raise ChatError("sampling: must be an object", param="sampling")
+    fields |= own.sampling() if isinstance(own, Sampling) else own or {}
+    try:
+        return json.dumps(fields).encode()
+    except (TypeError, ValueError) as error:
+        raise ChatError(f"not a request: {error}") from error
 
 
 @contextmanager

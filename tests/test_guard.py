@@ -123,6 +123,8 @@ def test_bodies_that_pass(body: str | dict) -> None:
         ('{"stop": ["a\\ud800"]}', "stop"),
         ('{"messages": [{"content": "\\udfff"}]}', "messages"),
         ('{"messages": [{"\\udfff": 1}]}', "messages"),
+        ({"structured_outputs": {"choice": ["word"] * 5000}}, "structured_outputs"),
+        ({"response_format": {"json_schema": {"enum": ["x" * 40_000]}}}, "response_format"),
         ("[" * 100_000, None),
         ('{"schema": ' + '{"a":' * 65 + "1" + "}" * 66, None),
         ('{"query": ', None),

@@ -1,14 +1,18 @@
 """The offline half on the real engine: `ChatModel` in this process, and the REPL in a real pseudo-terminal."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pexpect
 import pytest
 
-from protocol import ChatError, Sampling
+import vllm_offline
+from protocol import DEFAULT_SYSTEM, ChatError, Sampling
 from vllm_wrapper import ChatModel
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +67,111 @@ def test_old_turns_are_dropped_and_bad_requests_refused(model):
         model.chat("word " * 3000)
     with pytest.raises(ChatError, match="blank"):
         model.chat(" ")
+
+
+def test_a_batch_answers_as_if_each_row_were_alone(model):
+    rows = [
+        {"query": FRANCE},
+        {"query": "Tell me about the sea.", "sampling": {"max_tokens": 60}},
+        {"query": "And of Italy?", "history": [[FRANCE, "The capital of France is Paris."]]},
+        {"query": "Who are you?", "system": "You are a pirate called Jack.", "max_tokens": 10},
+    ]
+    before = deepcopy(rows)
+    results = model.chat_batch(rows, GREEDY)
+    assert rows == before
+    for row, result in zip(rows, results, strict=True):
+        length = row.get("max_tokens") or row.get("sampling", {}).get("max_tokens", 40)
+        sampling = Sampling(temperature=0, max_tokens=length)
+        assert result == model.chat(row["query"], row.get("history"), row.get("system", DEFAULT_SYSTEM), sampling)
+    assert "Paris" in results[0].text
+    assert results[1].completion_tokens == 60
+    assert results[2].history == [(FRANCE, "The capital of France is Paris."), ("And of Italy?", results[2].text)]
+    assert "Rome" in results[2].text
+    again = model.chat_batch([{"query": "And of Italy?", "history": results[0].history}], GREEDY)
+    assert "Rome" in again[0].text
+
+
+def test_a_streamed_batch_grows_side_by_side_and_a_bad_row_harms_no_other(model):
+    rows = [{"query": "Tell me about the sea."}, {"query": ""}, {"query": "Tell me about the sky."}]
+    parts = list(model.stream_batch(rows, GREEDY))
+    texts, ends = {0: "", 2: ""}, {}
+    for i, part in parts:
+        if isinstance(part, str):
+            texts[i] += part
+        else:
+            ends[i] = part
+    assert ends[1].param == "query"
+    assert texts == {0: ends[0].text, 2: ends[2].text}
+    assert "sea" in texts[0] and "sky" in texts[2]
+    second_begins = next(k for k, (i, _) in enumerate(parts) if i == 2)
+    assert second_begins < 5
+    assert not model._engine.has_unfinished_requests()
+
+
+def test_rows_that_begin_alike_share_their_cache(model, monkeypatch):
+    cached, step = [], model._engine.step
+
+    def watched() -> list:
+        outputs = step()
+        cached.extend(output.num_cached_tokens for output in outputs if output.finished)
+        return outputs
+
+    system = "You are a very patient teacher of geography who answers children. " * 10
+    model.chat(FRANCE, system=system, sampling=GREEDY)
+    monkeypatch.setattr(model._engine, "step", watched)
+    model.chat_batch([{"query": f"What is {n} + {n}?", "system": system} for n in range(3)], Sampling(max_tokens=1))
+    assert len(cached) == 3
+    assert min(cached) > 100
+
+
+def test_raw_texts_are_completed(model):
+    texts = model.complete_batch(["The capital of France is", "1, 2, 3, 4, 5,"], GREEDY)
+    assert "Paris" in texts[0]
+    assert "6, 7" in texts[1]
+
+
+def test_a_prompt_on_the_command_line(model, monkeypatch, capsys):
+    monkeypatch.setattr(vllm_offline, "_load", lambda *_: model)
+    assert vllm_offline.main(["--prompt", FRANCE, "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == "The capital of France is Paris.\n"
+    assert vllm_offline.main(["--prompt", " "]) == 1
+
+
+def test_a_file_whose_run_is_killed_is_completed(model, tmp_path, monkeypatch, capsys):
+    source, target = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    rows = [{"id": f"r{i}", "query": f"Tell me {i} things about the sea.", "max_tokens": 3 * i} for i in range(1, 10)]
+    lines = [json.dumps(row).encode() for row in rows]
+    lines[6:6] = [b"not JSON", b'{"query": "' + b"x" * 10 * 2**20 + b'"}', b""]
+    source.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([b"{}", *lines, b"[]"]))
+    files = ["--input", str(source), "--output", str(target), "--temperature", "0"]
+
+    run = pexpect.spawn(
+        sys.executable,
+        ["vllm_offline.py", *files, "--max-model-len", "2048", "--max-num-seqs", "2"],
+        cwd=ROOT,
+        encoding="utf-8",
+        timeout=120,
+        dimensions=(40, 100),
+    )
+    run.expect(r"[1-9]/13 rows \|.*\| 00:\d\d, 0\d:\d\d left, \d+ tokens/s")
+    run.kill(signal.SIGKILL)
+    run.wait()
+    done = [record for record in map(json.loads, target.read_bytes().splitlines()) if "text" in record]
+    assert 0 < len(done) < 9
+
+    monkeypatch.setattr(vllm_offline, "_load", lambda *_: model)
+    assert vllm_offline.main(files) == 1
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["answered"], summary["answered_before"], summary["failed"]) == (9 - len(done), len(done), 4)
+    records = {record["line"]: record for record in map(json.loads, target.read_text().splitlines())}
+    assert len(records) == len(target.read_text().splitlines()) == 13
+    assert {line for line, record in records.items() if "error" in record} == {1, 8, 9, 14}
+    assert "8388608 bytes" in records[9]["error"]["message"]
+    answers = {record["id"]: record for record in records.values() if "text" in record}
+    assert len(answers) == 9
+    for row in rows:
+        assert answers[row["id"]]["history"] == [[row["query"], answers[row["id"]]["text"]]]
+        assert answers[row["id"]]["usage"]["completion_tokens"] <= row["max_tokens"]
 
 
 def test_the_repl_in_a_terminal(tmp_path):

@@ -1,0 +1,274 @@
+"""A server with little room and short deadlines: overload, slow and silent clients, poison, an engine that hangs."""
+
+import json
+import os
+import re
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, settings
+
+from protocol import ChatError, Sampling
+from vllm_client import stream_chat
+from with_server import running_server
+
+MODEL = "SmolLM2-135M-Instruct"
+FRANCE, PARIS = "What is the capital of France?", "The capital of France is Paris."
+ROOM = 8
+DEADLINE = 2
+FLAGS = f"""--max-num-seqs 4 --max-num-queued-reqs {ROOM}
+--max-model-len 512 --block-size 32 --num-gpu-blocks-override 18
+--header-timeout {DEADLINE} --body-timeout {DEADLINE} --write-timeout {DEADLINE}""".split()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with running_server(FLAGS, log) as url:
+        port = int(url.rpartition(":")[2])
+        [process] = [
+            p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-2:] == ["--port", str(port)]
+        ]
+        yield SimpleNamespace(url=url, port=port, process=process, log=log)
+
+
+@pytest.fixture
+def url(server: SimpleNamespace) -> Iterator[str]:
+    """The address; after each test the engine has nothing left to do and a normal request is answered."""
+    yield server.url
+    wait_until(lambda: unfinished(server.url) == 0)
+    assert chat(server.url, query=FRANCE).json()["text"] == PARIS
+
+
+def chat(url: str, **fields: object) -> requests.Response:
+    return requests.post(f"{url}/chat", json={"temperature": 0, **fields}, timeout=120)
+
+
+def complete(url: str, **fields: object) -> requests.Response:
+    return requests.post(f"{url}/v1/completions", json={"model": MODEL, "prompt": "Hi", **fields}, timeout=120)
+
+
+def gauge(url: str, name: str) -> float:
+    metrics = requests.get(f"{url}/metrics", timeout=30).text
+    return sum(float(n) for n in re.findall(rf"^vllm:{name}\{{.*?\}} (.*)$", metrics, re.M))
+
+
+def unfinished(url: str) -> float:
+    return gauge(url, "num_requests_running") + gauge(url, "num_requests_waiting")
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.05)
+
+
+def test_more_than_fits_is_refused_and_what_is_admitted_is_exact(url: str) -> None:
+    nonces = [str(7_919 * (i + 11)) for i in range(3 * ROOM)]
+    examples = [("Repeat: 48213", "48213"), ("Repeat: 99120", "99120"), ("Repeat: 30577", "30577")]
+
+    def repeat(nonce: str) -> requests.Response:
+        return chat(url, query=f"Repeat: {nonce}", history=examples, max_tokens=16)
+
+    with ThreadPoolExecutor(len(nonces)) as pool:
+        responses = list(pool.map(repeat, nonces))
+    assert Counter(response.status_code for response in responses) == {200: ROOM, 503: 2 * ROOM}
+    for response, nonce in zip(responses, nonces, strict=True):
+        if response.status_code == 200:
+            assert response.json()["text"] == nonce
+        else:
+            assert int(response.headers["Retry-After"]) >= 1
+            assert response.json()["error"]["type"] == "overloaded"
+
+
+def test_the_openai_routes_refuse_too_and_say_when_to_come_back(url: str) -> None:
+    with ThreadPoolExecutor(3 * ROOM) as pool:
+        responses = list(
+            pool.map(lambda i: complete(url, max_tokens=40, ignore_eos=True, stream=i % 2 == 0), range(3 * ROOM))
+        )
+    refused = [response for response in responses if response.status_code == 503]
+    assert refused
+    assert {response.status_code for response in responses} == {200, 503}
+    assert all(int(response.headers["Retry-After"]) >= 1 for response in refused)
+    assert {"type", "message", "param"} <= set(refused[0].json()["error"])
+
+
+def test_answers_do_not_change_where_the_cache_is_too_small_for_all(url: str) -> None:
+    # Each takes 4 of the cache's 17 blocks at first, and a fifth before it has ended.
+    prompts = [f"{animal} " * 110 for animal in ("dog", "cat", "hen", "owl")]
+
+    def go_on(prompt: str) -> str:
+        return complete(url, prompt=prompt, max_tokens=40, temperature=0, ignore_eos=True).json()["choices"][0]["text"]
+
+    alone = [go_on(prompt) for prompt in prompts]
+    preempted = gauge(url, "num_preemptions_total")
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        together = list(pool.map(go_on, prompts))
+    assert gauge(url, "num_preemptions_total") > preempted
+    assert together == alone
+
+
+def test_an_answer_ends_where_the_context_is_full(url: str) -> None:
+    answer = complete(url, prompt="word " * 490, ignore_eos=True, max_tokens=None).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["total_tokens"] == 512
+
+
+def request_of(size: int) -> bytes:
+    return b"POST /chat HTTP/1.1\r\nhost: s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % size
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /chat HT", request_of(100) + b'{"query": '])
+def test_silent_clients_are_closed_and_others_notice_nothing(server: SimpleNamespace, url: str, sent: bytes) -> None:
+    with ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(100)]
+        for client in silent:
+            client.sendall(sent)
+        assert chat(url, query=FRANCE).json()["text"] == PARIS
+        for client in silent:
+            client.settimeout(DEADLINE * 10)
+            while client.recv(4096):
+                pass
+
+
+def test_clients_that_send_byte_by_byte_are_closed(server: SimpleNamespace, url: str) -> None:
+    with ExitStack() as stack:
+        slow = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(50)]
+
+        def all_closed() -> bool:
+            for client in slow[:]:
+                try:
+                    client.send(b"G")
+                except OSError:
+                    slow.remove(client)
+            return not slow
+
+        assert chat(url, query=FRANCE).json()["text"] == PARIS
+        wait_until(all_closed)
+
+
+def test_a_client_that_stops_reading_is_cut_off_and_its_request_with_it(server: SimpleNamespace, url: str) -> None:
+    # The prompt comes back with each of many answers: far more than the buffers between the two hold.
+    fields = {"model": MODEL, "prompt": "word " * 400, "echo": True, "n": ROOM, "max_tokens": 100, "stream": True}
+    body = json.dumps({**fields, "ignore_eos": True, "logprobs": 1, "return_token_ids": True}).encode()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect(("127.0.0.1", server.port))
+        client.sendall(request_of(len(body)).replace(b"/chat", b"/v1/completions") + body)
+        wait_until(lambda: unfinished(url) > 0)
+        wait_until(lambda: unfinished(url) == 0, 60)
+
+
+@pytest.mark.parametrize("end", ["close", "reset", "half-close"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_the_engine(server: SimpleNamespace, url: str, end: str, stream: bool) -> None:
+    body = json.dumps({"query": "Count to 1000.", "max_tokens": 250, "stream": stream, "min_p": 0.0}).encode()
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(request_of(len(body)) + body)
+        wait_until(lambda: unfinished(url) == 1)
+        if end == "reset":
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        if end == "half-close":
+            client.shutdown(socket.SHUT_WR)
+        else:
+            client.close()
+        wait_until(lambda: unfinished(url) == 0, 2)
+
+
+BOMBS = {
+    "nested repeats": {"structured_outputs": {"regex": "((.{1,500}){1,500}){1,500}"}},
+    "ambiguous": {"structured_outputs": {"regex": "(x+x+)+y"}},
+    "intersections": {
+        "structured_outputs": {
+            "json": {"allOf": [{"type": "string", "pattern": f"(.*{c}.{{20}})*"} for c in "abcdefgh"]}
+        }
+    },
+    "a thousand choices": {"structured_outputs": {"choice": [f"{i:020}" for i in range(1000)]}},
+    "too many choices": {"structured_outputs": {"choice": [f"{i:020}" for i in range(20_000)]}},
+    "a long list": {"structured_outputs": {"json": {"type": "array", "minItems": 10**9, "items": {"type": "string"}}}},
+    "a grammar of itself": {"structured_outputs": {"grammar": "root ::= root"}},
+    "a reference to itself": {"structured_outputs": {"json": {"$ref": "#"}}},
+    "a broken pattern": {"structured_outputs": {"regex": "["}},
+    "a pattern with NUL": {"structured_outputs": {"regex": "a\x00b"}},
+    "all logprobs": {"prompt_logprobs": 2**20},
+    "a thousand prompts": {"prompt": ["a"] * 1000},
+    "a prompt of ids that do not exist": {"prompt": [2**31 - 1]},
+    "negative ids": {"prompt": [-1]},
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS.keys())
+def test_poison_is_refused_or_answered_and_hurts_nobody(url: str, bomb: dict) -> None:
+    beside = stream_chat(url, "Count to 100.", sampling=Sampling(max_tokens=30, temperature=0))
+    next(beside)
+    response = complete(url, **{"max_tokens": 8, **bomb})
+    assert response.status_code in (200, 400, 422, 503)
+    assert len(response.text) < 4096
+    assert not re.search(r"Traceback|/site-packages", response.text)
+    *_, result = beside
+    assert result.completion_tokens == 30
+
+
+def test_an_address_inside_the_network_is_not_asked(url: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(1)
+        image = {"type": "image_url", "image_url": {"url": f"http://127.0.0.1:{listener.getsockname()[1]}/secret"}}
+        body = {"model": MODEL, "messages": [{"role": "user", "content": [image]}]}
+        assert requests.post(f"{url}/v1/chat/completions", json=body, timeout=30).status_code == 400
+        with pytest.raises(TimeoutError):
+            listener.accept()
+
+
+def test_a_chat_template_in_a_request_is_refused(url: str) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "chat_template": "{{ 1 }}"}
+    assert requests.post(f"{url}/v1/chat/completions", json=body, timeout=30).status_code == 400
+
+
+def test_ready_says_yes(url: str) -> None:
+    response = requests.get(f"{url}/ready", timeout=10)
+    assert (response.status_code, response.json()) == (200, {"ready": True, "reason": None})
+
+
+def test_whatever_fits_the_description_of_the_api_is_answered_or_refused(url: str) -> None:
+    """Requests made from the server's own OpenAPI description, valid ones and others."""
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json").include(path="/chat", method="POST")
+
+    @schema.parametrize()
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    def ask(case: schemathesis.Case) -> None:
+        if isinstance(case.body, dict):
+            case.body["max_tokens"] = min(case.body.get("max_tokens") or 4, 4)
+        response = case.call()
+        assert response.status_code in (200, 400, 404, 405, 408, 413, 415, 503), response.text
+        if response.status_code != 200:
+            assert {"type", "message", "param"} <= set(response.json()["error"])
+            assert len(response.content) <= 1024
+
+    ask()
+
+
+def test_an_engine_that_hangs_ends_the_server_with_explicit_errors(server: SimpleNamespace) -> None:
+    answer = stream_chat(server.url, "Count to 1000.", sampling=Sampling(max_tokens=250, temperature=0))
+    next(answer)
+    [engine] = [p for p in server.process.children(recursive=True) if "EngineCor" in p.name()]
+    os.kill(engine.pid, signal.SIGSTOP)
+    wait_until(lambda: requests.get(f"{server.url}/ready", timeout=10).status_code == 503)
+    with pytest.raises(ChatError, match="the engine has died"):
+        list(answer)
+    left = [server.process, *server.process.children(recursive=True)]
+    assert server.process.wait(30) != 0
+    assert not psutil.wait_procs(left, timeout=10)[1]
+    assert server.log.read_text().rstrip().splitlines()[-1:] != []
+    with socket.create_server(("127.0.0.1", server.port)):
+        pass

@@ -1,0 +1,88 @@
+"""The offline program's flags and exit statuses, with the scripted model of the batch tests."""
+
+import json
+
+import pytest
+from test_batch import ScriptedModel, texts, write
+
+import vllm_offline
+from model_utils import ModelUnavailable
+from protocol import ChatError
+
+
+@pytest.fixture
+def files(tmp_path):
+    write(tmp_path / "rows.jsonl", {"query": "a", "answer": "A"}, {"query": "b", "answer": "no"}, {"query": "c"})
+    return tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+
+
+@pytest.fixture
+def run(files, monkeypatch):
+    """Runs the program on the files; returns its exit status."""
+
+    def run(*flags: str, model: ScriptedModel | Exception | None = None) -> int:
+        def load(*_):
+            if isinstance(model, Exception):
+                raise model
+            return model or ScriptedModel()
+
+        monkeypatch.setattr(vllm_offline, "_load", load)
+        return vllm_offline.main(["--input", str(files[0]), "--output", str(files[1]), *flags])
+
+    return run
+
+
+def test_a_file_is_answered_and_the_summary_printed(files, run, capsys):
+    model = ScriptedModel()
+    assert run("--ordered", "--reference", "answer", "--system", "S", "--temperature", "0", model=model) == 0
+    assert list(texts(files[1]).values()) == ["A", "B", "C"]
+    assert model.requests[0]["system"] == "S"
+    assert model.sampling.sampling() == {"temperature": 0}
+    out, err = capsys.readouterr()
+    summary = json.loads(out)
+    assert (summary["answered"], summary["failed"], summary["scores"]["exact_match"]) == (3, 0, 0.5)
+    assert "answered 3 · answered before 0 · failed 0" in err
+    assert "exact match 0.5" in err
+
+
+@pytest.mark.parametrize(
+    "model, status, message",
+    [
+        (ScriptedModel({"b": ChatError("query: too long")}), 1, "failed 1"),
+        (ScriptedModel({"b": ChatError("the engine has died", "engine_error")}), 1, "What is done is kept"),
+        (ScriptedModel({"b": OSError(28, "No space left on device")}), 1, "No space left on device. "),
+        (ScriptedModel({"b": KeyboardInterrupt()}), 130, "run the same again to go on"),
+        (ModelUnavailable("x is no model"), 1, "x is no model"),
+    ],
+)
+def test_how_a_run_ends(files, run, capsys, model, status, message):
+    assert run(model=model) == status
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert run() == 0
+    assert len(texts(files[1])) == 3
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--input", "rows.jsonl"], "--input and --output go together"),
+        (["--output", "answers.jsonl"], "--input and --output go together"),
+        (["--input", "none.jsonl", "--output", "a.jsonl"], "cannot read none.jsonl"),
+        (["--input", "a", "--output", "b", "--prompt", "Hi"], "--prompt does not go with --input"),
+        (["--ordered"], "need --input"),
+        (["--prompt", "Hi", "--reference", "answer"], "need --input"),
+        (["--prompt", "Hi", "--temperature", "hot"], "temperature"),
+    ],
+)
+def test_wrong_usage_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vllm_offline, "_load", lambda *_: pytest.fail("loaded a model"))
+    try:
+        status = vllm_offline.main(flags)
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,15 +1,16 @@
-# MODEL=Qwen/… or a folder (default: the demo model); ARGS="…" goes to the server, or to the offline chat.
+# MODEL=Qwen/… or a folder (default: the demo model); ARGS="…" goes to the server or the offline chat, WEBUI="…" to the page.
 MODEL ?=
 ARGS ?=
+WEBUI ?=
 PY := .venv/bin/python
 SERVER_ARGS := $(if $(MODEL),--model $(MODEL)) $(ARGS)
 export PYTHON
 
-.PHONY: help setup chat serve offline test test-long soak lint lock clean
+.PHONY: help setup chat webui serve offline test test-long soak lint lock clean
 .SILENT:
 
 help:  ## this list
-	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
 	echo; sed -n '1s/^# //p' $(MAKEFILE_LIST)
 
 setup:  ## install into .venv what this machine needs
@@ -17,6 +18,9 @@ setup:  ## install into .venv what this machine needs
 
 chat: setup  ## start a server, chat with it here, stop it at the end
 	$(PY) with_server.py $(SERVER_ARGS) -- $(PY) vllm_client.py
+
+webui: setup  ## start a server and a page to chat with it in the browser
+	$(PY) with_server.py $(SERVER_ARGS) -- $(PY) gradio_webui.py $(WEBUI)
 
 serve: setup  ## start a server
 	exec $(PY) vllm_server.py $(SERVER_ARGS)

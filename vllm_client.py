@@ -1,4 +1,4 @@
-"""Talks to a server: `stream_chat` for programs, and a chat in the terminal.
+"""Talks to a server: `stream_chat` for programs, its twins on asyncio, and a chat in the terminal.
 
 python vllm_client.py --url http://127.0.0.1:8000
 """
@@ -6,11 +6,13 @@ python vllm_client.py --url http://127.0.0.1:8000
 import argparse
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import requests
 from urllib3.exceptions import NewConnectionError, ReadTimeoutError
 
@@ -39,9 +41,7 @@ def stream_chat(
     Raises:
         ChatError: the server refused the request, failed, cannot be reached, or the answer broke off.
     """
-    body = {"query": query, "history": list(history), "system": system, "stream": True}
-    if sampling:
-        body |= sampling.sampling()
+    body, answer = _body(query, history, system, sampling), _Answer(query, history)
     with (
         _told_as_chat_errors(url, timeout),
         _session(url, api_key) as session,
@@ -49,16 +49,80 @@ def stream_chat(
     ):
         if response.status_code != 200:
             raise _refusal(response)
-        text = ""
-        for line in _lines(response):
-            if "error" in line:
-                raise ChatError(line["error"]["message"], line["error"]["type"])
-            if "delta" not in line:
-                yield _result(line, text, [*history, (query, text)])
+        for chunk in response.iter_content(chunk_size=None):
+            yield from answer.parts(chunk)
+            if answer.ended:
                 return
-            text += line["delta"]
-            yield line["delta"]
     raise ChatError("the answer ended without its last line", "incomplete")
+
+
+async def stream_chat_async(
+    url: str,
+    query: str,
+    history: Sequence[Turn] = (),
+    system: str = DEFAULT_SYSTEM,
+    sampling: Sampling | None = None,
+    api_key: str | None = None,
+    timeout: tuple[float, float] = (CONNECT_TIMEOUT, READ_TIMEOUT),
+) -> AsyncIterator[str | ChatResult]:
+    """`stream_chat` on asyncio. Cancelling the task that waits for the next piece stops the answer in the engine, too.
+
+    Raises:
+        ChatError: as in `stream_chat`.
+    """
+    body = _body(query, history, system, sampling)
+    async with aclosing(_stream_async(url, "/chat", body, _Answer(query, history), api_key, timeout)) as parts:
+        async for part in parts:
+            yield part
+
+
+async def stream_messages_async(
+    url: str,
+    messages: Sequence[dict[str, Any]],
+    sampling: Sampling | None = None,
+    api_key: str | None = None,
+    timeout: tuple[float, float] = (CONNECT_TIMEOUT, READ_TIMEOUT),
+) -> AsyncIterator[str | ChatResult]:
+    """`stream_chat_async` for conversations with images: `messages` is in OpenAI's form and goes to OpenAI's route.
+
+    Of the result `history` is empty and `dropped_turns` 0: that route takes all of a conversation or refuses it.
+
+    Raises:
+        ChatError: as in `stream_chat`.
+    """
+    wanted = sampling.sampling() if sampling else {}
+    if "enable_thinking" in wanted:
+        wanted["chat_template_kwargs"] = {"enable_thinking": wanted.pop("enable_thinking")}
+    body = {"messages": list(messages), "stream": True, "stream_options": {"include_usage": True}, **wanted}
+    parts = _stream_async(url, "/v1/chat/completions", body, _OpenAIAnswer(), api_key, timeout)
+    async with aclosing(parts):
+        async for part in parts:
+            yield part
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server tells of itself: the names of its model and its LoRA adapters, the model's context in tokens,
+    whether it takes images, and what a request that says nothing of sampling gets."""
+
+    models: list[str]
+    context: int
+    images: bool
+    defaults: dict[str, Any]
+
+
+async def server_info_async(url: str, api_key: str | None = None) -> ServerInfo:
+    """What the server at `url` tells of itself.
+
+    Raises:
+        ChatError: as in `stream_chat`.
+    """
+    with _told_as_chat_errors(url, MODELS_TIMEOUT):
+        async with _async_client(url, api_key, MODELS_TIMEOUT) as client:
+            response = await client.get(f"{url}/chat/info")
+        if response.status_code != 200:
+            raise _refusal(response)
+        return ServerInfo(**response.json())
 
 
 def served_model(url: str, api_key: str | None = None) -> str:
@@ -74,24 +138,122 @@ def served_model(url: str, api_key: str | None = None) -> str:
         return response.json()["data"][0]["id"]
 
 
+def _body(query: str, history: Sequence[Turn], system: str, sampling: Sampling | None) -> dict[str, Any]:
+    body = {"query": query, "history": list(history), "system": system, "stream": True}
+    return body | (sampling.sampling() if sampling else {})
+
+
 def _session(url: str, api_key: str | None) -> requests.Session:
     session = requests.Session()
-    if api_key:
-        session.headers["Authorization"] = f"Bearer {api_key}"
-    # A proxy that is set for the internet cannot reach this machine's own servers.
-    try:
-        session.trust_env = urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1")
-    except ValueError as error:
-        raise ChatError(f"{url} is no address: {error}", "unreachable") from error
+    session.headers.update(_headers(api_key))
+    session.trust_env = _goes_out(url)
     return session
 
 
-def _lines(response: requests.Response) -> Iterator[dict[str, Any]]:
-    """The JSON lines of a body, each as soon as it has come (`iter_lines` would hold some back)."""
-    pending = b""
-    for chunk in response.iter_content(chunk_size=None):
-        *lines, pending = (pending + chunk).split(b"\n")
-        yield from map(json.loads, lines)
+def _async_client(url: str, api_key: str | None, timeout: tuple[float, float]) -> httpx.AsyncClient:
+    # Certificates are read for https only: that takes 25 ms.
+    return httpx.AsyncClient(
+        headers=_headers(api_key),
+        trust_env=_goes_out(url),
+        verify=url.startswith("https:"),
+        timeout=httpx.Timeout(timeout[1], connect=timeout[0]),
+    )
+
+
+def _headers(api_key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def _goes_out(url: str) -> bool:
+    """Whether a proxy may be asked: one that is set for the internet cannot reach this machine's own servers."""
+    try:
+        return urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1")
+    except ValueError as error:
+        raise ChatError(f"{url} is no address: {error}", "unreachable") from error
+
+
+async def _stream_async(
+    url: str, path: str, body: dict[str, Any], answer: "_Answer", api_key: str | None, timeout: tuple[float, float]
+) -> AsyncIterator[str | ChatResult]:
+    with _told_as_chat_errors(url, timeout):
+        async with (
+            _async_client(url, api_key, timeout) as client,
+            client.stream("POST", url + path, json=body) as response,
+        ):
+            if response.status_code != 200:
+                await response.aread()
+                raise _refusal(response)
+            async for chunk in response.aiter_bytes():
+                for part in answer.parts(chunk):
+                    yield part
+                if answer.ended:
+                    return
+    raise ChatError("the answer ended without its last line", "incomplete")
+
+
+class _Answer:
+    """Reads the lines of an answer of `/chat` out of the chunks of its body, each as soon as it has come."""
+
+    def __init__(self, query: str = "", history: Sequence[Turn] = ()) -> None:
+        self._query, self._history = query, history
+        self._pending, self._text = b"", ""
+        self.ended = False
+
+    def parts(self, chunk: bytes) -> Iterator[str | ChatResult]:
+        """The pieces of text that have come to their ends with this chunk, and at last the result."""
+        *lines, self._pending = (self._pending + chunk).split(b"\n")
+        for line in lines:
+            yield from self._part(line)
+
+    def _part(self, line: bytes) -> Iterator[str | ChatResult]:
+        value = json.loads(line)
+        if "error" in value:
+            raise ChatError(value["error"]["message"], value["error"]["type"])
+        if "delta" in value:
+            self._text += value["delta"]
+            yield value["delta"]
+        else:
+            self.ended = True
+            yield ChatResult(
+                text=self._text,
+                history=[*self._history, (self._query, self._text)],
+                finish_reason=value["finish_reason"],
+                stop_reason=value["stop_reason"],
+                prompt_tokens=value["usage"]["prompt_tokens"],
+                completion_tokens=value["usage"]["completion_tokens"],
+                dropped_turns=value["dropped_turns"],
+            )
+
+
+class _OpenAIAnswer(_Answer):
+    """The same for an answer of `/v1/chat/completions`: server-sent events, the finish reason before the usage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._choice: dict[str, Any] = {}
+
+    def _part(self, line: bytes) -> Iterator[str | ChatResult]:
+        data = line.removeprefix(b"data: ").strip()
+        if not data or data == b"[DONE]":
+            return
+        event = json.loads(data)
+        if "error" in event:
+            raise ChatError(event["error"]["message"], "engine_error")
+        for self._choice in event["choices"]:
+            if text := self._choice["delta"].get("content"):
+                self._text += text
+                yield text
+        if usage := event.get("usage"):
+            self.ended = True
+            yield ChatResult(
+                text=self._text,
+                history=[],
+                finish_reason=self._choice["finish_reason"],
+                stop_reason=self._choice.get("stop_reason"),
+                prompt_tokens=usage["prompt_tokens"],
+                completion_tokens=usage["completion_tokens"],
+                dropped_turns=0,
+            )
 
 
 @contextmanager
@@ -101,6 +263,8 @@ def _told_as_chat_errors(url: str, timeout: tuple[float, float]) -> Iterator[Non
         yield
     except requests.RequestException as error:
         raise _failure(error, url, timeout) from error
+    except (httpx.TransportError, httpx.InvalidURL) as error:
+        raise _failure_async(error, url, timeout) from error
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise _no_chat_server(url) from error
 
@@ -115,15 +279,38 @@ def _failure(error: requests.RequestException, url: str, timeout: tuple[float, f
         return _no_chat_server(url)
     cause = error.args[0] if error.args else None
     if isinstance(error, requests.ReadTimeout) or isinstance(cause, ReadTimeoutError):
-        return ChatError(f"the server sent nothing for {timeout[1]:.0f} s", "incomplete")
+        return _silent(timeout)
     if isinstance(error, requests.ConnectTimeout) or isinstance(getattr(cause, "reason", None), NewConnectionError):
-        return ChatError(f"no server answers at {url}: is it running? (make serve)", "unreachable")
+        return _unreachable(url)
     if isinstance(error, requests.ConnectionError | requests.exceptions.ChunkedEncodingError):
-        return ChatError("the server broke the answer off", "incomplete")
+        return _broken_off()
     return ChatError(f"cannot ask {url}: {error}", "unreachable")
 
 
-def _refusal(response: requests.Response) -> ChatError:
+def _failure_async(error: Exception, url: str, timeout: tuple[float, float]) -> ChatError:
+    match error:
+        case httpx.ReadTimeout():
+            return _silent(timeout)
+        case httpx.ConnectError() | httpx.ConnectTimeout():
+            return _unreachable(url)
+        case httpx.NetworkError() | httpx.RemoteProtocolError():
+            return _broken_off()
+    return ChatError(f"cannot ask {url}: {error}", "unreachable")
+
+
+def _unreachable(url: str) -> ChatError:
+    return ChatError(f"no server answers at {url}: is it running? (make serve)", "unreachable")
+
+
+def _silent(timeout: tuple[float, float]) -> ChatError:
+    return ChatError(f"the server sent nothing for {timeout[1]:.0f} s", "incomplete")
+
+
+def _broken_off() -> ChatError:
+    return ChatError("the server broke the answer off", "incomplete")
+
+
+def _refusal(response: requests.Response | httpx.Response) -> ChatError:
     status, seconds = response.status_code, response.headers.get("Retry-After", "")
     retry_after = int(seconds) if status == 503 and seconds.isdecimal() else None
     try:
@@ -134,18 +321,6 @@ def _refusal(response: requests.Response) -> ChatError:
     except (ValueError, KeyError, TypeError):
         message = "this is no answer of a chat server"
     return ChatError(f"{message} (HTTP {status})", status=status, retry_after=retry_after)
-
-
-def _result(line: dict[str, Any], text: str, history: list[Turn]) -> ChatResult:
-    return ChatResult(
-        text=text,
-        history=history,
-        finish_reason=line["finish_reason"],
-        stop_reason=line["stop_reason"],
-        prompt_tokens=line["usage"]["prompt_tokens"],
-        completion_tokens=line["usage"]["completion_tokens"],
-        dropped_turns=line["dropped_turns"],
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

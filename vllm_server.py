@@ -75,6 +75,7 @@ class ChatEndpoint:
         app.add_api_route(
             "/chat", self.chat, methods=["POST"], openapi_extra={"requestBody": body}, response_model=None
         )
+        app.add_api_route("/chat/info", self.info, methods=["GET"])
 
         app.add_api_route("/ready", lambda: self._lifecycle.readiness(), methods=["GET"], response_model=None)
 
@@ -130,13 +131,26 @@ class ChatEndpoint:
         )
         return Answer(outputs, chat.stream, prompt)
 
+    async def info(self) -> dict[str, Any]:
+        """What a client may want to show before it asks: models, context in tokens, defaults of `/chat`."""
+        config = self._engine.model_config
+        return {
+            "models": self._names(),
+            "context": config.max_model_len,
+            "images": config.is_multimodal_model,
+            "defaults": self._requests.defaults if self._requests else {},
+        }
+
+    def _names(self) -> list[str]:
+        return [*(path.name for path in self._models.base_model_paths), *self._models.lora_requests]
+
     def _adapter(self, name: str | None) -> "LoRARequest | None":
         """The LoRA adapter called `name`; None for the model itself."""
         adapters = self._models.lora_requests
         if name is None or self._models.is_base_model(name):
             return None
         if name not in adapters:
-            names = ", ".join([*(path.name for path in self._models.base_model_paths), *adapters])
+            names = ", ".join(self._names())
             raise ChatError(f"model: there is no such model here, only {names}", param="model", status=404)
         return adapters[name]
 

@@ -1,9 +1,9 @@
-"""Tokenizers without a download, and a stand-in for the engine."""
+"""Tokenizers without a download, and stand-ins for the engine and for the server."""
 
 import asyncio
 import json
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from scripted_server import Server, scripted
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -131,7 +132,9 @@ class ScriptedEngine:
     ) -> None:
         self._tokenizer, self._scripts, self._finish = tokenizer, list(scripts), finish
         self.model_config = SimpleNamespace(
-            max_model_len=context, get_diff_sampling_param=lambda: dict(configured or {})
+            max_model_len=context,
+            is_multimodal_model=False,
+            get_diff_sampling_param=lambda: dict(configured or {}),
         )
         self.calls: list[SimpleNamespace] = []
 
@@ -176,3 +179,9 @@ def _output(pieces: list[str], finish: tuple[str | None, str | int | None] = (No
 @pytest.fixture
 def scripted_engine(qwen3_tokenizer: PreTrainedTokenizerBase) -> Callable[..., ScriptedEngine]:
     return partial(ScriptedEngine, qwen3_tokenizer)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with scripted() as server:
+        yield server

@@ -1,96 +1,24 @@
 """The client against a local HTTP server that plays scripted bodies."""
 
-import json
+import asyncio
 import socket
 import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
+from scripted_server import LAST, Server, line
 
 from protocol import ChatError, ChatResult, Sampling
-from vllm_client import main, served_model, stream_chat
-
-LAST = {
-    "finish_reason": "stop",
-    "stop_reason": "END",
-    "usage": {"prompt_tokens": 20, "completion_tokens": 3},
-    "dropped_turns": 1,
-}
-
-
-def line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Sends the server's script: bytes are a chunk, an event is waited for, `...` waits for the client to leave.
-
-    A script that ends ends the body; one that ends with None breaks the connection off.
-    """
-
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.requests.append((self.path, dict(self.headers), json.loads(body)))
-        self._play()
-
-    def do_GET(self) -> None:
-        self.server.requests.append((self.path, dict(self.headers), None))
-        self._play()
-
-    def _play(self) -> None:
-        self.close_connection = True
-        status, script = self.server.scripts[self.path]
-        if status:
-            self.send_response(status)
-            self.send_header("Transfer-Encoding", "chunked")
-            for name, value in self.server.headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-        for step in script:
-            match step:
-                case bytes():
-                    self.wfile.write(b"%x\r\n%s\r\n" % (len(step), step))
-                case threading.Event():
-                    step.wait(30)
-                case None:
-                    return
-                case _:
-                    self.server.left.append(self.rfile.read(1) == b"")
-                    return
-        self.wfile.write(b"0\r\n\r\n")
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    """Status 0: the connection breaks off before the headers."""
-
-    daemon_threads = False
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.scripts: dict[str, tuple[int, tuple]] = {}
-        self.requests, self.left, self.headers = [], [], {}
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    def play(self, *script: Any, status: int = 200, path: str = "/chat") -> str:
-        self.scripts[path] = status, script
-        return self.url
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+from vllm_client import (
+    ServerInfo,
+    main,
+    served_model,
+    server_info_async,
+    stream_chat,
+    stream_chat_async,
+    stream_messages_async,
+)
 
 
 def closed_port() -> int:
@@ -98,42 +26,58 @@ def closed_port() -> int:
         return probe.getsockname()[1]
 
 
-def failure(url: str, **options: Any) -> ChatError:
+Ask = Callable[..., list[str | ChatResult]]
+
+
+async def all_parts(parts: AsyncIterator[str | ChatResult]) -> list[str | ChatResult]:
+    return [part async for part in parts]
+
+
+@pytest.fixture(params=["requests", "asyncio"])
+def ask(request: pytest.FixtureRequest) -> Ask:
+    """Asks with `stream_chat` or with its twin on asyncio, and returns all parts."""
+    if request.param == "requests":
+        return lambda *args, **options: list(stream_chat(*args, **options))
+    return lambda *args, **options: asyncio.run(all_parts(stream_chat_async(*args, **options)))
+
+
+def failure(ask: Ask, url: str, **options: Any) -> ChatError:
     with pytest.raises(ChatError) as caught:
-        list(stream_chat(url, "q", **options))
+        ask(url, "q", **options)
     assert "\n" not in caught.value.message
     return caught.value
 
 
-def test_an_answer(server: Server) -> None:
+def test_an_answer(ask: Ask, server: Server) -> None:
     url = server.play(line({"delta": "Hel"}), line({"delta": "lo"}), line(LAST))
     history = [("a", "b")]
-    *pieces, result = stream_chat(url, "q", history)
+    *pieces, result = ask(url, "q", history)
     assert pieces == ["Hel", "lo"]
     assert result == ChatResult("Hello", [("a", "b"), ("q", "Hello")], "stop", "END", 20, 3, 1)
     assert history == [("a", "b")]
 
 
-def test_an_empty_answer(server: Server) -> None:
-    (result,) = stream_chat(server.play(line(LAST)), "q")
+def test_an_empty_answer(ask: Ask, server: Server) -> None:
+    (result,) = ask(server.play(line(LAST)), "q")
     assert (result.text, result.history) == ("", [("q", "")])
 
 
-def test_what_is_sent(server: Server) -> None:
+def test_what_is_sent(ask: Ask, server: Server) -> None:
     url = server.play(line(LAST))
     sampling = Sampling(temperature=0.5, stop=["END"], enable_thinking=False)
-    list(stream_chat(url, "你好", [("a", "b")], "s", sampling, api_key="key"))
+    ask(url, "你好", [("a", "b")], "s", sampling, api_key="key")
     path, headers, body = server.requests[0]
     expected = {"query": "你好", "history": [["a", "b"]], "system": "s", "stream": True}
     expected |= {"temperature": 0.5, "stop": ["END"], "enable_thinking": False}
     assert (path, body) == ("/chat", expected)
-    assert headers["Content-Type"] == "application/json"
-    assert headers["Authorization"] == "Bearer key"
+    headers = {name.lower(): value for name, value in headers.items()}
+    assert headers["content-type"] == "application/json"
+    assert headers["authorization"] == "Bearer key"
 
 
-def test_without_a_key_none_is_sent(server: Server) -> None:
-    list(stream_chat(server.play(line(LAST)), "q"))
-    assert "Authorization" not in server.requests[0][1]
+def test_without_a_key_none_is_sent(ask: Ask, server: Server) -> None:
+    ask(server.play(line(LAST)), "q")
+    assert "authorization" not in {name.lower() for name in server.requests[0][1]}
 
 
 def test_pieces_come_while_the_answer_goes_on(server: Server) -> None:
@@ -146,10 +90,10 @@ def test_pieces_come_while_the_answer_goes_on(server: Server) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 16, 1000])
-def test_chunks_may_be_cut_anywhere(server: Server, size: int) -> None:
+def test_chunks_may_be_cut_anywhere(ask: Ask, server: Server, size: int) -> None:
     body = line({"delta": "你好"}) + line({"delta": "👩‍👩‍👧‍👦\u2028\r"}) + line(LAST)
     url = server.play(*[body[start : start + size] for start in range(0, len(body), size)])
-    *pieces, result = stream_chat(url, "q")
+    *pieces, result = ask(url, "q")
     assert pieces == ["你好", "👩‍👩‍👧‍👦\u2028\r"]
     assert result.text == "".join(pieces)
 
@@ -173,24 +117,24 @@ CUT = {
 
 
 @pytest.mark.parametrize("script", CUT.values(), ids=CUT.keys())
-def test_an_answer_that_breaks_off_is_incomplete(server: Server, script: list) -> None:
-    assert failure(server.play(*script)).type == "incomplete"
+def test_an_answer_that_breaks_off_is_incomplete(ask: Ask, server: Server, script: list) -> None:
+    assert failure(ask, server.play(*script)).type == "incomplete"
 
 
-def test_a_connection_lost_before_the_headers_is_incomplete(server: Server) -> None:
-    assert failure(server.play(None, status=0)).type == "incomplete"
+def test_a_connection_lost_before_the_headers_is_incomplete(ask: Ask, server: Server) -> None:
+    assert failure(ask, server.play(None, status=0)).type == "incomplete"
 
 
 @pytest.mark.parametrize("script", [[...], [line({"delta": "Hel"}), ...]])
-def test_a_server_that_falls_silent_is_given_up(server: Server, script: list) -> None:
-    error = failure(server.play(*script), timeout=(5, 0.2))
+def test_a_server_that_falls_silent_is_given_up(ask: Ask, server: Server, script: list) -> None:
+    error = failure(ask, server.play(*script), timeout=(5, 0.2))
     assert error.type == "incomplete"
     assert "sent nothing" in error.message
 
 
-def test_no_server() -> None:
+def test_no_server(ask: Ask) -> None:
     url = f"http://127.0.0.1:{closed_port()}"
-    error = failure(url)
+    error = failure(ask, url)
     assert error.type == "unreachable"
     assert url in error.message
 
@@ -198,8 +142,8 @@ def test_no_server() -> None:
 @pytest.mark.parametrize(
     "url", ["http://no-such-host.invalid:1", "127.0.0.1:8000", "http://", "http://[::1", "ftp://x"]
 )
-def test_a_wrong_address(url: str) -> None:
-    assert failure(url).type == "unreachable"
+def test_a_wrong_address(ask: Ask, url: str) -> None:
+    assert failure(ask, url).type == "unreachable"
 
 
 REFUSALS = {
@@ -219,15 +163,15 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize(("status", "body", "message"), REFUSALS.values(), ids=REFUSALS.keys())
-def test_a_refusal_is_one_readable_line(server: Server, status: int, body: bytes, message: str) -> None:
-    error = failure(server.play(*[body] if body else [], status=status))
+def test_a_refusal_is_one_readable_line(ask: Ask, server: Server, status: int, body: bytes, message: str) -> None:
+    error = failure(ask, server.play(*[body] if body else [], status=status))
     assert message in error.message
     assert error.status == status
     assert "<html>" not in error.message
 
 
-def test_a_refusal_keeps_its_type_and_field(server: Server) -> None:
-    error = failure(server.play(REFUSALS["ours"][1], status=400))
+def test_a_refusal_keeps_its_type_and_field(ask: Ask, server: Server) -> None:
+    error = failure(ask, server.play(REFUSALS["ours"][1], status=400))
     assert (error.type, error.param) == ("invalid_request", "query")
 
 
@@ -237,15 +181,15 @@ def test_a_refusal_keeps_its_type_and_field(server: Server) -> None:
 )
 @pytest.mark.parametrize("body", [REFUSALS["overloaded"][1], b"<html>a proxy's</html>"])
 def test_a_busy_server_says_when_to_ask_again(
-    server: Server, status: int, header: str | None, retry_after: int | None, body: bytes
+    ask: Ask, server: Server, status: int, header: str | None, retry_after: int | None, body: bytes
 ) -> None:
     server.headers = {"Retry-After": header} if header else {}
-    assert failure(server.play(body, status=status)).retry_after == retry_after
+    assert failure(ask, server.play(body, status=status)).retry_after == retry_after
 
 
 @pytest.mark.parametrize("body", [b"<html>\n<h1>It works!</h1>\n</html>\n", b"[]\n", b'"x"\n', b'{"status": "ok"}\n'])
-def test_another_server_at_the_address_is_an_error(server: Server, body: bytes) -> None:
-    assert failure(server.play(body)).message
+def test_another_server_at_the_address_is_an_error(ask: Ask, server: Server, body: bytes) -> None:
+    assert failure(ask, server.play(body)).message
 
 
 def test_closing_the_generator_closes_the_connection(server: Server) -> None:
@@ -254,6 +198,68 @@ def test_closing_the_generator_closes_the_connection(server: Server) -> None:
     pieces.close()
     server.server_close()  # waits for the handler
     assert server.left == [True]
+
+
+def test_cancelling_the_reader_closes_the_connection_at_once(server: Server) -> None:
+    url = server.play(line({"delta": "Hel"}), ...)
+
+    async def read() -> None:
+        first = asyncio.Event()
+
+        async def reader() -> None:
+            async for _ in stream_chat_async(url, "q"):
+                first.set()
+
+        reading = asyncio.create_task(reader())
+        await first.wait()
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+
+    asyncio.run(read())
+    server.server_close()  # waits for the handler
+    assert server.left == [True]
+
+
+EVENTS = [
+    {"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]},
+    {"choices": [{"delta": {"content": "你"}, "finish_reason": None}]},
+    {"choices": [{"delta": {"content": "好"}, "finish_reason": "stop", "stop_reason": "END"}]},
+    {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 2}},
+]
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_conversation_with_images_goes_to_the_openai_route(server: Server, size: int) -> None:
+    body = b"".join(b"data: " + line(event) + b"\n" for event in EVENTS) + b"data: [DONE]\n\n"
+    chunks = [body[start : start + size] for start in range(0, len(body), size)]
+    url = server.play(*chunks, path="/v1/chat/completions")
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}]}]
+    sampling = Sampling(top_k=3, enable_thinking=False)
+    *pieces, result = asyncio.run(all_parts(stream_messages_async(url, messages, sampling, "key")))
+    assert pieces == ["你", "好"]
+    assert result == ChatResult("你好", [], "stop", "END", 9, 2, 0)
+    expected = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}, "top_k": 3}
+    assert server.requests[0][2] == expected | {"chat_template_kwargs": {"enable_thinking": False}}
+
+
+def test_an_error_of_the_openai_route_is_raised(server: Server) -> None:
+    event = {"error": {"message": "the engine has died", "type": "InternalServerError"}}
+    url = server.play(b"data: " + line(EVENTS[1]), b"data: " + line(event), path="/v1/chat/completions")
+    with pytest.raises(ChatError, match="the engine has died"):
+        asyncio.run(all_parts(stream_messages_async(url, [])))
+
+
+def test_what_a_server_tells_of_itself(server: Server) -> None:
+    told = {"models": ["base", "poet"], "context": 2048, "images": True, "defaults": {"temperature": 0.7}}
+    url = server.play(line(told), path="/chat/info")
+    assert asyncio.run(server_info_async(url, "key")) == ServerInfo(**told)
+
+
+@pytest.mark.parametrize(("status", "body"), [(401, b'{"error": "Unauthorized"}'), (200, b"<html>"), (200, b"{}")])
+def test_a_server_that_tells_nothing_of_itself(server: Server, status: int, body: bytes) -> None:
+    with pytest.raises(ChatError):
+        asyncio.run(server_info_async(server.play(body, status=status, path="/chat/info")))
 
 
 def test_the_served_model(server: Server) -> None:

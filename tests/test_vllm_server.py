@@ -84,6 +84,12 @@ def test_streamed_and_whole_answers_agree(scripted_engine: Engines, pieces: list
     assert not any(call.aborted for call in engine.calls)
 
 
+def test_the_server_tells_of_itself(scripted_engine: Engines) -> None:
+    told = ask(scripted_engine(context=512, configured={"top_k": 20}), "GET", "/chat/info").json()
+    defaults = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "max_tokens": 128}
+    assert told == {"models": ["base", "poet"], "context": 512, "images": False, "defaults": defaults}
+
+
 def test_headers_of_a_stream(scripted_engine: Engines) -> None:
     response = chat(scripted_engine(["a"]), stream=True)
     assert response.headers["content-type"] == "application/x-ndjson"

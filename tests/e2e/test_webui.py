@@ -1,0 +1,578 @@
+"""The page in a real browser: against a scripted server, and against the real one on the demo model."""
+
+import asyncio
+import base64
+import json
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+import requests
+import uvicorn
+from PIL import Image
+from scripted_server import LAST, Server, line, scripted
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.expected_conditions import alert_is_present
+from selenium.webdriver.support.ui import WebDriverWait
+
+from gradio_webui import MARK, Line, Page, PageServer, build_app, parse_args, text_of
+from protocol import Sampling
+from with_server import running_server
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (BROWSER and DRIVER), reason="no browser to test the page in: apt install chromium chromium-driver"
+)
+KEY = "e2e-key"
+MODEL = "SmolLM2-135M-Instruct"
+FRANCE = "What is the capital of France?"
+INFO = {"models": ["Qwen3-8B"], "context": 8192, "images": False, "defaults": {"temperature": 0.6, "max_tokens": 2048}}
+ATTACK = """\
+<img src=x onerror="window.pwned=1"><script>window.pwned=1</script><svg onload="window.pwned=1"></svg>
+<iframe src="javascript:parent.pwned=1"></iframe><a href="javascript:window.pwned=1">a</a>
+<b style="position:fixed">c</b> <details open ontoggle="window.pwned=1">d</details> [b](javascript:window.pwned=1)
+\\`<img src=x onerror=window.pwned=1>` ![leak](http://leak.example/x.png) $\\href{javascript:window.pwned=1}{x}$"""
+
+
+@contextmanager
+def serving(*flags: str) -> Iterator[str]:
+    """The page on a free port; yields its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    page = PageServer(uvicorn.Config(build_app(parse_args(flags)), log_level="warning", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=page.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        page.should_exit = True
+        thread.join()
+
+
+class Tab:
+    """A person's tab with the page open: what the person does, and what there is to see."""
+
+    def __init__(self, driver: webdriver.Chrome) -> None:
+        self.driver = driver
+
+    def open(self, url: str) -> "Tab":
+        self.driver.get(url)
+        self.until(self.is_ready)
+        return self
+
+    def until(self, condition: Callable[[], Any], seconds: float = 30) -> Any:
+        """The condition's value, as soon as it holds."""
+        deadline = time.monotonic() + seconds
+        while not (value := condition()):
+            assert time.monotonic() < deadline, f"not within {seconds} s; the page shows {self.messages()}"
+            time.sleep(0.05)
+        return value
+
+    def run(self, script: str, *args: Any) -> Any:
+        return self.driver.execute_script(script, *args)
+
+    def texts(self, selector: str) -> list[str]:
+        """What the elements show, without what is folded away and what is invisible."""
+        script = "return [...document.querySelectorAll(arguments[0])].map((element) => element.innerText.trim())"
+        return [text.replace(MARK, "") for text in self.run(script, selector)]
+
+    def messages(self) -> list[str]:
+        return self.texts("#chat [data-testid=user], #chat [data-testid=bot]")
+
+    def figures(self) -> str:
+        return "".join(self.texts("#figures"))
+
+    def earlier(self) -> list[str]:
+        return self.run("return [...document.querySelectorAll('#earlier label')].map((e) => e.textContent.trim())")
+
+    def box(self) -> WebElement:
+        return self.driver.find_element(By.CSS_SELECTOR, "#box textarea")
+
+    def is_ready(self) -> bool:
+        return self.run(
+            """const box = document.querySelector("#box textarea"), title = document.querySelector("#heading h1");
+            return Boolean(box && !box.disabled && title && sessionStorage["qwen-vllm/open"]);"""
+        )
+
+    def send(self, text: str) -> None:
+        self.until(self.is_ready)
+        self.box().send_keys(text, Keys.ENTER)
+        self.until(lambda: not self.box().get_attribute("value"))
+
+    def ask(self, text: str) -> str:
+        """Asks, waits for the whole answer, and returns it."""
+        before = len(self.messages())
+        self.send(text)
+        self.until(lambda: len(self.messages()) >= before + 2 and self.is_ready())
+        return self.messages()[-1]
+
+    def press(self, selector: str) -> None:
+        """Presses a button, also one in a panel that is folded away."""
+        self.until(lambda: self.run("return Boolean(document.querySelector(arguments[0]))", selector))
+        self.run("[...document.querySelectorAll(arguments[0])].at(-1).click()", selector)
+
+    def fill(self, selector: str, text: str) -> None:
+        self.run(
+            """const field = document.querySelector(arguments[0]);
+            field.value = arguments[1];
+            field.dispatchEvent(new Event("input", {bubbles: true}));""",
+            selector,
+            text,
+        )
+
+    def asked_hosts(self) -> set[str]:
+        """The hosts that were asked since this was last asked; what the page's own policy held back was not."""
+        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        held = [e["params"]["requestId"] for e in events if e["params"].get("blockedReason") == "csp"]
+        sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        urls = [urlsplit(request["request"]["url"]) for request in sent if request["requestId"] not in held]
+        return {url.netloc for url in urls if url.scheme not in ("data", "blob")}
+
+
+@pytest.fixture(scope="module")
+def browsers() -> Iterator[list[webdriver.Chrome]]:
+    drivers: list[webdriver.Chrome] = []
+    yield drivers
+    for driver in drivers:
+        driver.quit()
+
+
+@pytest.fixture
+def person(browsers: list[webdriver.Chrome]) -> Iterator[Callable[..., Tab]]:
+    """Opens the page in a browser that no other person of this test uses."""
+    count = 0
+
+    def arrive(url: str, language: str = "en") -> Tab:
+        nonlocal count
+        if count == len(browsers):
+            browsers.append(start_browser())
+        driver = browsers[count]
+        agent = driver.execute_script("return navigator.userAgent")
+        driver.execute_cdp_cmd("Network.setUserAgentOverride", {"userAgent": agent, "acceptLanguage": language})
+        count += 1
+        return Tab(driver).open(url)
+
+    yield arrive
+    for driver in browsers[:count]:
+        driver.get("about:blank")
+        driver.get_log("performance")
+
+
+def start_browser() -> webdriver.Chrome:
+    """A browser that is cut off from the network."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    options.add_argument("--headless=new")
+    options.add_argument("--no-sandbox")
+    options.add_argument("--disable-dev-shm-usage")
+    options.add_argument("--window-size=1280,800")
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+
+
+@pytest.fixture
+def server(server: Server) -> Server:
+    server.play(line(INFO), path="/chat/info")
+    return server
+
+
+@pytest.fixture
+def page(server: Server) -> Iterator[str]:
+    """The page's address, in front of the scripted server."""
+    with serving("--server-url", server.url) as url:
+        yield url
+
+
+def questions(server: Server) -> list[dict[str, Any]]:
+    """The bodies of all that was asked of `/chat`."""
+    return [body for path, _, body in server.requests if path == "/chat"]
+
+
+RICH = """\
+<think>Let me see.</think>
+
+Here is **bold**, \\(x^2\\) and vector<int>.
+
+```python
+def one(): return 1
+```
+
+| a | b |
+|---|---|
+| 1 | 2 |
+"""
+
+
+def test_an_answer_is_shown_with_code_formulas_and_tables_and_thoughts_folded(server, page, person):
+    seen = threading.Event()
+    server.play(line({"delta": "<think>Let me"}), seen, line({"delta": RICH[13:]}), line(LAST))
+    tab = person(page)
+    assert tab.driver.title == tab.texts("#heading")[0] == "Qwen3-8B"
+    tab.send("Show me")
+    tab.until(lambda: any("Let me" in text and "Thinking" in text for text in tab.messages()))
+    seen.set()
+    tab.until(tab.figures)
+    assert tab.messages()[:2] == ["Show me", "Thoughts"]
+    assert "Here is bold" in tab.messages()[2]
+    assert "vector<int>" in tab.messages()[2]
+    assert tab.texts("#chat strong, #chat td, #chat code .keyword") == ["bold", "def", "return", "1", "2"]
+    assert tab.run("return document.querySelectorAll('#chat .katex').length") == 1
+    assert "8,192 tokens" in tab.figures()
+    server.play(line({"delta": "Sure."}), line(LAST))
+    assert tab.ask("More?") == "Sure."
+    assert questions(server)[1]["history"] == [["Show me", RICH.partition("</think>\n\n")[2]]]
+    assert tab.asked_hosts() == {urlsplit(page).netloc}
+
+
+def test_text_cannot_run(server, page, person):
+    model = {"models": [f"<b>x</b>{ATTACK}"], "context": 10, "images": False, "defaults": {"temperature": ATTACK}}
+    server.play(line(model), path="/chat/info")
+    server.play(line({"delta": f"<think>{ATTACK}</think>\n\nanswered {ATTACK}"}), line(LAST))
+    tab = person(page)
+    assert "<b>x</b><img" in tab.texts("#heading")[0]
+    attack = ATTACK.replace("\n", " ")
+    assert "answered <img src=x onerror=" in tab.ask(attack)
+    assert '<b style="position:fixed">c</b>' in tab.messages()[-1]
+    assert tab.earlier()[0] == attack[:60].strip()
+    server.play(line({"error": {"type": "engine_error", "message": ATTACK, "param": None}}), status=500)
+    assert "<script>window.pwned=1</script>" in tab.ask("again")
+    assert questions(server)[1]["history"] == [[attack, f"answered {ATTACK}"]]
+    click_all = """document.querySelectorAll("#chat a, .thought-group .title").forEach((element) =>
+        element.dispatchEvent(new MouseEvent("click", {bubbles: true, cancelable: true})))"""
+    tab.run(click_all)
+    tab.driver.refresh()
+    tab.until(lambda: any("answered" in text for text in tab.messages()))
+    tab.run(click_all)
+    assert tab.run("return window.pwned") is None
+    assert tab.run("return document.querySelectorAll('#chat :is(script, iframe, b, details, [onerror])').length") == 0
+    assert tab.asked_hosts() == {urlsplit(page).netloc}
+
+
+def test_what_is_copied_is_what_was_written(server, page, person):
+    answer = "<think>Hm.</think>\n\nA vector<int>, *see* `<b>`."
+    server.play(line({"delta": answer}), line(LAST))
+    tab = person(page)
+    tab.ask("Hi")
+    grant = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": page}
+    tab.driver.execute_cdp_cmd("Browser.grantPermissions", grant)
+    tab.run("navigator.clipboard.writeText('')")
+    tab.press("#chat [aria-label='Copy message']")
+    read = "navigator.clipboard.readText().then(arguments[0])"
+    assert tab.until(lambda: tab.driver.execute_async_script(read)) == "A vector<int>, *see* `<b>`."
+
+
+def test_a_busy_server_is_asked_again_and_stop_works_meanwhile(server, page, person):
+    busy = line({"error": {"type": "overloaded", "message": "the server is busy", "param": None}})
+    server.headers["Retry-After"] = "1"
+    server.play(busy, status=503)
+    server.then_play(line({"delta": "At last."}), line(LAST))
+    tab = person(page)
+    tab.send("Hello")
+    tab.until(lambda: "The server is busy. Asking again in" in tab.messages()[-1])
+    tab.until(lambda: tab.messages()[-1] == "At last.")
+    server.headers["Retry-After"] = "60"
+    server.play(busy, status=503)
+    tab.send("Hello?")
+    tab.until(lambda: "Asking again in" in tab.messages()[-1])
+    tab.press("#box .stop-button")
+    tab.until(lambda: "Stopped before the answer began" in tab.messages()[-1], 2)
+    server.play(line({"delta": "Yes."}), line(LAST))
+    tab.press("#chat [aria-label=Retry]")
+    tab.until(lambda: tab.messages()[-1] == "Yes.")
+    assert questions(server)[-1]["history"] == [["Hello", "At last."]]
+
+
+FAILURES = {
+    "wrong key": (401, [line({"error": {"type": "unauthorized", "message": "x"}})], "does not accept this page's key"),
+    "too long": (400, [line({"error": {"type": "invalid_request", "message": "only 10 fit"}})], "only 10 fit"),
+    "engine": (500, [line({"error": {"type": "engine_error", "message": "it died"}})], "could not finish"),
+    "broken off": (200, [line({"delta": "Half"}), None], "broke off"),
+    "no server": (0, [None], "broke off"),
+}
+
+
+def test_what_went_wrong_stands_where_the_answer_would_and_the_chat_goes_on(server, page, person):
+    server.play(line({"delta": "Hello."}), line(LAST))
+    tab = person(page)
+    tab.ask("Hi")
+    for status, script, told in FAILURES.values():
+        server.play(*script, status=status)
+        assert told in tab.ask("Can you hear me?")
+    server.play(line({"delta": "Back."}), line(LAST))
+    assert tab.ask("And now?") == "Back."
+    assert questions(server)[-1]["history"] == [["Hi", "Hello."]]
+    assert tab.messages()[:2] == ["Hi", "Hello."]
+
+
+def test_retry_edit_and_undo(server, page, person):
+    server.play(line({"delta": "<think>a</think>one"}), line(LAST))
+    server.then_play(line({"delta": "two"}), line(LAST))
+    server.then_play(line({"delta": "three"}), line(LAST))
+    server.then_play(line({"delta": "four"}), line(LAST))
+    tab = person(page)
+    tab.ask("first")
+    tab.ask("second")
+    tab.press("#chat [aria-label=Retry]")
+    tab.until(lambda: tab.messages()[-1] == "three" and tab.is_ready())
+    tab.run("document.querySelector('#chat [aria-label=Edit]').click()")
+    tab.until(lambda: tab.texts("#chat textarea"))
+    tab.fill("#chat textarea", "first, better")
+    tab.press("#chat [aria-label=Submit]")
+    tab.until(lambda: tab.messages() == ["first, better", "four"] and tab.is_ready())
+    asked = [(body["query"], body["history"]) for body in questions(server)]
+    second = ("second", [["first", "one"]])
+    assert asked == [("first", []), second, second, ("first, better", [])]
+    tab.press("#chat [aria-label=Undo]")
+    tab.until(lambda: tab.box().get_attribute("value") == "first, better")
+    assert tab.messages() == []
+
+
+def test_chats_are_kept_opened_exported_and_deleted(server, page, person):
+    server.play(line({"delta": "A **red** rose."}), line(LAST))
+    tab = person(page)
+    tab.ask("About roses")
+    server.play(line({"delta": "It grows"}), ...)
+    tab.send("Go on")
+    tab.until(lambda: tab.messages()[-1] == "It grows")
+    tab.press("#new")  # while the answer is on its way
+    tab.until(lambda: tab.messages() == [] and tab.is_ready())
+    tab.until(lambda: server.left == [True], 2)
+    server.play(line({"delta": "Blue."}), line(LAST))
+    tab.ask("About the sky")
+    assert tab.earlier() == ["About the sky", "About roses"]
+    tab.driver.refresh()
+    tab.until(lambda: tab.messages() == ["About the sky", "Blue."])
+    tab.press("#earlier label:nth-of-type(2) input")
+    roses = ["About roses", "A red rose.", "Go on", "It grows"]
+    tab.until(lambda: tab.messages() == roses)
+    history = [["About roses", "A **red** rose."], ["Go on", "It grows"]]
+    assert json.loads(exported(tab, "#to-json")) == {"system": "You are a helpful assistant.", "history": history}
+    assert "## User\n\nAbout roses\n\n## Assistant\n\nA **red** rose.\n" in exported(tab, "#to-markdown")
+    tab.press("#delete")
+    WebDriverWait(tab.driver, 10).until(alert_is_present()).accept()
+    tab.until(lambda: tab.messages() == [])
+    assert tab.earlier() == ["About the sky"]
+
+
+def exported(tab: Tab, button: str) -> str:
+    """The text of the file that the button offers."""
+    tab.run("URL.createObjectURL = (blob) => { blob.text().then((text) => { window.saved = text; }); return '#'; };")
+    tab.run("window.saved = null")
+    tab.press(button)
+    return tab.until(lambda: tab.run("return window.saved"))
+
+
+def test_settings_are_sent_and_kept(server, page, person):
+    server.play(line({"delta": "Arr."}), line(LAST))
+    tab = person(page)
+    assert tab.run("return document.querySelector('#temperature textarea, #temperature input').placeholder") == "0.6"
+    tab.fill("#system textarea", "You are a pirate.")
+    tab.fill("#temperature textarea, #temperature input", "0.1")
+    tab.fill("#stop textarea", "END\nSTOP")
+    tab.until(lambda: "pirate" in tab.run("return localStorage['qwen-vllm/settings'] ?? ''"))
+    tab.driver.refresh()
+    tab.ask("Hi")
+    sent = {"query": "Hi", "history": [], "stream": True}
+    sent |= {"system": "You are a pirate.", "temperature": 0.1, "stop": ["END", "STOP"]}
+    assert questions(server) == [sent]
+    tab.fill("#temperature textarea, #temperature input", "hot")
+    assert "temperature: Input should be a valid number" in tab.ask("Hi again")
+
+
+def test_shift_enter_breaks_the_line(server, page, person):
+    server.play(line({"delta": "Yes."}), line(LAST))
+    tab = person(page)
+    tab.box().send_keys("one", Keys.SHIFT, Keys.ENTER, Keys.SHIFT, "two", Keys.ENTER)
+    tab.until(lambda: tab.messages()[-1:] == ["Yes."])
+    assert questions(server)[0]["query"] == "one\ntwo"
+
+
+def test_a_chinese_browser_gets_a_chinese_page(server, page, person):
+    server.play(line({"error": {"type": "unauthorized", "message": "x"}}), status=401)
+    tab = person(page, "zh-CN")
+    assert tab.box().get_attribute("placeholder") == "请输入问题（Shift-回车换行）"
+    assert "没有回答" in tab.ask("你好")
+    with serving("--server-url", server.url, "--lang", "zh", "--title", "问答") as url:
+        tab = person(url)
+        assert tab.driver.title == "问答"
+        assert tab.run("return document.querySelector('#new').textContent").strip() == "新对话"
+
+
+def test_a_page_with_a_password_lets_only_those_in_who_know_it(server, person):
+    with serving("--server-url", server.url, "--auth", "ada:secret", "--auth", "bob:other") as url:
+        for path in ("/config", "/gradio_api/queue/join", "/gradio_api/info"):
+            assert requests.post(url + path, json={}, timeout=10).status_code in (401, 405)
+        for user, password, status in (("ada", "other", 400), ("ada", "secret", 200), ("bob", "other", 200)):
+            form = {"username": user, "password": password}
+            assert requests.post(f"{url}/login", data=form, timeout=10).status_code == status
+
+
+def test_a_hundred_people_are_answered_at_once(server):
+    server.play(line({"delta": "Hi"}), ...)
+    with serving("--server-url", server.url, "--concurrency", "100") as url:
+        functions = requests.get(f"{url}/config", timeout=10).json()["dependencies"]
+        answer = next(function for function in functions if len(function["inputs"]) > 10 and function["queue"])
+        data = ["chat", [user("Hi")], "system", *[""] * len(Sampling.model_fields)]
+        for n in range(100):
+            asked = {"fn_index": answer["id"], "session_hash": str(n), "data": data}
+            requests.post(f"{url}/gradio_api/queue/join", json=asked, timeout=10).raise_for_status()
+        deadline = time.monotonic() + 30
+        while len(questions(server)) < 100:
+            assert time.monotonic() < deadline, f"only {len(questions(server))} are answered"
+            time.sleep(0.05)
+
+
+def test_images_are_taken_where_the_model_takes_them(server, page, person, tmp_path):
+    tab = person(page)
+    assert tab.run("return document.querySelectorAll('#box .upload-button').length") == 0
+    server.play(line(INFO | {"images": True}), path="/chat/info")
+    chunk = {"choices": [{"delta": {"content": "A dot."}, "finish_reason": "stop"}]}
+    usage = {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 3}}
+    server.play(b"data: " + line(chunk) + b"\ndata: " + line(usage) + b"\n", path="/v1/chat/completions")
+    image = tmp_path / "dot.png"
+    Image.new("RGB", (8, 8), "red").save(image)
+    tab.driver.refresh()
+    tab.until(lambda: tab.run("return document.querySelectorAll('#box .upload-button').length"))
+    tab.driver.find_element(By.CSS_SELECTOR, "#box input[type=file]").send_keys(str(image))
+    tab.until(lambda: tab.run("return document.querySelectorAll('#box .thumbnails img').length"))
+    assert tab.ask("What is this?") == "A dot."
+    [body] = [body for path, _, body in server.requests if path == "/v1/chat/completions"]
+    content = {part["type"]: part for part in body["messages"][-1]["content"]}
+    assert content["text"]["text"] == "What is this?"
+    data = content["image_url"]["image_url"]["url"].removeprefix("data:image/png;base64,")
+    assert base64.b64decode(data) == image.read_bytes()
+
+
+def test_a_phone_shows_all_of_the_page(server, page, person):
+    server.play(line({"delta": "```\n" + "long " * 100 + "\n```\n" + "w" * 300}), line(LAST))
+    tab = person(page)
+    phone = {"width": 390, "height": 780, "deviceScaleFactor": 1, "mobile": True}
+    tab.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    tab.ask("Hi")
+    assert tab.run("return document.documentElement.scrollWidth") == 390
+    tab.press("#chats .toggle-button")
+    tab.until(lambda: tab.run("return Boolean(document.querySelector('#chats.open'))"))
+    tab.press("#new")
+    tab.until(lambda: not tab.run("return Boolean(document.querySelector('#chats.open'))"))
+    tab.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The real server's address."""
+    with running_server(["--api-key", KEY], tmp_path_factory.mktemp("server") / "log") as url:
+        yield url
+
+
+@pytest.fixture
+def real_page(engine: str) -> Iterator[str]:
+    with serving("--server-url", engine, "--api-key", KEY) as url:
+        yield url
+
+
+def running(engine: str) -> float:
+    """How many requests the engine has, running or queued."""
+    metrics = requests.get(f"{engine}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=10).text
+    return sum(float(n) for n in re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*?\} (.*)$", metrics, re.M))
+
+
+def test_the_real_server_answers_is_stopped_and_a_reload_keeps_the_chat(engine, real_page, person):
+    tab = person(real_page)
+    assert tab.driver.title == MODEL
+    tab.fill("#temperature textarea, #temperature input", "0")
+    assert tab.ask(FRANCE) == "The capital of France is Paris."
+    figures = r"first token \d+\.\d\d s · \d+\.\d tokens/s · 35 of 8,192 tokens"
+    assert re.fullmatch(figures, tab.figures())
+    tab.send("Write a long story about a dragon.")
+    tab.until(lambda: len(tab.messages()) == 4 and len(tab.messages()[3]) > 20)
+    assert running(engine) == 1
+    tab.press("#box .stop-button")
+    tab.until(lambda: running(engine) == 0, 2)
+    tab.until(tab.is_ready)
+    assert tab.figures() == "stopped"
+    shown = tab.messages()
+    assert len(shown[3]) > 20
+    tab.driver.refresh()
+    tab.until(lambda: tab.messages() == shown)
+    tab.press("#chat [aria-label=Retry]")
+    tab.until(lambda: tab.figures() == "" and len(tab.messages()) == 4 and not tab.is_ready())
+    tab.until(lambda: running(engine) == 1)
+    tab.driver.switch_to.new_window("tab")
+    rest = tab.driver.window_handles
+    tab.driver.switch_to.window(rest[0])
+    tab.driver.close()
+    tab.driver.switch_to.window(rest[1])
+    tab.until(lambda: running(engine) == 0, 2)
+    tab.open(real_page)
+    tab.press("#earlier label input")
+    tab.until(lambda: tab.messages()[:2] == [FRANCE, "The capital of France is Paris."])
+
+
+def test_two_people_do_not_wait_for_each_other(engine, real_page, person):
+    ada, bob = person(real_page), person(real_page)
+    ada.send("Write a long story about a dragon.")
+    ada.until(lambda: len(ada.messages()) == 2)
+    bob.fill("#temperature textarea, #temperature input", "0")
+    assert bob.ask(FRANCE) == "The capital of France is Paris."
+    assert not ada.is_ready()
+    assert ada.messages()[0] == "Write a long story about a dragon."
+    ada.press("#box .stop-button")
+    ada.until(lambda: running(engine) == 0, 2)
+
+
+def test_twenty_conversations_at_once_do_not_mix(engine):
+    page = Page(engine, KEY, None, None, Line(20, 0))
+    examples = [said for n in ("48213", "99120", "30577") for said in (user(f"Repeat: {n}"), assistant(n))]
+
+    async def answer(n: int) -> bool:
+        nonce = str(7_919 * (n + 11))
+        request = SimpleNamespace(session_hash=nonce, headers={})
+        settings = ["0" if name == "temperature" else "" for name in Sampling.model_fields]
+        parts = page.answer(nonce, [*examples, user(f"Repeat: {nonce}")], request, "You repeat.", *settings)
+        *_, (chat, messages, _) = [part async for part in parts]
+        assert chat == nonce
+        return text_of(messages[-1]) == nonce
+
+    async def all_answers() -> list[bool]:
+        return await asyncio.gather(*map(answer, range(20)))
+
+    assert asyncio.run(all_answers()) == [True] * 20
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "text", "text": text}]}
+
+
+def assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def test_a_server_that_is_killed_is_told_and_the_chat_goes_on_when_it_is_back(engine, real_page, person):
+    tab = person(real_page)
+    tab.fill("#temperature textarea, #temperature input", "0")
+    tab.ask(FRANCE)
+    tab.send("Write a long story about a dragon.")
+    tab.until(lambda: len(tab.messages()) == 4 and len(tab.messages()[3]) > 20)
+    port = engine.rpartition(":")[2]
+    [server] = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-2:] == ["--port", port]]
+    server.kill()
+    tab.until(lambda: "broke off" in tab.messages()[-1])
+    assert "does not answer" in tab.ask("Are you there?")
+    with scripted(int(port)) as back:
+        back.play(line({"delta": "Yes."}), line(LAST))
+        tab.press("#chat [aria-label=Retry]")
+        tab.until(lambda: tab.messages()[-1] == "Yes.")
+        assert questions(back)[0]["history"] == [[FRANCE, "The capital of France is Paris."]]

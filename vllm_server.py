@@ -348,13 +348,14 @@ def _check_port(args: Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Starts the server and returns when it has stopped."""
-    # Until vLLM takes the signal over: end in order, leaving no half-made model behind.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    # Until the server listens: end in order, leaving no half-made model and no engine behind.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     if not entry_points(group="vllm.endpoint_plugins", name=PLUGIN):
         sys.exit("vllm_server.py is not installed here yet: run `make setup`, or `pip install --no-deps -e .`")
     set_environment()
     from vllm import envs
-    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.cli import serve
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
 
@@ -371,15 +372,22 @@ def main(argv: list[str] | None = None) -> None:
             file=sys.stderr,
         )
     args.stopped = False
+    # vLLM's own turns a signal into a KeyboardInterrupt, which is lost where it waits for the engine to load.
+    serve.run_server = _run_server
     try:
-        ServeSubcommand.cmd(args)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGTERM)
+        serve.ServeSubcommand.cmd(args)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         sys.exit(f"vllm_server.py: the server could not go on: {reason}")
     if not args.stopped:
         sys.exit("vllm_server.py: the engine has died; the log above says why")
+
+
+async def _run_server(args: Namespace) -> None:
+    """vLLM's server with one front end, which leaves our signal handlers as they are."""
+    from vllm.entrypoints.launchers.api_server.entry import run_server_worker, setup_server
+
+    await run_server_worker(*setup_server(args, reuse_port=False), args)
 
 
 def _other_plugins(allowed: list[str] | None) -> list[str]:

@@ -62,7 +62,7 @@ def family(port: int) -> list[psutil.Process]:
 
 
 def long_answer(url: str) -> Iterator:
-    answer = stream_chat(url, "Count to 1000.", sampling=Sampling(max_tokens=2000, temperature=0))
+    answer = stream_chat(url, "Write a very long story.", sampling=Sampling(max_tokens=4000))
     next(answer)
     return answer
 

@@ -48,7 +48,7 @@ def terminal(port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[pe
         cwd=ROOT,
         env={**os.environ, "XDG_STATE_HOME": str(tmp_path_factory.mktemp("state")), "PROMPT_TOOLKIT_NO_CPR": "1"},
         encoding="utf-8",
-        timeout=120,
+        timeout=40,
         dimensions=(40, 100),
     )
     yield chat
@@ -113,7 +113,7 @@ def test_a_server_that_loses_a_process_ends_with_explicit_errors(
     url: str, port: int, terminal: pexpect.spawn, which: Callable[[str], bool]
 ) -> None:
     asked_in(terminal, "The capital of France is Paris.")
-    processes, answers = family(port), [long_answer(url) for _ in range(4)]
+    processes, answers = family(port), [long_answer(url) for _ in range(2)]
     next(process for process in processes[1:] if which(process.name())).kill()
     for answer in answers:
         with pytest.raises(ChatError, match=r"has died|is stopping|broke the answer off|without its last line"):

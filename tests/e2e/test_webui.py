@@ -123,6 +123,11 @@ class Tab:
         self.until(lambda: self.run("return Boolean(document.querySelector(arguments[0]))", selector))
         self.run("[...document.querySelectorAll(arguments[0])].at(-1).click()", selector)
 
+    def retry(self) -> None:
+        """Asks the last question again, once the page is done with it."""
+        self.until(self.is_ready)
+        self.press("#chat [aria-label=Retry]")
+
     def fill(self, selector: str, text: str) -> None:
         self.run(
             """const field = document.querySelector(arguments[0]);
@@ -225,11 +230,12 @@ def test_an_answer_is_shown_with_code_formulas_and_tables_and_thoughts_folded(se
     tab.until(lambda: any("Let me" in text and "Thinking" in text for text in tab.messages()))
     seen.set()
     tab.until(tab.figures)
-    assert tab.messages()[:2] == ["Show me", "Thoughts"]
+    tab.until(lambda: tab.messages()[:2] == ["Show me", "Thoughts"])  # the fold moves
     assert "Here is bold" in tab.messages()[2]
     assert "vector<int>" in tab.messages()[2]
-    assert tab.texts("#chat strong, #chat td, #chat code .keyword") == ["bold", "def", "return", "1", "2"]
-    assert tab.run("return document.querySelectorAll('#chat .katex').length") == 1
+    marked = ["bold", "def", "return", "1", "2"]
+    tab.until(lambda: tab.texts("#chat strong, #chat td, #chat code .keyword") == marked)
+    tab.until(lambda: tab.run("return document.querySelectorAll('#chat .katex').length") == 1)
     assert "8,192 tokens" in tab.figures()
     server.play(line({"delta": "Sure."}), line(LAST))
     assert tab.ask("More?") == "Sure."
@@ -290,7 +296,7 @@ def test_a_busy_server_is_asked_again_and_stop_works_meanwhile(server, page, per
     tab.press("#box .stop-button")
     tab.until(lambda: "Stopped before the answer began" in tab.messages()[-1], 2)
     server.play(line({"delta": "Yes."}), line(LAST))
-    tab.press("#chat [aria-label=Retry]")
+    tab.retry()
     tab.until(lambda: tab.messages()[-1] == "Yes.")
     assert questions(server)[-1]["history"] == [["Hello", "At last."]]
 
@@ -325,7 +331,7 @@ def test_retry_edit_and_undo(server, page, person):
     tab = person(page)
     tab.ask("first")
     tab.ask("second")
-    tab.press("#chat [aria-label=Retry]")
+    tab.retry()
     tab.until(lambda: tab.messages()[-1] == "three" and tab.is_ready())
     tab.run("document.querySelector('#chat [aria-label=Edit]').click()")
     tab.until(lambda: tab.texts("#chat textarea"))
@@ -507,7 +513,7 @@ def test_the_real_server_answers_is_stopped_and_a_reload_keeps_the_chat(engine, 
     assert len(shown[3]) > 20
     tab.driver.refresh()
     tab.until(lambda: tab.messages() == shown)
-    tab.press("#chat [aria-label=Retry]")
+    tab.retry()
     tab.until(lambda: tab.figures() == "" and len(tab.messages()) == 4 and not tab.is_ready())
     tab.until(lambda: running(engine) == 1)
     tab.driver.switch_to.new_window("tab")
@@ -573,6 +579,6 @@ def test_a_server_that_is_killed_is_told_and_the_chat_goes_on_when_it_is_back(en
     assert "does not answer" in tab.ask("Are you there?")
     with scripted(int(port)) as back:
         back.play(line({"delta": "Yes."}), line(LAST))
-        tab.press("#chat [aria-label=Retry]")
+        tab.retry()
         tab.until(lambda: tab.messages()[-1] == "Yes.")
         assert questions(back)[0]["history"] == [[FRANCE, "The capital of France is Paris."]]

@@ -59,19 +59,20 @@ class Guard:
             _check_key(scope, args)
             if scope.get("method") in ("POST", "PUT", "PATCH"):
                 if getattr(state, "draining", False):
-                    raise ChatError("the server is stopping: try again in a moment", "overloaded", status=503)
+                    message = "the server is stopping: try again in a moment"
+                    raise ChatError(message, "overloaded", status=503, retry_after=5)
                 body = await _read(receive, args.max_body_size, args.body_timeout)
                 if b"json" in _header(scope, b"content-type").lower():
                     check_json(body)
                 receive = _replayed(body, receive)
         except ChatError as error:
-            return await error_response(error, retry_after=5)(scope, receive, send)
+            return await error_response(error)(scope, receive, send)
         await self._app(scope, receive, send)
 
 
-def error_response(error: ChatError, retry_after: int = 1) -> JSONResponse:
-    """An error as a route answers it; `retry_after`: the seconds that a 503 asks its client to wait."""
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": str(retry_after)}}.get(error.status)
+def error_response(error: ChatError) -> JSONResponse:
+    """An error as a route answers it; a 503 asks its client to wait for a second, if it does not say for how long."""
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": str(error.retry_after or 1)}}.get(error.status)
     return JSONResponse(error.as_dict(), error.status, headers)
 
 

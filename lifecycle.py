@@ -70,13 +70,15 @@ class Lifecycle:
         """Asks the engine again and again for a sign of life, which it gives between its steps; ends the server where
         none comes: after --stall-timeout seconds, or sooner where the engine does not even compute.
         """
+        computed = self._engine_seconds()
         while not self._engine.errored:
             sign = asyncio.ensure_future(self._engine.is_sleeping())
-            computed, idle = self._engine_seconds(), 0
+            idle = 0
             # Counted, not read from a clock: a server that was itself stopped (Ctrl-Z) must not blame its engine.
             while not (await asyncio.wait((sign,), timeout=1))[0]:
                 self._silent, idle = self._silent + 1, idle + 1
-                if (seconds := self._engine_seconds()) is None or seconds > (computed or 0) + 0.1:
+                seconds = self._engine_seconds()
+                if seconds is None or seconds > (computed or 0) + 0.1:
                     computed, idle = seconds, 0
                 if idle >= IDLE or 0 < self._args.stall_timeout <= self._silent:
                     sign.cancel()

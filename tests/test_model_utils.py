@@ -345,41 +345,6 @@ def test_an_answer_as_long_as_the_context_is_refused(requests: RequestBuilder, m
     assert refused.value.param == "max_tokens"
 
 
-@pytest.mark.parametrize(
-    ("cpu", "flags", "defaults"),
-    [
-        (False, {"avx2"}, {}),
-        (True, {"avx2", "avx512f"}, {"enforce_eager": True, "max_num_batched_tokens": 512, "dtype": "float32"}),
-        (True, {"avx512f", "avx512_bf16"}, {"enforce_eager": True, "max_num_batched_tokens": 512}),
-        (True, {"amx_bf16"}, {"enforce_eager": True, "max_num_batched_tokens": 512}),
-        (True, {"bf16", "sve"}, {"enforce_eager": True, "max_num_batched_tokens": 512}),
-        (True, set(), {"enforce_eager": True, "max_num_batched_tokens": 512, "dtype": "float32"}),
-    ],
-)
-def test_engine_defaults(monkeypatch: pytest.MonkeyPatch, cpu: bool, flags: set[str], defaults: dict) -> None:
-    monkeypatch.setattr(model_utils, "on_cpu", lambda: cpu)
-    monkeypatch.setattr(model_utils, "_cpu_flags", lambda: flags)
-    assert model_utils.engine_defaults() == defaults
-
-
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    fresh = {"OMP_NUM_THREADS": "1"}
-    monkeypatch.setattr(os, "environ", fresh)
-    return fresh
-
-
-@pytest.mark.parametrize("cpu", [False, True])
-def test_the_environment_keeps_what_the_user_has_set(
-    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, cpu: bool
-) -> None:
-    monkeypatch.setattr(model_utils, "on_cpu", lambda: cpu)
-    model_utils.set_environment()
-    assert environment["OMP_NUM_THREADS"] == "1"
-    assert environment["VLLM_NO_USAGE_STATS"] == "1"
-    assert ("VLLM_CPU_KVCACHE_SPACE" in environment) == cpu
-
-
 def child_of_a_killed_process() -> None:
     """Runs in a process of its own: starts a child that waits for ever, and is killed."""
     context = multiprocessing.get_context("spawn")

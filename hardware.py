@@ -1,0 +1,155 @@
+"""What runs fast on this hardware: the defaults that differ from vLLM's, each with its reason.
+
+A flag goes over each, or the environment variable of that name; `vllm_server.py --show-defaults` lists them.
+"""
+
+import os
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CORES_PER_FRONT_END = 4
+FRONT_ENDS_PER_ENGINE = 4
+"""One engine is busy with as many: measured, see benchmarks/NOTES.md."""
+GRAPHS_BY_DEFAULT = 512
+"""The largest batch that vLLM captures in a CUDA graph by default."""
+
+
+class Default(NamedTuple):
+    """A setting that we choose: the name of an engine argument or of an environment variable, its value, and why."""
+
+    name: str
+    value: Any
+    reason: str
+
+
+def environment_defaults() -> list[Default]:
+    """What vLLM reads from the environment."""
+    chosen = [
+        Default("VLLM_NO_USAGE_STATS", "1", "nothing is sent to vLLM's makers"),
+        Default("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0", "an allowed host must not lead to one that is not"),
+        Default("TOKENIZERS_PARALLELISM", "false", "one prompt is encoded faster on one thread"),
+    ]
+    if on_cpu():
+        cores, memory = _cores(), _memory_gib()
+        chosen += [
+            Default("VLLM_CPU_OMP_THREADS_BIND", "nobind", "the engine takes all cores; vLLM would keep one free"),
+            Default("OMP_NUM_THREADS", str(cores), f"{cores} cores are to be had"),
+            Default("VLLM_ENABLE_V1_MULTIPROCESSING", "0", "no second process, which would import vLLM again"),
+            Default("VLLM_CPU_KVCACHE_SPACE", str(max(1, min(4, memory // 4))), f"GiB, of {memory} GiB of memory"),
+        ]
+    return chosen
+
+
+def set_environment() -> None:
+    """Sets `environment_defaults`, before vLLM is imported; what the user has set stays."""
+    for name, value, _ in environment_defaults():
+        os.environ.setdefault(name, value)
+
+
+def engine_defaults() -> list[Default]:
+    """Engine arguments that the hardware alone decides."""
+    if not on_cpu():
+        return []
+    chosen = [
+        Default("enforce_eager", True, "compiling takes minutes and gains a fifth on a CPU"),
+        Default("max_num_batched_tokens", 512, "a long prompt is read in pieces, between which other answers go on"),
+    ]
+    if not {"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags():
+        chosen.append(Default("dtype", "float32", "this processor only emulates bfloat16, several times slower"))
+    return chosen
+
+
+def graph_defaults(args: Any) -> list[Default]:
+    """Engine arguments that follow from others.
+
+    Args:
+        args: `vllm.EngineArgs`, or a command line with the same names.
+    """
+    if on_cpu():
+        return []
+    graphs, running = args.compilation_config, max_num_seqs(args)
+    chosen_by_user = (
+        args.max_cudagraph_capture_size
+        or args.cudagraph_capture_sizes
+        or graphs.max_cudagraph_capture_size
+        or graphs.cudagraph_capture_sizes
+    )
+    if chosen_by_user or running <= GRAPHS_BY_DEFAULT:
+        return []
+    reason = "CUDA graphs for as many requests as run at once; beyond its graphs the engine is a third slower"
+    return [Default("max_cudagraph_capture_size", -(-running // 16) * 16, reason)]
+
+
+def server_defaults(args: Any) -> list[Default]:
+    """What only the server asks, and what follows from its command line `args`."""
+    engines = args.data_parallel_size
+    bound = 2 * engines * max_num_seqs(args)
+    chosen = [Default("max_num_queued_reqs", bound, "those that run at once, and as many that wait; more get a 503")]
+    elsewhere = args.headless or args.data_parallel_rank is not None or args.data_parallel_start_rank is not None
+    balanced = args.data_parallel_external_lb or args.data_parallel_hybrid_lb
+    balanced = balanced or args.data_parallel_multi_port_external_lb
+    single = os.environ.get("VLLM_USE_RUST_FRONTEND") or os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+    if not (on_cpu() or elsewhere or balanced or single or args.enable_elastic_ep or args.grpc):
+        processes = max(1, min(FRONT_ENDS_PER_ENGINE * engines, _cores() // CORES_PER_FRONT_END))
+        reason = f"processes that talk to clients, for {_cores()} cores and {engines} engine{'s' * (engines > 1)}"
+        chosen.append(Default("api_server_count", processes, reason))
+    return chosen
+
+
+def values(defaults: Iterable[Default]) -> dict[str, Any]:
+    """The settings by name."""
+    return {name: value for name, value, _ in defaults}
+
+
+def fill_in(args: Any, defaults: Iterable[Default]) -> None:
+    """Sets what the command line has left open."""
+    for name, value, _ in defaults:
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def table(args: Any, defaults: Iterable[Default]) -> str:
+    """The settings in force, a line each: name, value, and why it is so."""
+    rows = []
+    for name, value, reason in defaults:
+        actual = os.environ[name] if name.isupper() else getattr(args, name)
+        rows.append((name, str(actual), reason if actual == value else f"as you set it; else {value}: {reason}"))
+    return "\n".join(f"{name:32} {actual:8} {reason}" for name, actual, reason in rows)
+
+
+def max_num_seqs(args: Any) -> int:
+    """How many requests an engine runs at once: as `args` say, or as vLLM chooses for this hardware."""
+    from vllm import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    if args.max_num_seqs:
+        return args.max_num_seqs
+    _, running = EngineArgs.get_batch_defaults(args.tensor_parallel_size * args.pipeline_parallel_size)
+    return running[UsageContext.OPENAI_API_SERVER] * (2 if args.performance_mode == "throughput" else 1)
+
+
+def on_cpu() -> bool:
+    """Whether the installed vLLM is the one for CPUs."""
+    try:
+        distribution("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _cpu_flags() -> set[str]:
+    """Names of the processor's instruction sets, as Linux lists them."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.lower().startswith(("flags", "features")):
+            return set(line.split(":")[1].split())
+    return set()
+
+
+def _memory_gib() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30

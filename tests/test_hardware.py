@@ -1,0 +1,134 @@
+"""What is chosen for which hardware, and that what the user says goes over it."""
+
+import os
+from argparse import Namespace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import hardware
+
+
+@pytest.mark.parametrize(
+    ("cpu", "flags", "defaults"),
+    [
+        (False, {"avx2"}, {}),
+        (True, {"avx2", "avx512f"}, {"enforce_eager": True, "max_num_batched_tokens": 512, "dtype": "float32"}),
+        (True, {"avx512f", "avx512_bf16"}, {"enforce_eager": True, "max_num_batched_tokens": 512}),
+        (True, {"amx_bf16"}, {"enforce_eager": True, "max_num_batched_tokens": 512}),
+        (True, {"bf16", "sve"}, {"enforce_eager": True, "max_num_batched_tokens": 512}),
+        (True, set(), {"enforce_eager": True, "max_num_batched_tokens": 512, "dtype": "float32"}),
+    ],
+)
+def test_engine_defaults(monkeypatch: pytest.MonkeyPatch, cpu: bool, flags: set[str], defaults: dict) -> None:
+    monkeypatch.setattr(hardware, "on_cpu", lambda: cpu)
+    monkeypatch.setattr(hardware, "_cpu_flags", lambda: flags)
+    assert hardware.values(hardware.engine_defaults()) == defaults
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    fresh = {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setattr(os, "environ", fresh)
+    return fresh
+
+
+@pytest.mark.parametrize("cpu", [False, True])
+def test_the_environment_keeps_what_the_user_has_set(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, cpu: bool
+) -> None:
+    monkeypatch.setattr(hardware, "on_cpu", lambda: cpu)
+    hardware.set_environment()
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment["VLLM_NO_USAGE_STATS"] == "1"
+    assert ("VLLM_CPU_KVCACHE_SPACE" in environment) == cpu
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with GPUs that run 1,024 requests each, and 16 cores."""
+    monkeypatch.setattr(hardware, "on_cpu", lambda: False)
+    monkeypatch.setattr(hardware, "max_num_seqs", lambda args: args.max_num_seqs or 1024)
+    monkeypatch.setattr(hardware, "_cores", lambda: 16)
+
+
+def command_line(**flags: Any) -> Namespace:
+    graphs = SimpleNamespace(max_cudagraph_capture_size=None, cudagraph_capture_sizes=None)
+    nothing = dict.fromkeys(
+        [
+            "api_server_count",
+            "cudagraph_capture_sizes",
+            "data_parallel_external_lb",
+            "data_parallel_hybrid_lb",
+            "data_parallel_multi_port_external_lb",
+            "data_parallel_rank",
+            "data_parallel_start_rank",
+            "enable_elastic_ep",
+            "grpc",
+            "headless",
+            "max_cudagraph_capture_size",
+            "max_num_queued_reqs",
+            "max_num_seqs",
+        ]
+    )
+    return Namespace(**{**nothing, "compilation_config": graphs, "data_parallel_size": 1, **flags})
+
+
+@pytest.mark.parametrize(
+    ("flags", "size"),
+    [
+        ({}, 1024),
+        ({"max_num_seqs": 1000}, 1008),
+        ({"max_num_seqs": 512}, None),
+        ({"max_cudagraph_capture_size": 8}, None),
+        ({"cudagraph_capture_sizes": [1, 2]}, None),
+        ({"compilation_config": SimpleNamespace(max_cudagraph_capture_size=8, cudagraph_capture_sizes=None)}, None),
+    ],
+)
+def test_graphs_reach_as_far_as_requests_run_unless_the_user_says_how_far(gpu: None, flags: dict, size: Any) -> None:
+    chosen = hardware.values(hardware.graph_defaults(command_line(**flags)))
+    assert chosen.get("max_cudagraph_capture_size") == size
+
+
+@pytest.mark.parametrize(("cores", "engines", "processes"), [(1, 1, 1), (8, 1, 2), (16, 1, 4), (64, 1, 4), (64, 2, 8)])
+def test_front_ends_follow_the_cores_and_the_engines(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, cores: int, engines: int, processes: int
+) -> None:
+    monkeypatch.setattr(hardware, "_cores", lambda: cores)
+    chosen = hardware.values(hardware.server_defaults(command_line(data_parallel_size=engines)))
+    assert chosen["api_server_count"] == processes
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"headless": True},
+        {"data_parallel_rank": 0},
+        {"data_parallel_start_rank": 1},
+        {"data_parallel_external_lb": True},
+        {"data_parallel_hybrid_lb": True},
+        {"data_parallel_multi_port_external_lb": True},
+        {"enable_elastic_ep": True},
+        {"grpc": True},
+    ],
+)
+def test_where_vllm_takes_one_front_end_it_is_left_to_vllm(gpu: None, flags: dict) -> None:
+    assert "api_server_count" not in hardware.values(hardware.server_defaults(command_line(**flags)))
+
+
+@pytest.mark.parametrize("variable", ["VLLM_USE_RUST_FRONTEND", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"])
+def test_what_works_with_one_front_end_only_gets_one(gpu: None, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "1")
+    assert "api_server_count" not in hardware.values(hardware.server_defaults(command_line()))
+
+
+def test_what_the_user_says_goes_over_the_defaults_and_the_table_shows_it(gpu: None) -> None:
+    args = command_line(api_server_count=2)
+    chosen = hardware.server_defaults(args)
+    hardware.fill_in(args, chosen)
+    assert (args.api_server_count, args.max_num_queued_reqs) == (2, 2048)
+    queue, front_ends = hardware.table(args, chosen).splitlines()
+    assert queue.split()[:2] == ["max_num_queued_reqs", "2048"]
+    assert front_ends.split()[:2] == ["api_server_count", "2"]
+    assert "as you set it; else 4" in front_ends

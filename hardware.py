@@ -86,11 +86,16 @@ def server_defaults(args: Any) -> list[Default]:
     """What only the server asks, and what follows from its command line `args`."""
     engines = args.data_parallel_size
     bound = 2 * engines * max_num_seqs(args)
-    chosen = [Default("max_num_queued_reqs", bound, "those that run at once, and as many that wait; more get a 503")]
+    chosen = [
+        Default("max_num_queued_reqs", bound, "those that run at once, and as many that wait; more get a 503"),
+        Default("delta_delay", 0.02, "seconds in which pieces gather where many answers run: the fewer, the faster"),
+    ]
     elsewhere = args.headless or args.data_parallel_rank is not None or args.data_parallel_start_rank is not None
     balanced = args.data_parallel_external_lb or args.data_parallel_hybrid_lb
     balanced = balanced or args.data_parallel_multi_port_external_lb
-    single = os.environ.get("VLLM_USE_RUST_FRONTEND") or os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+    single = any(
+        os.environ.get(f"VLLM_{name}", "0") != "0" for name in ("USE_RUST_FRONTEND", "ALLOW_RUNTIME_LORA_UPDATING")
+    )
     if not (on_cpu() or elsewhere or balanced or single or args.enable_elastic_ep or args.grpc):
         processes = max(1, min(FRONT_ENDS_PER_ENGINE * engines, _cores() // CORES_PER_FRONT_END))
         reason = f"processes that talk to clients, for {_cores()} cores and {engines} engine{'s' * (engines > 1)}"

@@ -11,12 +11,13 @@ import signal
 import socket
 import sys
 from argparse import Namespace
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import orjson
 from fastapi import FastAPI
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
@@ -60,6 +61,8 @@ LIMITS = (
     ("--write-timeout", float, 30.0, "seconds after which a client that takes nothing is cut off"),
     ("--stall-timeout", float, 300.0, "seconds that one step of the engine may take before the server ends; 0: any"),
 )
+CROWD = 32
+"""With so many answers in one process, `--delta-delay` holds."""
 LONG_TEXT = 8192
 """From this many characters a prompt is built on a thread, so that other streams do not wait for it."""
 
@@ -134,10 +137,18 @@ class ChatEndpoint:
                 prompt, params = await asyncio.to_thread(self._requests.build, chat, chat.stream)
         except ChatError as error:
             return error_response(error)
+        from vllm.inputs.engine import tokens_input
+
+        # What has a type goes to the engine at once; vLLM sends anything else through a thread first.
         outputs = self._engine.generate(
-            {"prompt_token_ids": prompt.token_ids}, params, f"chat-{os.urandom(16).hex()}", lora_request=adapter
+            tokens_input(prompt.token_ids), params, f"chat-{os.urandom(16).hex()}", lora_request=adapter
         )
-        return Answer(outputs, chat.stream, prompt)
+        return Answer(outputs, chat.stream, prompt, self._delay)
+
+    def _delay(self) -> float:
+        """Seconds for which the pieces of an answer gather before they are sent: none where few answers run here."""
+        crowded = self._engine.output_processor.get_num_unfinished_requests() >= CROWD
+        return self._args.delta_delay if crowded else 0
 
     async def info(self) -> dict[str, Any]:
         """What a client may want to show before it asks: models, context in tokens, defaults of `/chat`."""
@@ -170,9 +181,11 @@ class Answer(Response):
     reason and the usage or with the error. What fails before the first token has a status of its own.
     """
 
-    def __init__(self, outputs: AsyncGenerator["RequestOutput"], stream: bool, prompt: Prompt) -> None:
+    def __init__(
+        self, outputs: AsyncGenerator["RequestOutput"], stream: bool, prompt: Prompt, delay: Callable[[], float]
+    ) -> None:
         self.background = None
-        self._outputs, self._stream, self._prompt = outputs, stream, prompt
+        self._outputs, self._stream, self._prompt, self._delay = outputs, stream, prompt, delay
         self._completion_tokens = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -203,6 +216,8 @@ class Answer(Response):
                 await self._send_delta(output, send)
                 async for output in self._outputs:
                     await self._send_delta(output, send)
+                    if not output.finished and (delay := self._delay()):
+                        await asyncio.sleep(delay)  # the engine's client puts together what comes meanwhile
                 last_line = self._ending(output)
             except Exception as error:
                 last_line = _explained(error).as_dict()
@@ -239,7 +254,7 @@ NDJSON_HEADERS = [
 
 
 async def _send_line(line: dict[str, Any], send: Send, more_body: bool) -> None:
-    body = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+    body = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
     await send({"type": "http.response.body", "body": body, "more_body": more_body})
 
 
@@ -304,6 +319,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--hub", choices=HUBS, default="modelscope", help="where a model that is no folder comes from")
     for flag, kind, default, text in LIMITS:
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
+    parser.add_argument(
+        "--delta-delay", type=float, help="seconds for which pieces of an answer gather where many run; 0: none"
+    )
     parser.add_argument(
         "--show-defaults", action="store_true", help="print what is chosen for this hardware, and why, and end"
     )

@@ -5,7 +5,6 @@ import json
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,34 +13,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from scripted_server import Server, scripted
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from benchmarks import shapes
 from model_utils import demo_model
 
-QWEN_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-QWEN_PLAIN = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
-
-# The parts of the two models' own templates that deal with plain conversations.
-QWEN25_TEMPLATE = """\
-{%- if messages[0]['role'] == 'system' %}
-    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
-{%- else %}
-    {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role != 'system' or not loop.first %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
+# The parts of the model's own template that deal with plain conversations.
 QWEN3_TEMPLATE = """\
 {%- if messages[0].role == 'system' %}
     {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
@@ -74,11 +52,7 @@ def demo_tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def qwen_tokenizer() -> PreTrainedTokenizerBase:
     """Qwen2.5's vocabulary, real, and its chat template."""
-    package = find_spec("dashscope").submodule_search_locations[0]
-    file = str(Path(package) / "resources" / "qwen.tiktoken")
-    vocabulary = TikTokenConverter(file, QWEN_PATTERN, extra_special_tokens=QWEN_SPECIAL).converted()
-    vocabulary.normalizer = normalizers.NFC()
-    return _fast(vocabulary, QWEN25_TEMPLATE)
+    return shapes.qwen_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -88,13 +62,8 @@ def qwen3_tokenizer() -> PreTrainedTokenizerBase:
     vocabulary = Tokenizer(models.BPE({character: n for n, character in enumerate(alphabet)}, []))
     vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     vocabulary.decoder = decoders.ByteLevel()
-    vocabulary.add_special_tokens(QWEN_SPECIAL)
-    return _fast(vocabulary, QWEN3_TEMPLATE)
-
-
-def _fast(vocabulary: Tokenizer, chat_template: str) -> PreTrainedTokenizerBase:
-    vocabulary.add_tokens([AddedToken(token, normalized=False, special=False) for token in QWEN_PLAIN])
-    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="<|im_end|>", chat_template=chat_template)
+    vocabulary.add_special_tokens(shapes.CONTROL_TOKENS)
+    return shapes.with_control_tokens(vocabulary, QWEN3_TEMPLATE)
 
 
 def write_model(folder: Path, **config: Any) -> Path:
@@ -111,7 +80,7 @@ MAX_BODY = 2**20
 
 def guard_args(**flags: Any) -> Namespace:
     """The command line as the guard sees it, with its defaults."""
-    defaults = {"api_key": None, "max_body_size": MAX_BODY, "body_timeout": 30.0}
+    defaults = {"api_key": None, "max_body_size": MAX_BODY, "body_timeout": 30.0, "delta_delay": 0.02}
     return Namespace(**{**defaults, "disable_fastapi_docs": False, "enable_offline_docs": False, **flags})
 
 
@@ -136,6 +105,8 @@ class ScriptedEngine:
             is_multimodal_model=False,
             get_diff_sampling_param=lambda: dict(configured or {}),
         )
+        self.output_processor = SimpleNamespace(get_num_unfinished_requests=lambda: self.running)
+        self.running = 1
         self.calls: list[SimpleNamespace] = []
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -64,6 +64,7 @@ def command_line(**flags: Any) -> Namespace:
             "data_parallel_multi_port_external_lb",
             "data_parallel_rank",
             "data_parallel_start_rank",
+            "delta_delay",
             "enable_elastic_ep",
             "grpc",
             "headless",
@@ -128,7 +129,7 @@ def test_what_the_user_says_goes_over_the_defaults_and_the_table_shows_it(gpu: N
     chosen = hardware.server_defaults(args)
     hardware.fill_in(args, chosen)
     assert (args.api_server_count, args.max_num_queued_reqs) == (2, 2048)
-    queue, front_ends = hardware.table(args, chosen).splitlines()
+    queue, _, front_ends = hardware.table(args, chosen).splitlines()
     assert queue.split()[:2] == ["max_num_queued_reqs", "2048"]
     assert front_ends.split()[:2] == ["api_server_count", "2"]
     assert "as you set it; else 4" in front_ends

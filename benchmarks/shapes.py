@@ -1,0 +1,91 @@
+"""Models without weights, for speed only: the shape of a Qwen2.5 and its real vocabulary.
+
+    python -m benchmarks.shapes 0.5B FOLDER
+    python vllm_server.py --model FOLDER --load-format dummy
+
+What they answer is noise.
+"""
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, normalizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+PLAIN_TOKENS = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
+
+# The part of Qwen2.5's own template that deals with plain conversations.
+TEMPLATE = """\
+{%- if messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+{%- else %}
+    {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role != 'system' or not loop.first %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+SHAPES = {
+    "0.5B": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "7B": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """Qwen2.5's tokenizer: the vocabulary that the package `dashscope` carries, and the plain part of its template."""
+    package = find_spec("dashscope").submodule_search_locations[0]
+    file = str(Path(package) / "resources" / "qwen.tiktoken")
+    vocabulary = TikTokenConverter(file, PATTERN, extra_special_tokens=CONTROL_TOKENS).converted()
+    vocabulary.normalizer = normalizers.NFC()
+    return with_control_tokens(vocabulary, TEMPLATE)
+
+
+def with_control_tokens(vocabulary: Tokenizer, chat_template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with Qwen's further tokens, which are not marked as special."""
+    vocabulary.add_tokens([AddedToken(token, normalized=False, special=False) for token in PLAIN_TOKENS])
+    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="<|im_end|>", chat_template=chat_template)
+
+
+def write(shape: str, folder: Path) -> None:
+    """Writes the description and the tokenizer of a model, with the sampling that Qwen2.5 recommends."""
+    qwen_tokenizer().save_pretrained(folder)
+    config = Qwen2Config(**SHAPES[shape], rope_theta=1e6, max_position_embeddings=32768, dtype="bfloat16")
+    config.architectures = ["Qwen2ForCausalLM"]
+    config.save_pretrained(folder)
+    sampling = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+    ends = {"eos_token_id": [151645, 151643], "pad_token_id": 151643}
+    GenerationConfig(do_sample=True, **sampling, **ends).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("folder", type=Path)
+    write(**vars(parser.parse_args()))

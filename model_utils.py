@@ -227,7 +227,8 @@ class RequestBuilder:
         )
         wanted.pop("model", None)
         kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
-        return prompt, SamplingParams(**wanted, stop_token_ids=[self.prompts.stop_token_id], output_kind=kind)
+        stop_token_ids = [self.prompts.stop_token_id]
+        return prompt, SamplingParams(**wanted, stop_token_ids=stop_token_ids, output_kind=kind, skip_clone=True)
 
 
 def sampling_defaults(context: int, configured: Mapping[str, Any]) -> dict[str, Any]:

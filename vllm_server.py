@@ -86,6 +86,8 @@ class ChatEndpoint:
         app.add_api_route(
             "/chat", self.chat, methods=["POST"], openapi_extra={"requestBody": body}, response_model=None
         )
+        # To the front: the router and the metrics both try one route after the other, and vLLM has many.
+        app.router.routes.insert(0, app.router.routes.pop())
         app.add_api_route("/chat/info", self.info, methods=["GET"])
 
         app.add_api_route("/ready", lambda: self._lifecycle.readiness(), methods=["GET"], response_model=None)

@@ -37,7 +37,8 @@ def measure(side: str, flags: list[str], streams: list[int], options: dict) -> d
         for api in routes:
             load(url, api, max(streams), **{**options, "rounds": 1, "tokens": 32})
             for number in streams:
-                seen[api, number] = load(url, api, number, **options)
+                rounds = max(options["rounds"], 16 // number)
+                seen[api, number] = load(url, api, number, **{**options, "rounds": rounds})
                 print(f"{side[:24]:24} {PATHS[api]:20} {row(number, seen[api, number])}", flush=True)
     return seen
 

@@ -37,6 +37,15 @@ TEMPLATE = """\
 {%- endif %}
 """
 SHAPES = {
+    "tiny": {  # next to no computing: what is left is the server
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
     "0.5B": {
         "hidden_size": 896,
         "intermediate_size": 4864,

@@ -9,9 +9,9 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, NamedTuple
 
-CORES_PER_FRONT_END = 4
-FRONT_ENDS_PER_ENGINE = 4
-"""One engine is busy with as many: measured, see benchmarks/NOTES.md."""
+CORES_PER_FRONT_END = 2
+FRONT_ENDS_PER_ENGINE = 8
+"""More gain nothing, see benchmarks/NOTES.md."""
 GRAPHS_BY_DEFAULT = 512
 """The largest batch that vLLM captures in a CUDA graph by default."""
 
@@ -86,10 +86,7 @@ def server_defaults(args: Any) -> list[Default]:
     """What only the server asks, and what follows from its command line `args`."""
     engines = args.data_parallel_size
     bound = 2 * engines * max_num_seqs(args)
-    chosen = [
-        Default("max_num_queued_reqs", bound, "those that run at once, and as many that wait; more get a 503"),
-        Default("delta_delay", 0.02, "seconds in which pieces gather where many answers run: the fewer, the faster"),
-    ]
+    chosen = [Default("max_num_queued_reqs", bound, "those that run at once, and as many that wait; more get a 503")]
     elsewhere = args.headless or args.data_parallel_rank is not None or args.data_parallel_start_rank is not None
     balanced = args.data_parallel_external_lb or args.data_parallel_hybrid_lb
     balanced = balanced or args.data_parallel_multi_port_external_lb

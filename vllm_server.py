@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 from argparse import Namespace
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -61,8 +61,6 @@ LIMITS = (
     ("--write-timeout", float, 30.0, "seconds after which a client that takes nothing is cut off"),
     ("--stall-timeout", float, 300.0, "seconds that one step of the engine may take before the server ends; 0: any"),
 )
-CROWD = 32
-"""With so many answers in one process, `--delta-delay` holds."""
 LONG_TEXT = 8192
 """From this many characters a prompt is built on a thread, so that other streams do not wait for it."""
 
@@ -145,12 +143,7 @@ class ChatEndpoint:
         outputs = self._engine.generate(
             tokens_input(prompt.token_ids), params, f"chat-{os.urandom(16).hex()}", lora_request=adapter
         )
-        return Answer(outputs, chat.stream, prompt, self._delay)
-
-    def _delay(self) -> float:
-        """Seconds for which the pieces of an answer gather before they are sent: none where few answers run here."""
-        crowded = self._engine.output_processor.get_num_unfinished_requests() >= CROWD
-        return self._args.delta_delay if crowded else 0
+        return Answer(outputs, chat.stream, prompt)
 
     async def info(self) -> dict[str, Any]:
         """What a client may want to show before it asks: models, context in tokens, defaults of `/chat`."""
@@ -183,24 +176,24 @@ class Answer(Response):
     reason and the usage or with the error. What fails before the first token has a status of its own.
     """
 
-    def __init__(
-        self, outputs: AsyncGenerator["RequestOutput"], stream: bool, prompt: Prompt, delay: Callable[[], float]
-    ) -> None:
+    def __init__(self, outputs: AsyncGenerator["RequestOutput"], stream: bool, prompt: Prompt) -> None:
         self.background = None
-        self._outputs, self._stream, self._prompt, self._delay = outputs, stream, prompt, delay
+        self._outputs, self._stream, self._prompt = outputs, stream, prompt
         self._completion_tokens = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answering = asyncio.create_task(self._answer(scope, receive, send))
+        # Not in a task of its own: of many requests at once the engine has the first before the last is read.
+        answering = asyncio.current_task()
         leaving = asyncio.create_task(_disconnected(receive))
+        leaving.add_done_callback(lambda left: left.cancelled() or answering.cancel())
         try:
-            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+            await self._answer(scope, receive, send)
+        except asyncio.CancelledError:
+            if not leaving.done():
+                raise
+            answering.uncancel()
         finally:
             leaving.cancel()
-            answering.cancel()
-            await asyncio.wait((answering,))
-        if not answering.cancelled():
-            answering.result()
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._outputs):
@@ -218,8 +211,6 @@ class Answer(Response):
                 await self._send_delta(output, send)
                 async for output in self._outputs:
                     await self._send_delta(output, send)
-                    if not output.finished and (delay := self._delay()):
-                        await asyncio.sleep(delay)  # the engine's client puts together what comes meanwhile
                 last_line = self._ending(output)
             except Exception as error:
                 last_line = _explained(error).as_dict()
@@ -321,9 +312,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--hub", choices=HUBS, default="modelscope", help="where a model that is no folder comes from")
     for flag, kind, default, text in LIMITS:
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
-    parser.add_argument(
-        "--delta-delay", type=float, help="seconds for which pieces of an answer gather where many run; 0: none"
-    )
     parser.add_argument(
         "--show-defaults", action="store_true", help="print what is chosen for this hardware, and why, and end"
     )

@@ -80,7 +80,7 @@ MAX_BODY = 2**20
 
 def guard_args(**flags: Any) -> Namespace:
     """The command line as the guard sees it, with its defaults."""
-    defaults = {"api_key": None, "max_body_size": MAX_BODY, "body_timeout": 30.0, "delta_delay": 0.02}
+    defaults = {"api_key": None, "max_body_size": MAX_BODY, "body_timeout": 30.0}
     return Namespace(**{**defaults, "disable_fastapi_docs": False, "enable_offline_docs": False, **flags})
 
 
@@ -105,8 +105,6 @@ class ScriptedEngine:
             is_multimodal_model=False,
             get_diff_sampling_param=lambda: dict(configured or {}),
         )
-        self.output_processor = SimpleNamespace(get_num_unfinished_requests=lambda: self.running)
-        self.running = 1
         self.calls: list[SimpleNamespace] = []
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -15,14 +15,11 @@ import pytest
 from conftest import MAX_BODY, guard_args, write_model
 from fastapi import FastAPI
 from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValidationError
-from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from guard import Guard
 from model_utils import ModelUnavailable
-from vllm_server import CROWD, ChatEndpoint, announce, parse_args
+from vllm_server import ChatEndpoint, announce, parse_args
 
 Engines = Callable[..., Any]
 ADAPTER = object()
@@ -469,44 +466,6 @@ def model(tmp_path: Path) -> str:
 def test_a_server_is_for_this_machine_unless_told_otherwise(model: str) -> None:
     args = parse_args(["--model", model, "--port", "0"])
     assert (args.host, args.model) == ("127.0.0.1", model)
-
-
-@pytest.mark.parametrize(("running", "lines_at_most"), [(CROWD, 10), (CROWD - 1, 100)])
-def test_where_many_answers_run_pieces_gather_but_not_the_first(
-    scripted_engine: Engines, running: int, lines_at_most: int
-) -> None:
-    engine = scripted_engine()
-    engine.running = running
-    pieces = [f"{number} " for number in range(100)]
-
-    async def generate(*_: Any, **__: Any) -> AsyncIterator[RequestOutput]:
-        """As vLLM's client does: an answer that is not fetched grows."""
-        collector = RequestOutputCollector(RequestOutputKind.DELTA, "r")
-
-        async def compute() -> None:
-            for piece in pieces:
-                last = piece is pieces[-1]
-                completion = CompletionOutput(0, piece, [1], None, None, finish_reason="stop" if last else None)
-                collector.put(RequestOutput("r", None, [1], None, [completion], last))
-                await asyncio.sleep(0)
-                while collector.output and piece is pieces[0]:
-                    await asyncio.sleep(0)
-
-        computing = asyncio.create_task(compute())
-        finished = False
-        while not finished:
-            output = await collector.get()
-            finished = output.finished
-            yield output
-        await computing
-
-    engine.generate = generate
-    *deltas, last = lines(chat(engine, stream=True))
-    assert deltas[0] == {"delta": "0 "}
-    assert "".join(delta["delta"] for delta in deltas) == "".join(pieces)
-    assert last["usage"]["completion_tokens"] == 100
-    assert len(deltas) <= lines_at_most
-    assert running == CROWD or len(deltas) > 50
 
 
 @pytest.mark.parametrize("end", ["", "/"])

@@ -116,7 +116,7 @@ class Chat:
             parts.close()
         print(flush=True)
         if result:
-            self.dim(_figures(result, began, first or time.monotonic()))
+            self.dim(figures_line(result, began, first or time.monotonic()))
         else:
             self.dim("stopped")
         if pieces or result:
@@ -165,10 +165,7 @@ class Chat:
             print(f"\x1b[2m{self._shown(text)}\x1b[0m", flush=True)
 
     def _shown(self, text: str) -> str:
-        """Text as it may go to the terminal: an answer must not steer it with control characters."""
-        if not self.to_terminal:
-            return text
-        return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+        return without_controls(text) if self.to_terminal else text
 
     def _set_system(self, text: str) -> None:
         self.system = text or self.system
@@ -243,7 +240,13 @@ def _session() -> PromptSession:
     return PromptSession(history=FileHistory(LINE_HISTORY), multiline=True, key_bindings=keys, prompt_continuation="  ")
 
 
-def _figures(result: ChatResult, began: float, first: float) -> str:
+def without_controls(text: str) -> str:
+    """Text as it may go to a terminal: an answer must not steer it with control characters."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
+def figures_line(result: ChatResult, began: float, first: float) -> str:
+    """The line under a finished answer; `began`, `first`: when it was asked, and had text."""
     seconds = max(time.monotonic() - first, 1e-9)
     figures = [f"first token {first - began:.2f} s"]
     if result.completion_tokens > 1:

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes .venv with what this machine needs: vLLM for CUDA where an NVIDIA GPU is seen, vLLM for the CPU elsewhere.
-#   setup.sh        install, unless that is done
+#   setup.sh        install, unless that is done; HARDWARE=gpu or cpu: do not look for the GPU, as where an image is built
 #   setup.sh lock   write requirements.txt and requirements-cpu.txt anew from pyproject.toml
 set -eu
 cd "$(dirname "$0")"
@@ -35,11 +35,14 @@ if [ "${1:-}" = lock ]; then
     exit
 fi
 
-if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-    requirements=requirements.txt torch=
-else
-    requirements=requirements-cpu.txt
+if [ -z "${HARDWARE:-}" ]; then
+    nvidia-smi -L >/dev/null 2>&1 && HARDWARE=gpu || HARDWARE=cpu
 fi
+case $HARDWARE in
+    gpu) requirements=requirements.txt torch= ;;
+    cpu) requirements=requirements-cpu.txt ;;
+    *) fail "HARDWARE is gpu or cpu, not $HARDWARE" ;;
+esac
 stamp=.venv/$( { cat $requirements pyproject.toml setup.sh; echo "$PYTHON"; } | cksum | cut -d' ' -f1)
 [ -e "$stamp" ] && exit
 echo "Installing $requirements into .venv (once; 1 to 5 minutes) …" >&2

@@ -1,11 +1,14 @@
 """Talks to a server: `stream_chat` for programs, its twins on asyncio, and a chat in the terminal.
 
 python vllm_client.py --url http://127.0.0.1:8000
+python vllm_client.py --url http://127.0.0.1:8000 --test-message
 """
 
 import argparse
 import json
 import os
+import sys
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT, READ_TIMEOUT = 5.0, 300.0
 """Seconds to wait for a connection, and for each further piece of an answer."""
 MODELS_TIMEOUT = (CONNECT_TIMEOUT, 10.0)
+TEST_MESSAGE = "What is the capital of France?"
 
 
 def stream_chat(
@@ -323,14 +327,42 @@ def _refusal(response: requests.Response | httpx.Response) -> ChatError:
     return ChatError(f"{message} (HTTP {status})", status=status, retry_after=retry_after)
 
 
+def send_test_message(url: str, query: str, system: str, sampling: Sampling, api_key: str | None = None) -> None:
+    """Sends one message, to see whether a deployment works; prints the model, the answer and its figures.
+
+    Raises:
+        ChatError: as in `stream_chat`; also where the answer is empty.
+    """
+    name = served_model(url, api_key)
+    print(f"{sampling.model or name} at {url}\n> {query}", flush=True)
+    began = time.monotonic()
+    parts = stream_chat(url, query, system=system, sampling=sampling, api_key=api_key)
+    first_part, first = next(parts), time.monotonic()
+    *_, result = first_part, *parts
+    figures = console.figures_line(result, began, first)
+    total = f"total {time.monotonic() - began:.2f} s · {result.prompt_tokens} prompt tokens"
+    if not result.text.strip():
+        raise ChatError("the answer is empty", "incomplete")
+    print(f"{console.without_controls(result.text)}\n{figures} · {total}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The console client; returns the exit status."""
     parser = argparse.ArgumentParser(prog="vllm_client.py", description="Chat with a server in the terminal.")
     parser.add_argument("--url", default=os.environ.get("QWEN_URL", DEFAULT_URL), help="default: %(default)s")
     parser.add_argument("--api-key", default=os.environ.get("QWEN_API_KEY"), help="default: $QWEN_API_KEY")
+    parser.add_argument(
+        "--test-message",
+        nargs="?",
+        const=TEST_MESSAGE,
+        metavar="TEXT",
+        help="send one message, print the answer and how long it took, and leave: 0 where all went well (%(const)r)",
+    )
     console.add_arguments(parser)
     args = parser.parse_args(argv)
     url = args.url.rstrip("/")
+    if args.test_message is not None:
+        return _run_test_message(url, args)
 
     def ask(query: str, history: Sequence[Turn], system: str, sampling: Sampling) -> Iterator[str | ChatResult]:
         return stream_chat(url, query, history, system, sampling, args.api_key)
@@ -342,6 +374,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return console.run(ask, title, args)
+
+
+def _run_test_message(url: str, args: argparse.Namespace) -> int:
+    try:
+        send_test_message(url, args.test_message, args.system, console.given_sampling(args), args.api_key)
+    except ChatError as error:
+        print(f"Error: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 if __name__ == "__main__":

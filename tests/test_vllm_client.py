@@ -1,6 +1,7 @@
 """The client against a local HTTP server that plays scripted bodies."""
 
 import asyncio
+import re
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -314,3 +315,74 @@ def test_the_program_says_that_no_server_answers(
     shown = capsys.readouterr()
     assert "no server answers" in shown.err
     assert shown.out == ""
+
+
+def model_named(server: Server, name: str = "base") -> None:
+    server.play(line({"data": [{"id": name}]}), path="/v1/models")
+
+
+def test_a_test_message_shows_the_model_the_answer_and_its_figures(
+    server: Server, capsys: pytest.CaptureFixture
+) -> None:
+    model_named(server)
+    url = server.play(line({"delta": "Hel"}), line({"delta": "lo\x1b[2J"}), line(LAST))
+    assert main(["--url", f"{url}/", "--api-key", "key", "--test-message", "--temperature", "0"]) == 0
+    shown = capsys.readouterr()
+    title, question, answer, figures = shown.out.splitlines()
+    assert title == f"base at {url}"
+    assert answer == "Hello[2J"
+    pattern = r"first token 0\.\d\d s · [\d.]+ tokens/s · 3 tokens · .*total 0\.\d\d s · 20 prompt tokens"
+    assert re.fullmatch(pattern, figures)
+    assert shown.err == ""
+    path, headers, body = server.requests[-1]
+    assert (path, headers["Authorization"], body["temperature"]) == ("/chat", "Bearer key", 0)
+    assert question == f"> {body['query']}"
+
+
+def test_a_test_message_of_ones_own(server: Server, capsys: pytest.CaptureFixture) -> None:
+    model_named(server)
+    url = server.play(line({"delta": "你好"}), line(LAST))
+    assert main(["--url", url, "--test-message", "你是谁？", "--model", "poet"]) == 0
+    assert capsys.readouterr().out.startswith(f"poet at {url}\n> 你是谁？\n你好\n")
+    assert [(path, body and body["query"]) for path, _, body in server.requests] == [
+        ("/v1/models", None),
+        ("/chat", "你是谁？"),
+    ]
+
+
+FAILED_TESTS = {
+    "no model": ("/v1/models", 200, [b"<html>"], "not as a chat server"),
+    "key": ("/v1/models", 401, [line({"error": "Unauthorized"})], "Unauthorized"),
+    "refused": ("/chat", 503, [REFUSALS["overloaded"][1]], "busy"),
+    "broken off": ("/chat", 200, [line({"delta": "Hel"}), None], "broke the answer off"),
+    "no last line": ("/chat", 200, [line({"delta": "Hel"})], "without its last line"),
+    "error at the end": (
+        "/chat",
+        200,
+        [line({"delta": "H"}), line({"error": {"type": "engine_error", "message": "dead"}})],
+        "dead",
+    ),
+    "empty": ("/chat", 200, [line({"delta": " \n"}), line(LAST)], "the answer is empty"),
+}
+
+
+@pytest.mark.parametrize(("path", "status", "script", "message"), FAILED_TESTS.values(), ids=FAILED_TESTS.keys())
+def test_a_test_message_that_fails_says_why_in_one_line(
+    server: Server, capsys: pytest.CaptureFixture, path: str, status: int, script: list, message: str
+) -> None:
+    model_named(server)
+    server.play(line({"delta": "Hello"}), line(LAST))
+    url = server.play(*script, status=status, path=path)
+    assert main(["--url", url, "--test-message"]) == 1
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
+    assert "tokens/s" not in shown.out
+
+
+def test_a_test_message_without_a_server_or_with_a_wrong_flag(server: Server, capsys: pytest.CaptureFixture) -> None:
+    assert main(["--url", f"http://127.0.0.1:{closed_port()}", "--test-message"]) == 1
+    assert "no server answers" in capsys.readouterr().err
+    assert main(["--url", server.url, "--test-message", "--temperature", "hot"]) == 1
+    assert "temperature" in capsys.readouterr().err
+    assert server.requests == []

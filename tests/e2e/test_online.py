@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import psutil
 import pytest
 import requests
 
-from protocol import ChatError, ChatResult, Sampling
+from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Sampling
 from vllm_client import stream_chat
 from with_server import running_server
 
@@ -44,6 +45,19 @@ def ask(url, query, history=(), **sampling):
 def running(url):
     metrics = requests.get(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=10).text
     return sum(float(n) for n in re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*?\} (.*)$", metrics, re.M))
+
+
+def counted(url):
+    """What /metrics has counted: answers, their tokens, their times to first token, and HTTP requests by route."""
+    metrics = requests.get(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=10).text
+    names = (
+        r"(vllm:(?:request_success|prompt_tokens|generation_tokens)_total|vllm:time_to_first_token_seconds_count)\{.*"
+    )
+    route = r'http_requests_total\{handler="(/.*?)",method="POST",status="2xx"\}'
+    counts = Counter()
+    for name, path, count in re.findall(f"^(?:{names}|{route}) (.*)$", metrics, re.M):
+        counts[name or path] += float(count)
+    return counts
 
 
 def test_a_question_is_answered_whole(url):
@@ -90,6 +104,24 @@ def test_both_apis_see_the_same_prompt(url):
     assert ours.prompt_tokens == theirs.usage.prompt_tokens
     completion = client.completions.create(model=MODEL, prompt="The capital of France is", temperature=0, max_tokens=3)
     assert "Paris" in completion.choices[0].text
+
+
+def test_chat_counts_in_the_metrics_as_the_openai_routes_do(url):
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY)
+    messages = [{"role": "system", "content": DEFAULT_SYSTEM}, {"role": "user", "content": "Name a colour."}]
+    before = counted(url)
+    _, result = ask(url, "Name a colour.", max_tokens=5)
+    between = counted(url)
+    list(client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=5, stream=True))
+    ours, theirs = between - before, counted(url) - between
+    assert (ours.pop("/chat"), theirs.pop("/v1/chat/completions")) == (1, 1)
+    assert ours == theirs
+    assert ours == {
+        "vllm:request_success_total": 1,
+        "vllm:prompt_tokens_total": result.prompt_tokens,
+        "vllm:generation_tokens_total": result.completion_tokens,
+        "vllm:time_to_first_token_seconds_count": 1,
+    }
 
 
 @pytest.mark.parametrize("stop", ["pital of Fra", " Paris", "."])

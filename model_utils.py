@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+import qwen_v1
 from prompt_utils import Prompt, PromptBuilder
 from protocol import ChatError, ChatRequest
 
@@ -42,7 +43,8 @@ class ModelUnavailable(Exception):
 
 
 def resolve_model(name: str | None, hub: str = "modelscope") -> str:
-    """The folder that holds model `name`, fetched from `hub` where it is not local; None: the demo model.
+    """The folder that holds model `name`, fetched from `hub` where it is not local; None: the demo model. For a
+    first-generation Qwen it is one in the user's cache folder, which describes it to vLLM and links to its weights.
 
     Raises:
         ModelUnavailable: no such folder, no network, no such model, no room on the disk.
@@ -52,23 +54,43 @@ def resolve_model(name: str | None, hub: str = "modelscope") -> str:
             return str(demo_model())
         folder = Path(name).expanduser()
         if folder.is_dir():
-            return _checked(folder)
+            return str(_servable(folder))
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
             raise ModelUnavailable(f"{name} is neither a folder nor a model id such as Qwen/Qwen2.5-7B-Instruct")
-        return _checked(Path(_download(name, hub)))
+        return str(_servable(Path(_download(name, hub))))
     except OSError as error:
         raise ModelUnavailable(f"cannot prepare {name or DEMO_NAME}: {error.strerror or error}; run again") from error
 
 
-def _checked(folder: Path) -> str:
-    """The folder, where its files are readable and whole."""
+def _servable(folder: Path) -> Path:
+    """The folder to give to vLLM for the checkpoint in `folder`."""
+    config = _checked(folder)
+    if qwen_v1.ARCHITECTURE not in (config.get("architectures") or []):
+        return folder
+    # The last part is the name that clients see.
+    target = CACHE / "first-generation" / qwen_v1.fingerprint(folder) / folder.resolve().name
     try:
-        architecture = json.loads((folder / "config.json").read_bytes())
+        _made_once(target, lambda unfinished: qwen_v1.describe(folder, config, unfinished))
+    except ValueError as error:
+        raise ModelUnavailable(f"{folder} {error}") from None
+    print(
+        f"{target.name} is first-generation Qwen: served as a Qwen2 with its trained context of {config['seq_length']} "
+        "tokens; the code that it brings is not run.",
+        file=sys.stderr,
+        flush=True,
+    )
+    return target
+
+
+def _checked(folder: Path) -> dict[str, Any]:
+    """The model's config.json, where the files of the folder are readable and whole."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
     except FileNotFoundError:
         raise ModelUnavailable(f"{folder} holds no model: it has no config.json") from None
     except ValueError as error:
         raise ModelUnavailable(f"{folder / 'config.json'} is no JSON ({error}): fetch the model again") from None
-    if not isinstance(architecture, dict):
+    if not isinstance(config, dict):
         raise ModelUnavailable(f"{folder / 'config.json'} describes no model")
     for index in folder.glob("*.index.json"):
         for file in sorted(set(json.loads(index.read_bytes())["weight_map"].values())):
@@ -80,7 +102,7 @@ def _checked(folder: Path) -> str:
                 pass
         except SafetensorError as error:
             raise ModelUnavailable(f"{file} is damaged or cut off ({error}): fetch the model again") from None
-    return str(folder)
+    return config
 
 
 def check_loadable(args: Any) -> None:
@@ -90,7 +112,8 @@ def check_loadable(args: Any) -> None:
         args: `vllm.EngineArgs`, or a command line with the same names; `model` is a folder.
 
     Raises:
-        ModelUnavailable: no weights, no tokenizer, an architecture that neither vLLM nor transformers knows.
+        ModelUnavailable: no weights, no tokenizer, an architecture that neither vLLM nor transformers knows; more
+            context than a first-generation Qwen was trained on.
     """
     import transformers
     from vllm import ModelRegistry
@@ -102,6 +125,12 @@ def check_loadable(args: Any) -> None:
         raise ModelUnavailable(f"{folder} holds no tokenizer: fetch the model again, or name one with --tokenizer")
     config = json.loads((folder / "config.json").read_bytes())
     architectures = config.get("architectures") or []
+    trained = config.get("max_position_embeddings")
+    if qwen_v1.VLLM_ARCHITECTURE in architectures and (args.max_model_len or 0) > trained:
+        raise ModelUnavailable(
+            f"{folder.name} was trained on {trained} tokens; how it stretches beyond (dynamic NTK, logn attention) is "
+            "not in vLLM: leave --max-model-len out, or name less"
+        )
     known = ModelRegistry.get_supported_archs()
     if any(name in known or hasattr(transformers, name) for name in architectures):
         return
@@ -154,10 +183,17 @@ def demo_model() -> Path:
     print(
         f"Preparing the demo model {DEMO_NAME} once, in {folder} (about half a minute) …", file=sys.stderr, flush=True
     )
+    return _made_once(folder, lambda unfinished: _convert_gguf(Path(spec.origin).parent, unfinished))
+
+
+def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """The folder, filled by `make` unless it is there; it appears whole or not at all, whoever else makes it too."""
+    if folder.is_dir():
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{DEMO_NAME}-", dir=folder.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _convert_gguf(Path(spec.origin).parent, unfinished)
+        make(unfinished)
         try:
             unfinished.rename(folder)
         except OSError:
@@ -241,9 +277,15 @@ def sampling_defaults(context: int, configured: Mapping[str, Any]) -> dict[str, 
     return {**defaults, "max_tokens": max(1, min(defaults["max_tokens"], context // 2))}
 
 
+def begin_process() -> None:
+    """What each process of vLLM has to begin with; vLLM calls it there, as a general plugin."""
+    end_with_parent()
+    qwen_v1.register()
+
+
 def end_with_parent() -> None:
     """Makes a process of the engine end when the one that started it is gone, even if that was killed: left over, it
-    would keep the GPU's memory. vLLM calls this in each of its processes, as a general plugin.
+    would keep the GPU's memory.
     """
     parent = multiprocessing.parent_process()
 

@@ -9,9 +9,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, NamedTuple
 
-CORES_PER_FRONT_END = 2
-FRONT_ENDS_PER_ENGINE = 8
-"""More gain nothing, see benchmarks/NOTES.md."""
+CORES_PER_FRONT_END = FRONT_ENDS_PER_ENGINE = 4
+"""More take the engine's time, for it talks to each of them at each step: see benchmarks/NOTES.md."""
 GRAPHS_BY_DEFAULT = 512
 """The largest batch that vLLM captures in a CUDA graph by default."""
 

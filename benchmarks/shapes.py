@@ -14,10 +14,8 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+from qwen_v1 import PATTERN, SPECIAL_TOKENS
+
 PLAIN_TOKENS = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
 
 # The part of Qwen2.5's own template that deals with plain conversations.
@@ -71,7 +69,7 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
     """Qwen2.5's tokenizer: the vocabulary that the package `dashscope` carries, and the plain part of its template."""
     package = find_spec("dashscope").submodule_search_locations[0]
     file = str(Path(package) / "resources" / "qwen.tiktoken")
-    vocabulary = TikTokenConverter(file, PATTERN, extra_special_tokens=CONTROL_TOKENS).converted()
+    vocabulary = TikTokenConverter(file, PATTERN, extra_special_tokens=[*SPECIAL_TOKENS]).converted()
     vocabulary.normalizer = normalizers.NFC()
     return with_control_tokens(vocabulary, TEMPLATE)
 

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks import shapes
 from model_utils import demo_model
+from qwen_v1 import SPECIAL_TOKENS
 
 # The parts of the model's own template that deal with plain conversations.
 QWEN3_TEMPLATE = """\
@@ -62,7 +63,7 @@ def qwen3_tokenizer() -> PreTrainedTokenizerBase:
     vocabulary = Tokenizer(models.BPE({character: n for n, character in enumerate(alphabet)}, []))
     vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     vocabulary.decoder = decoders.ByteLevel()
-    vocabulary.add_special_tokens(shapes.CONTROL_TOKENS)
+    vocabulary.add_special_tokens([*SPECIAL_TOKENS])
     return shapes.with_control_tokens(vocabulary, QWEN3_TEMPLATE)
 
 

@@ -9,7 +9,6 @@ a mix of all of it follows. Every request must end once: complete and with the t
 import argparse
 import json
 import random
-import re
 import socket
 import statistics
 import sys
@@ -23,6 +22,7 @@ from contextlib import contextmanager
 import psutil
 import requests
 
+from benchmarks.probes import server_process, unfinished
 from model_utils import CACHE
 from protocol import ChatError, Sampling
 from vllm_client import stream_chat
@@ -78,15 +78,10 @@ class Load:
             ]
             return [future.result() for future in asked]
 
-    def unfinished(self) -> float:
-        """Requests that run or wait in the engine."""
-        metrics = requests.get(f"{self.url}/metrics", timeout=60).text
-        return sum(float(n) for n in re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*?\} (.*)$", metrics, re.M))
-
     def seconds_until_idle(self) -> float:
         """How long it takes until the engine has nothing left to do."""
         began = time.monotonic()
-        while self.unfinished():
+        while unfinished(self.url):
             time.sleep(0.02)
         return time.monotonic() - began
 
@@ -238,8 +233,6 @@ def main() -> int:
     minutes = parser.parse_args().minutes
     ok = True
     with running_server(FLAGS, CACHE / "soak.log") as url:
-        port = url.rpartition(":")[2]
-        [server] = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-2:] == ["--port", port]]
         load = Load(url)
         load.many(4, 4)
         cases = [
@@ -248,7 +241,7 @@ def main() -> int:
             leaving(load),
             beside_long_answers(load),
             poison(load),
-            memory(load, server),
+            memory(load, server_process(url)),
         ]
         for case in [*cases, *([mix(load, minutes)] if minutes else [])]:
             for name, seen, wanted, holds in case:

@@ -19,6 +19,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
+from benchmarks.probes import gauge, server_process, unfinished
 from protocol import ChatError, Sampling
 from vllm_client import stream_chat
 from with_server import running_server
@@ -36,11 +37,7 @@ FLAGS = f"""--max-num-seqs 4 --max-num-queued-reqs {ROOM}
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     log = tmp_path_factory.mktemp("server") / "log"
     with running_server(FLAGS, log) as url:
-        port = int(url.rpartition(":")[2])
-        [process] = [
-            p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-2:] == ["--port", str(port)]
-        ]
-        yield SimpleNamespace(url=url, port=port, process=process, log=log)
+        yield SimpleNamespace(url=url, port=int(url.rpartition(":")[2]), process=server_process(url), log=log)
 
 
 @pytest.fixture
@@ -57,15 +54,6 @@ def chat(url: str, **fields: object) -> requests.Response:
 
 def complete(url: str, **fields: object) -> requests.Response:
     return requests.post(f"{url}/v1/completions", json={"model": MODEL, "prompt": "Hi", **fields}, timeout=120)
-
-
-def gauge(url: str, name: str) -> float:
-    metrics = requests.get(f"{url}/metrics", timeout=30).text
-    return sum(float(n) for n in re.findall(rf"^vllm:{name}\{{.*?\}} (.*)$", metrics, re.M))
-
-
-def unfinished(url: str) -> float:
-    return gauge(url, "num_requests_running") + gauge(url, "num_requests_waiting")
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import requests
 
+from benchmarks.probes import server_process
 from protocol import ChatError, Sampling
 from vllm_client import stream_chat
 from with_server import ServerFailed, running_server
@@ -57,7 +58,7 @@ def terminal(port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[pe
 
 def family(port: int) -> list[psutil.Process]:
     """The server and all that it has started; the server comes first."""
-    [server] = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-2:] == ["--port", str(port)]]
+    server = server_process(f":{port}")
     return [server, *server.children(recursive=True)]
 
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import requests
 
+from benchmarks.probes import server_process, unfinished
 from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Sampling
 from vllm_client import stream_chat
 from with_server import running_server
@@ -40,11 +41,6 @@ def post(url, **fields):
 def ask(url, query, history=(), **sampling):
     *deltas, result = stream_chat(url, query, history, sampling=Sampling(**{"temperature": 0, **sampling}), api_key=KEY)
     return deltas, result
-
-
-def running(url):
-    metrics = requests.get(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=10).text
-    return sum(float(n) for n in re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*?\} (.*)$", metrics, re.M))
 
 
 def counted(url):
@@ -152,12 +148,12 @@ def test_what_a_user_types_never_becomes_a_role_mark(url):
 def test_a_client_that_leaves_frees_the_engine(url):
     answer = stream_chat(url, "Count from 1 to 1000.", sampling=Sampling(temperature=0, max_tokens=4000), api_key=KEY)
     next(answer)
-    assert running(url) == 1
+    assert unfinished(url, KEY) == 1
     answer.close()
     deadline = time.monotonic() + 2
-    while running(url) and time.monotonic() < deadline:
+    while unfinished(url, KEY) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert running(url) == 0
+    assert unfinished(url, KEY) == 0
 
 
 def test_clients_that_leave_while_the_answer_is_whole_free_the_engine(url):
@@ -169,9 +165,9 @@ def test_clients_that_leave_while_the_answer_is_whole_free_the_engine(url):
             timeout=1,
         )
     deadline = time.monotonic() + 2
-    while running(url) and time.monotonic() < deadline:
+    while unfinished(url, KEY) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert running(url) == 0
+    assert unfinished(url, KEY) == 0
 
 
 @pytest.mark.parametrize(
@@ -240,7 +236,7 @@ def test_what_the_engine_cannot_take_is_refused_by_the_openai_routes_too(url, fi
     headers = {"Authorization": f"Bearer {KEY}"}
     assert requests.post(f"{url}/v1/completions", json=body, headers=headers, timeout=30).status_code == 400
     assert post(url, query=FRANCE, temperature=0).json()["text"] == "The capital of France is Paris."
-    assert running(url) == 0
+    assert unfinished(url, KEY) == 0
 
 
 def test_half_a_character_is_refused_and_leaves_nothing_behind(url):
@@ -248,7 +244,7 @@ def test_half_a_character_is_refused_and_leaves_nothing_behind(url):
     for path in ("/chat", "/v1/completions"):
         body = rb'{"model": "%b", "prompt": "x", "query": "x", "stop": ["\ud800"]}' % MODEL.encode()
         assert requests.post(f"{url}{path}", data=body, headers=headers, timeout=30).status_code == 400
-    assert running(url) == 0
+    assert unfinished(url, KEY) == 0
 
 
 def test_the_client_in_a_terminal(url, tmp_path):
@@ -270,9 +266,9 @@ def test_the_client_in_a_terminal(url, tmp_path):
     chat.sendintr()
     chat.expect_exact("stopped")
     deadline = time.monotonic() + 2
-    while running(url) and time.monotonic() < deadline:
+    while unfinished(url, KEY) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert running(url) == 0
+    assert unfinished(url, KEY) == 0
     saved = tmp_path / "chat.json"
     chat.send(f"/save {saved}\r")
     chat.send("/exit\r")
@@ -307,8 +303,7 @@ def test_results_are_ready_for_the_next_turn(url):
 
 
 def test_a_server_that_is_told_to_stop_says_so_in_its_streams_and_ends(url):
-    port = url.rpartition(":")[2]
-    [server] = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-2:] == ["--port", port]]
+    server = server_process(url)
     children = server.children(recursive=True)
     answer = stream_chat(url, "Write a very long story.", sampling=Sampling(max_tokens=4000), api_key=KEY)
     next(answer)

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
-import psutil
 import pytest
 import requests
 import uvicorn
@@ -27,6 +26,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.expected_conditions import alert_is_present
 from selenium.webdriver.support.ui import WebDriverWait
 
+from benchmarks.probes import server_process, unfinished
 from gradio_webui import MARK, Line, Page, PageServer, build_app, parse_args, text_of
 from protocol import Sampling
 from with_server import running_server
@@ -489,12 +489,6 @@ def real_page(engine: str) -> Iterator[str]:
         yield url
 
 
-def running(engine: str) -> float:
-    """How many requests the engine has, running or queued."""
-    metrics = requests.get(f"{engine}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=10).text
-    return sum(float(n) for n in re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*?\} (.*)$", metrics, re.M))
-
-
 def test_the_real_server_answers_is_stopped_and_a_reload_keeps_the_chat(engine, real_page, person):
     tab = person(real_page)
     assert tab.driver.title == MODEL
@@ -504,9 +498,9 @@ def test_the_real_server_answers_is_stopped_and_a_reload_keeps_the_chat(engine, 
     assert re.fullmatch(figures, tab.figures())
     tab.send("Write a long story about a dragon.")
     tab.until(lambda: len(tab.messages()) == 4 and len(tab.messages()[3]) > 20)
-    assert running(engine) == 1
+    assert unfinished(engine, KEY) == 1
     tab.press("#box .stop-button")
-    tab.until(lambda: running(engine) == 0, 2)
+    tab.until(lambda: unfinished(engine, KEY) == 0, 2)
     tab.until(tab.is_ready)
     assert tab.figures() == "stopped"
     shown = tab.messages()
@@ -515,13 +509,13 @@ def test_the_real_server_answers_is_stopped_and_a_reload_keeps_the_chat(engine, 
     tab.until(lambda: tab.messages() == shown)
     tab.retry()
     tab.until(lambda: tab.figures() == "" and len(tab.messages()) == 4 and not tab.is_ready())
-    tab.until(lambda: running(engine) == 1)
+    tab.until(lambda: unfinished(engine, KEY) == 1)
     tab.driver.switch_to.new_window("tab")
     rest = tab.driver.window_handles
     tab.driver.switch_to.window(rest[0])
     tab.driver.close()
     tab.driver.switch_to.window(rest[1])
-    tab.until(lambda: running(engine) == 0, 2)
+    tab.until(lambda: unfinished(engine, KEY) == 0, 2)
     tab.open(real_page)
     tab.press("#earlier label input")
     tab.until(lambda: tab.messages()[:2] == [FRANCE, "The capital of France is Paris."])
@@ -536,7 +530,7 @@ def test_two_people_do_not_wait_for_each_other(engine, real_page, person):
     assert not ada.is_ready()
     assert ada.messages()[0] == "Write a long story about a dragon."
     ada.press("#box .stop-button")
-    ada.until(lambda: running(engine) == 0, 2)
+    ada.until(lambda: unfinished(engine, KEY) == 0, 2)
 
 
 def test_twenty_conversations_at_once_do_not_mix(engine):
@@ -572,12 +566,10 @@ def test_a_server_that_is_killed_is_told_and_the_chat_goes_on_when_it_is_back(en
     tab.ask(FRANCE)
     tab.send("Write a long story about a dragon.")
     tab.until(lambda: len(tab.messages()) == 4 and len(tab.messages()[3]) > 20)
-    port = engine.rpartition(":")[2]
-    [server] = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-2:] == ["--port", port]]
-    server.kill()
+    server_process(engine).kill()
     tab.until(lambda: "broke off" in tab.messages()[-1])
     assert "does not answer" in tab.ask("Are you there?")
-    with scripted(int(port)) as back:
+    with scripted(int(engine.rpartition(":")[2])) as back:
         back.play(line({"delta": "Yes."}), line(LAST))
         tab.retry()
         tab.until(lambda: tab.messages()[-1] == "Yes.")

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Protocol
 from pydantic_core import from_json
 from tqdm import tqdm
 
-from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Sampling
+from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Part, Sampling
 from rows import Row, digest, read_lines, read_rows
 
 BAR = "{n_fmt}/{total_fmt} rows |{bar}| {elapsed}, {remaining} left{postfix}"
@@ -34,7 +34,7 @@ class Model(Protocol):
 
     def stream_batch(
         self, rows: Iterable[dict[str, Any]], sampling: Sampling | None, deltas: bool
-    ) -> Generator[tuple[int, str | ChatResult | ChatError], None, None]: ...
+    ) -> Generator[tuple[int, Part | ChatError], None, None]: ...
 
 
 class Batch:
@@ -174,6 +174,7 @@ class Batch:
             "id": row.id,
             "line": row.line,
             "text": result.text,
+            **({"reasoning": result.reasoning} if result.reasoning else {}),
             "finish_reason": result.finish_reason,
             "stop_reason": result.stop_reason,
             "usage": result.usage,

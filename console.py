@@ -19,10 +19,21 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-from protocol import DEFAULT_SYSTEM, ChatError, ChatRequest, ChatResult, Sampling, Turn, retry_delay, validated
+from protocol import (
+    DEFAULT_SYSTEM,
+    ChatError,
+    ChatRequest,
+    ChatResult,
+    Part,
+    Reasoning,
+    Sampling,
+    Turn,
+    retry_delay,
+    validated,
+)
 
-Ask = Callable[[str, Sequence[Turn], str, Sampling], Iterator[str | ChatResult]]
-"""(query, history, system, sampling) → pieces of text, then one ChatResult; raises ChatError."""
+Ask = Callable[[str, Sequence[Turn], str, Sampling], Iterator[Part]]
+"""(query, history, system, sampling) → pieces of thoughts and of text, then one ChatResult; raises ChatError."""
 
 LINE_HISTORY = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "qwen-vllm" / "lines"
 HELP = """\
@@ -96,20 +107,24 @@ class Chat:
     def answer(self, query: str) -> bool:
         """Asks, prints the answer as it comes, and keeps the turn; Ctrl-C keeps what has arrived."""
         earlier = self.history[-self.history_max :] if self.history_max else []
-        began, first, pieces, result = time.monotonic(), None, [], None
+        began, first, thinking, pieces, result = time.monotonic(), None, False, [], None
         parts = self._ask_until_answered(query, earlier)
         try:
             for part in parts:
                 if isinstance(part, ChatResult):
                     result = part
+                    continue
+                first = first or time.monotonic()
+                if isinstance(part, Reasoning):
+                    thinking = self.dim(part.text, end="")
                 else:
-                    first = first or time.monotonic()
+                    print("\n\n" * (thinking and not pieces), end="")
                     pieces.append(part)
                     print(self._shown(part), end="", flush=True)
         except KeyboardInterrupt:
             pass
         except ChatError as error:
-            print("\n" * bool(pieces), end="", flush=True)
+            print("\n" * bool(thinking or pieces), end="", flush=True)
             print(self._shown(f"Error: {error.message}"), file=sys.stderr, flush=True)
             return False
         finally:
@@ -123,7 +138,7 @@ class Chat:
             self.history.append((query, "".join(pieces)))
         return True
 
-    def _ask_until_answered(self, query: str, earlier: Sequence[Turn]) -> Iterator[str | ChatResult]:
+    def _ask_until_answered(self, query: str, earlier: Sequence[Turn]) -> Iterator[Part]:
         """Asks, and asks again where the server is only busy."""
         for attempt in count(1):
             try:
@@ -159,10 +174,12 @@ class Chat:
         except OSError as error:
             print(f"/{name} {argument}: {error.strerror}")
 
-    def dim(self, text: str) -> None:
-        """Prints a remark that is not part of the conversation; nothing where questions or answers go by a pipe."""
-        if self.to_terminal and sys.stdin.isatty():
-            print(f"\x1b[2m{self._shown(text)}\x1b[0m", flush=True)
+    def dim(self, text: str, end: str = "\n") -> bool:
+        """Prints what is no part of the conversation, unless questions or answers go by a pipe; says whether it did."""
+        shown = self.to_terminal and sys.stdin.isatty()
+        if shown:
+            print(f"\x1b[2m{self._shown(text)}\x1b[0m", end=end, flush=True)
+        return shown
 
     def _shown(self, text: str) -> str:
         return without_controls(text) if self.to_terminal else text
@@ -246,12 +263,13 @@ def without_controls(text: str) -> str:
 
 
 def figures_line(result: ChatResult, began: float, first: float) -> str:
-    """The line under a finished answer; `began`, `first`: when it was asked, and had text."""
+    """The line under a finished answer; `began`, `first`: when it was asked, and when its first token came."""
     seconds = max(time.monotonic() - first, 1e-9)
     figures = [f"first token {first - began:.2f} s"]
     if result.completion_tokens > 1:
         figures.append(f"{(result.completion_tokens - 1) / seconds:.1f} tokens/s")
-    figures.append(f"{result.completion_tokens} tokens")
+    thoughts = f", {result.reasoning_tokens} of them thoughts" if result.reasoning_tokens else ""
+    figures.append(f"{result.completion_tokens} tokens{thoughts}")
     if result.finish_reason == "length":
         figures.append("cut at the token limit")
     if result.dropped_turns:

@@ -29,7 +29,7 @@ from fastapi import FastAPI
 from gradio.utils import get_upload_folder
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Sampling, Turn, retry_delay, validated
+from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Part, Reasoning, Sampling, Turn, retry_delay, validated
 from vllm_client import DEFAULT_URL, ServerInfo, server_info_async, stream_chat_async, stream_messages_async
 
 Messages = list[dict[str, Any]]
@@ -291,10 +291,10 @@ class Reply:
         self.words, self.ended = words, False
         self._context, self._began = context, time.monotonic()
         self._first = self._last = 0.0
-        self._text, self._notice = "", ""
+        self._thought, self._text, self._notice = "", "", ""
         self._end: ChatResult | ChatError | None = None
 
-    def add(self, part: Notice | str | ChatResult | ChatError | None, arrived: float) -> None:
+    def add(self, part: Notice | Part | ChatError | None, arrived: float) -> None:
         """Takes the next part, and when it came (by `time.monotonic`); None: there are no more."""
         self._notice = ""
         match part:
@@ -302,6 +302,8 @@ class Reply:
                 self.ended = True
             case Notice():
                 self._notice = part.text
+            case Reasoning():
+                self._thought, self._first = self._thought + part.text, self._first or arrived
             case str():
                 self._text, self._first = self._text + part, self._first or arrived
             case _:
@@ -309,7 +311,7 @@ class Reply:
 
     def messages(self) -> Messages:
         """What stands under the question now: what the model thought, its answer, a remark in its place."""
-        shown = answer_messages(self._text, self.words, ended=self.ended)
+        shown = answer_messages(self._thought, self._text, self.words, ended=self.ended)
         if self._notice:
             shown.append(remark(self._notice, status="pending"))
         elif isinstance(self._end, ChatError):
@@ -494,7 +496,7 @@ class Page:
 
     async def _parts(
         self, messages: Messages, system: str, sampling: Sequence[str], words: dict[str, str]
-    ) -> AsyncIterator[str | Notice | ChatResult]:
+    ) -> AsyncIterator[Notice | Part]:
         """The answer's parts; before them notices, while one stands in line or the server is busy."""
         wanted = sampling_of(sampling)
         with self._line.ticket() as ticket:
@@ -514,7 +516,7 @@ class Page:
                     yield Notice(words["busy"].format(seconds=seconds))
                     await asyncio.sleep(1)
 
-    def _ask(self, messages: Messages, system: str, sampling: Sampling) -> AsyncIterator[str | ChatResult]:
+    def _ask(self, messages: Messages, system: str, sampling: Sampling) -> AsyncIterator[Part]:
         if any(part["type"] == "file" for message in messages for part in message["content"]):
             asked = [{"role": "system", "content": system}, *with_images(messages)]
             return stream_messages_async(self._url, asked, sampling, self._api_key)
@@ -601,27 +603,17 @@ def ready() -> Any:
     return gr.update(interactive=True, submit_btn=True, stop_btn=False)
 
 
-def answer_messages(text: str, words: dict[str, str], ended: bool = False) -> Messages:
+def answer_messages(thought: str, text: str, words: dict[str, str], ended: bool = False) -> Messages:
     """An answer, whole or so far, as the page shows it: what the model thought folded away, then the rest."""
-    thought, answer = split_thoughts(text)
     messages = []
-    if thought and (ended or answer is not None):
-        messages.append(_said("assistant", thought) | {"metadata": {"title": words["thoughts"], "status": "done"}})
-    elif thought:
-        messages.append(_said("assistant", thought) | {"metadata": {"title": words["thinking"], "status": "pending"}})
-    if answer:
-        messages.append(_said("assistant", answer))
+    if thought.strip():
+        state = ("thoughts", "done") if text or ended else ("thinking", "pending")
+        metadata = {"title": words[state[0]], "status": state[1]}
+        messages.append(_said("assistant", thought.strip()) | {"metadata": metadata})
+        text = text.lstrip("\n")  # which `/v1` leaves between the two
+    if text:
+        messages.append(_said("assistant", text))
     return messages
-
-
-def split_thoughts(text: str) -> tuple[str, str | None]:
-    """(what the model thought, its answer): a model that thinks writes `<think>…</think>` first. Some are given the
-    opening mark in the prompt and write only the closing one. The answer is None while the model still thinks."""
-    before, closed, after = text.partition("</think>")
-    opened = before.lstrip().startswith("<think>")
-    if not (opened or closed):
-        return "", text
-    return before.strip().removeprefix("<think>").strip(), after.lstrip() if closed else None
 
 
 def remark(title: str, text: str = "", **metadata: str) -> dict[str, Any]:

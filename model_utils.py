@@ -17,13 +17,16 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 import qwen_v1
+import thoughts
 from prompt_utils import Prompt, PromptBuilder
 from protocol import ChatError, ChatRequest
+from thoughts import ThoughtSplitter, marks_of, parser_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -228,15 +231,23 @@ class RequestBuilder:
         model_config: the engine's; its context, and what the model and the command line say of sampling.
         tokenizer: the model's.
         chat_template: Jinja text that replaces the tokenizer's own.
+        template_options: what the template is given beside the messages; a request's `enable_thinking` goes over it.
+        reasoning_parser: the name of one of vLLM's; without one, that which suits the chat template.
 
     Raises:
         ChatError: the model has no chat template that the prompt builder can follow.
     """
 
     def __init__(
-        self, model_config: "ModelConfig", tokenizer: "PreTrainedTokenizerBase", chat_template: str | None = None
+        self,
+        model_config: "ModelConfig",
+        tokenizer: "PreTrainedTokenizerBase",
+        chat_template: str | None = None,
+        template_options: Mapping[str, Any] = MappingProxyType({}),
+        reasoning_parser: str = "",
     ) -> None:
-        self.prompts = PromptBuilder(tokenizer, chat_template)
+        self.prompts = PromptBuilder(tokenizer, chat_template, template_options)
+        self._marks = marks_of(reasoning_parser or parser_for(tokenizer, chat_template, template_options), tokenizer)
         self.context = model_config.max_model_len
         self.defaults = sampling_defaults(self.context, model_config.get_diff_sampling_param())
 
@@ -266,6 +277,10 @@ class RequestBuilder:
         stop_token_ids = [self.prompts.stop_token_id]
         return prompt, SamplingParams(**wanted, stop_token_ids=stop_token_ids, output_kind=kind, skip_clone=True)
 
+    def splitter(self, prompt: Prompt) -> ThoughtSplitter:
+        """What tells the thought from the text in the answer to a prompt."""
+        return ThoughtSplitter(self._marks, prompt.opening)
+
 
 def sampling_defaults(context: int, configured: Mapping[str, Any]) -> dict[str, Any]:
     """What a request that says nothing gets: ours, then what is `configured`, by the model's `generation_config.json`
@@ -281,6 +296,7 @@ def begin_process() -> None:
     """What each process of vLLM has to begin with; vLLM calls it there, as a general plugin."""
     end_with_parent()
     qwen_v1.register()
+    thoughts.register()
 
 
 def end_with_parent() -> None:

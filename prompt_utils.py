@@ -7,11 +7,12 @@ spell becomes one. Each text is encoded once and cached, so a turn costs what is
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids ready for the engine, and how many of the oldest turns were left out to fit."""
+    """Token ids ready for the engine, how many of the oldest turns were left out to fit, and the text between the query
+    and the answer.
+    """
 
     token_ids: list[int]
     dropped_turns: int
+    opening: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,22 @@ class PromptBuilder:
     Args:
         tokenizer: a fast Hugging Face tokenizer.
         chat_template: a Jinja template that replaces the tokenizer's own.
+        options: what the template is given beside the messages, such as `enable_thinking`.
 
     Raises:
         ChatError: the tokenizer has no chat template, or one that is not texts between fixed marks.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        chat_template: str | None = None,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ChatError("the model's tokenizer is not one of the tokenizers library")
         self._tokenizer = tokenizer
-        self._template = chat_template
+        self._template, self._options = chat_template, options
         # An answer may hold the tokens the model wrote itself, such as <tool_call>; a user's text may hold none.
         self._answers = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._answers.encode_special_tokens = True
@@ -95,7 +105,8 @@ class PromptBuilder:
             if room < 0:
                 break
             kept.append(turn_ids)
-        return Prompt([*start, *chain.from_iterable(reversed(kept)), *end], len(history) - len(kept))
+        token_ids = [*start, *chain.from_iterable(reversed(kept)), *end]
+        return Prompt(token_ids, len(history) - len(kept), self._openings[enable_thinking])
 
     def render(self, system: str, history: Iterable[Turn], query: str, enable_thinking: bool | None = None) -> str:
         """The same conversation as the model's own template writes it, where text can spell control tokens."""
@@ -103,7 +114,7 @@ class PromptBuilder:
         for user, answer in history:
             messages += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
         messages.append({"role": "user", "content": query})
-        flags = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        flags = self._options if enable_thinking is None else {**self._options, "enable_thinking": enable_thinking}
         try:
             return self._tokenizer.apply_chat_template(
                 messages, chat_template=self._template, tokenize=False, add_generation_prompt=True, **flags
@@ -140,13 +151,14 @@ class PromptBuilder:
         if not (self._template or self._tokenizer.chat_template):
             raise ChatError("the model has no chat template: use /v1/completions, or name one with --chat-template")
         texts = ["⟦system⟧", "⟦user⟧", "⟦answer⟧", "⟦query⟧"]
-        marks = {}
+        marks, self._openings = {}, {}
         for thinking in (None, True, False):
             prompt = self.render(texts[0], [(texts[1], texts[2])], texts[3], thinking)
             literals = re.split("|".join(texts), prompt)
             if len(literals) != len(texts) + 1:
                 raise ChatError("the chat template does not keep system, user and assistant texts as they are")
             marks[thinking] = [self._mark(literal) for literal in literals]
+            self._openings[thinking] = literals[-1]
         self._system, self._user, self._assistant, next_user, _ = marks[None]
         if next_user != self._user:
             raise ChatError("the chat template opens the first user turn and later ones differently")

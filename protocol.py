@@ -79,7 +79,7 @@ class Sampling(BaseModel):
     model: str | None = Field(None, min_length=1, max_length=256)
     """name of the model or of a LoRA adapter"""
     enable_thinking: bool | None = None
-    """let a model that can think (Qwen3) do so"""
+    """let a model that can think (Qwen3) do so, or not"""
 
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters that are not None, by name."""
@@ -107,11 +107,19 @@ class ChatRequest(Sampling):
 
 
 @dataclass(frozen=True)
+class Reasoning:
+    """A piece of what a model thinks before it answers; no string, so that it is never taken for a piece of text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class ChatResult:
-    """A finished answer. `history` ends with this turn, ready for the next request.
+    """A finished answer. `history` ends with this turn, ready for the next request; thoughts are not in it.
 
     `finish_reason` is "stop" or "length"; `stop_reason` the stop word that matched, None where the
-    model ended by itself; `dropped_turns` how many of the oldest turns did not fit the context.
+    model ended by itself; `dropped_turns` how many of the oldest turns did not fit the context. `reasoning` is what the
+    model thought first, `reasoning_tokens` how many of the `completion_tokens` that took.
     """
 
     text: str
@@ -121,11 +129,21 @@ class ChatResult:
     prompt_tokens: int
     completion_tokens: int
     dropped_turns: int
+    reasoning: str = ""
+    reasoning_tokens: int = 0
 
     @property
     def usage(self) -> dict[str, int]:
-        """Both counts of tokens, as the server sends them."""
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
+        """The counts of tokens, as the server sends them."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "reasoning_tokens": self.reasoning_tokens,
+        }
+
+
+Part = Reasoning | str | ChatResult
+"""What an answer comes in: pieces of what the model thinks, if it does; pieces of text; at last one result."""
 
 
 def retry_delay(error: ChatError, attempt: int) -> float | None:

@@ -20,7 +20,7 @@ import requests
 from urllib3.exceptions import NewConnectionError, ReadTimeoutError
 
 import console
-from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Sampling, Turn
+from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Part, Reasoning, Sampling, Turn
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT, READ_TIMEOUT = 5.0, 300.0
@@ -37,8 +37,9 @@ def stream_chat(
     sampling: Sampling | None = None,
     api_key: str | None = None,
     timeout: tuple[float, float] = (CONNECT_TIMEOUT, READ_TIMEOUT),
-) -> Iterator[str | ChatResult]:
-    """Asks the server at `url` and yields the answer: pieces of text as they come, then one `ChatResult`.
+) -> Iterator[Part]:
+    """Asks the server at `url` and yields the answer: pieces of what the model thinks and of the text, as they come,
+    then one `ChatResult`.
 
     Closing the generator closes the connection, which stops the answer in the engine.
 
@@ -68,7 +69,7 @@ async def stream_chat_async(
     sampling: Sampling | None = None,
     api_key: str | None = None,
     timeout: tuple[float, float] = (CONNECT_TIMEOUT, READ_TIMEOUT),
-) -> AsyncIterator[str | ChatResult]:
+) -> AsyncIterator[Part]:
     """`stream_chat` on asyncio. Cancelling the task that waits for the next piece stops the answer in the engine, too.
 
     Raises:
@@ -86,7 +87,7 @@ async def stream_messages_async(
     sampling: Sampling | None = None,
     api_key: str | None = None,
     timeout: tuple[float, float] = (CONNECT_TIMEOUT, READ_TIMEOUT),
-) -> AsyncIterator[str | ChatResult]:
+) -> AsyncIterator[Part]:
     """`stream_chat_async` for conversations with images: `messages` is in OpenAI's form and goes to OpenAI's route.
 
     Of the result `history` is empty and `dropped_turns` 0: that route takes all of a conversation or refuses it.
@@ -178,7 +179,7 @@ def _goes_out(url: str) -> bool:
 
 async def _stream_async(
     url: str, path: str, body: dict[str, Any], answer: "_Answer", api_key: str | None, timeout: tuple[float, float]
-) -> AsyncIterator[str | ChatResult]:
+) -> AsyncIterator[Part]:
     with _told_as_chat_errors(url, timeout):
         async with (
             _async_client(url, api_key, timeout) as client,
@@ -200,22 +201,25 @@ class _Answer:
 
     def __init__(self, query: str = "", history: Sequence[Turn] = ()) -> None:
         self._query, self._history = query, history
-        self._pending, self._text = b"", ""
+        self._pending, self._reasoning, self._text = b"", "", ""
         self.ended = False
 
-    def parts(self, chunk: bytes) -> Iterator[str | ChatResult]:
-        """The pieces of text that have come to their ends with this chunk, and at last the result."""
+    def parts(self, chunk: bytes) -> Iterator[Part]:
+        """The parts that have come to their ends with this chunk."""
         *lines, self._pending = (self._pending + chunk).split(b"\n")
         for line in lines:
             yield from self._part(line)
 
-    def _part(self, line: bytes) -> Iterator[str | ChatResult]:
+    def _part(self, line: bytes) -> Iterator[Part]:
         value = json.loads(line)
         if "error" in value:
             raise ChatError(value["error"]["message"], value["error"]["type"])
         if "delta" in value:
             self._text += value["delta"]
             yield value["delta"]
+        elif "reasoning" in value:
+            self._reasoning += value["reasoning"]
+            yield Reasoning(value["reasoning"])
         else:
             self.ended = True
             yield ChatResult(
@@ -226,6 +230,8 @@ class _Answer:
                 prompt_tokens=value["usage"]["prompt_tokens"],
                 completion_tokens=value["usage"]["completion_tokens"],
                 dropped_turns=value["dropped_turns"],
+                reasoning=self._reasoning,
+                reasoning_tokens=value["usage"]["reasoning_tokens"],
             )
 
 
@@ -236,7 +242,7 @@ class _OpenAIAnswer(_Answer):
         super().__init__()
         self._choice: dict[str, Any] = {}
 
-    def _part(self, line: bytes) -> Iterator[str | ChatResult]:
+    def _part(self, line: bytes) -> Iterator[Part]:
         data = line.removeprefix(b"data: ").strip()
         if not data or data == b"[DONE]":
             return
@@ -244,6 +250,9 @@ class _OpenAIAnswer(_Answer):
         if "error" in event:
             raise ChatError(event["error"]["message"], "engine_error")
         for self._choice in event["choices"]:
+            if reasoning := self._choice["delta"].get("reasoning"):
+                self._reasoning += reasoning
+                yield Reasoning(reasoning)
             if text := self._choice["delta"].get("content"):
                 self._text += text
                 yield text
@@ -257,6 +266,8 @@ class _OpenAIAnswer(_Answer):
                 prompt_tokens=usage["prompt_tokens"],
                 completion_tokens=usage["completion_tokens"],
                 dropped_turns=0,
+                reasoning=self._reasoning,
+                reasoning_tokens=(usage.get("completion_tokens_details") or {}).get("reasoning_tokens", 0),
             )
 
 
@@ -342,7 +353,8 @@ def send_test_message(url: str, query: str, system: str, sampling: Sampling, api
     figures = console.figures_line(result, began, first)
     total = f"total {time.monotonic() - began:.2f} s · {result.prompt_tokens} prompt tokens"
     if not result.text.strip():
-        raise ChatError("the answer is empty", "incomplete")
+        cut = "; the model still thought at its token limit: raise --max-tokens" if result.reasoning else ""
+        raise ChatError(f"the answer is empty{cut}", "incomplete")
     print(f"{console.without_controls(result.text)}\n{figures} · {total}")
 
 
@@ -364,7 +376,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.test_message is not None:
         return _run_test_message(url, args)
 
-    def ask(query: str, history: Sequence[Turn], system: str, sampling: Sampling) -> Iterator[str | ChatResult]:
+    def ask(query: str, history: Sequence[Turn], system: str, sampling: Sampling) -> Iterator[Part]:
         return stream_chat(url, query, history, system, sampling, args.api_key)
 
     try:

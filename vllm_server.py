@@ -46,6 +46,7 @@ from model_utils import (
 )
 from prompt_utils import Prompt
 from protocol import ChatError, ChatRequest, validated
+from thoughts import ThoughtSplitter, parser_for_folder
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
@@ -99,7 +100,11 @@ class ChatEndpoint:
         self._requests, self._no_chat = None, None
         try:
             self._requests = RequestBuilder(
-                engine_client.model_config, engine_client.get_tokenizer(), load_chat_template(args.chat_template)
+                engine_client.model_config,
+                engine_client.get_tokenizer(),
+                load_chat_template(args.chat_template),
+                args.default_chat_template_kwargs or {},
+                args.reasoning_parser,
             )
         except ChatError as reason:
             self._no_chat = reason
@@ -143,7 +148,7 @@ class ChatEndpoint:
         outputs = self._engine.generate(
             tokens_input(prompt.token_ids), params, f"chat-{os.urandom(16).hex()}", lora_request=adapter
         )
-        return Answer(outputs, chat.stream, prompt)
+        return Answer(outputs, chat.stream, prompt, self._requests.splitter(prompt))
 
     async def info(self) -> dict[str, Any]:
         """What a client may want to show before it asks: models, context in tokens, defaults of `/chat`."""
@@ -172,13 +177,16 @@ class ChatEndpoint:
 class Answer(Response):
     """One answer on its way to its client, as an ASGI application. A client that leaves aborts the request.
 
-    Whole: one JSON object. Streamed: a line `{"delta"}` for each piece of text, then one last line, with the finish
-    reason and the usage or with the error. What fails before the first token has a status of its own.
+    Whole: one JSON object. Streamed: lines `{"reasoning"}` while the model thinks, a line `{"delta"}` for each piece of
+    text, then one last line, with the finish reason and the usage or with the error. What fails before the first token
+    has a status of its own.
     """
 
-    def __init__(self, outputs: AsyncGenerator["RequestOutput"], stream: bool, prompt: Prompt) -> None:
+    def __init__(
+        self, outputs: AsyncGenerator["RequestOutput"], stream: bool, prompt: Prompt, splitter: ThoughtSplitter
+    ) -> None:
         self.background = None
-        self._outputs, self._stream, self._prompt = outputs, stream, prompt
+        self._outputs, self._stream, self._prompt, self._splitter = outputs, stream, prompt, splitter
         self._completion_tokens = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -199,28 +207,32 @@ class Answer(Response):
         async with aclosing(self._outputs):
             try:
                 output = await anext(self._outputs)
+                reasoning, text = self._split(output)
                 if output.finished:
                     ending = self._ending(output)
                     await anext(self._outputs, None)  # the engine's generator ends by itself, not as if aborted
                 if not self._stream:
-                    return await JSONResponse({"text": output.outputs[0].text, **ending})(scope, receive, send)
+                    thought = {"reasoning": reasoning} if reasoning else {}
+                    return await JSONResponse({"text": text, **thought, **ending})(scope, receive, send)
             except Exception as error:
                 return await error_response(_explained(error))(scope, receive, send)
             await send({"type": "http.response.start", "status": 200, "headers": NDJSON_HEADERS})
             try:
-                await self._send_delta(output, send)
+                await _send_deltas(reasoning, text, send)
                 async for output in self._outputs:
-                    await self._send_delta(output, send)
+                    await _send_deltas(*self._split(output), send)
                 last_line = self._ending(output)
             except Exception as error:
                 last_line = _explained(error).as_dict()
             await _send_line(last_line, send, more_body=False)
 
-    async def _send_delta(self, output: "RequestOutput", send: Send) -> None:
+    def _split(self, output: "RequestOutput") -> tuple[str, str]:
+        """(what is new of the thought, what is new of the text)"""
         completion = output.outputs[0]
         self._completion_tokens += len(completion.token_ids)
-        if completion.text:
-            await _send_line({"delta": completion.text}, send, more_body=True)
+        if self._splitter.ended:
+            return "", completion.text
+        return self._splitter.split(completion.text, completion.token_ids, output.finished)
 
     def _ending(self, output: "RequestOutput") -> dict[str, Any]:
         completion = output.outputs[0]
@@ -233,7 +245,8 @@ class Answer(Response):
             "stop_reason": completion.stop_reason if isinstance(completion.stop_reason, str) else None,
             "usage": {
                 "prompt_tokens": len(self._prompt.token_ids),
-                "completion_tokens": self._completion_tokens or len(completion.token_ids),
+                "completion_tokens": self._completion_tokens,
+                "reasoning_tokens": self._splitter.tokens,
             },
             "dropped_turns": self._prompt.dropped_turns,
         }
@@ -244,6 +257,13 @@ NDJSON_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # or nginx holds the lines back
 ]
+
+
+async def _send_deltas(reasoning: str, text: str, send: Send) -> None:
+    if reasoning:
+        await _send_line({"reasoning": reasoning}, send, more_body=True)
+    if text:
+        await _send_line({"delta": text}, send, more_body=True)
 
 
 async def _send_line(line: dict[str, Any], send: Send, more_body: bool) -> None:
@@ -300,6 +320,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """Every flag of `vllm serve`, with our defaults, and --model_path as another name for --model."""
     from vllm.config import StructuredOutputsConfig
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.renderers.chat_utils import load_chat_template
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = make_arg_parser(
@@ -341,6 +362,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args.served_model_name = args.served_model_name or [name if is_id else Path(args.model).resolve().name]
     check_loadable(args)
     validate_parsed_serve_args(args)
+    args.reasoning_parser = args.reasoning_parser or parser_for_folder(
+        Path(args.tokenizer or args.model),
+        load_chat_template(args.chat_template),
+        args.default_chat_template_kwargs or {},
+        args.trust_remote_code,
+    )
     return args
 
 

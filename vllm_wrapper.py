@@ -20,7 +20,8 @@ from model_utils import (
     sampling_defaults,
 )
 from prompt_utils import Prompt
-from protocol import DEFAULT_SYSTEM, ChatError, ChatRequest, ChatResult, Sampling, Turn, validated
+from protocol import DEFAULT_SYSTEM, ChatError, ChatRequest, ChatResult, Part, Reasoning, Sampling, Turn, validated
+from thoughts import ThoughtSplitter
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput, RequestOutput, SamplingParams
@@ -59,7 +60,9 @@ class ChatModel:
         self._engine = self._llm.llm_engine
         self.no_chat: ChatError | None = None
         try:
-            self._requests = RequestBuilder(self._llm.model_config, self._llm.get_tokenizer())
+            self._requests = RequestBuilder(
+                self._llm.model_config, self._llm.get_tokenizer(), reasoning_parser=args.reasoning_parser
+            )
         except ChatError as reason:
             self.no_chat = reason
         # As many again as run at once wait in the engine, so that none of its places is empty while a row is prepared.
@@ -89,8 +92,9 @@ class ChatModel:
         history: Sequence[Turn] | None = None,
         system: str = DEFAULT_SYSTEM,
         sampling: Sampling | None = None,
-    ) -> Iterator[str | ChatResult]:
-        """Yields the answer to `query`: pieces of text as they come, then one `ChatResult`.
+    ) -> Iterator[Part]:
+        """Yields the answer to `query`: pieces of what the model thinks and of the text, as they come, then one
+        `ChatResult`.
 
         Closing the generator stops the answer. Several may run at a time, in one thread.
 
@@ -119,9 +123,9 @@ class ChatModel:
 
     def stream_batch(
         self, rows: Iterable[Row], sampling: Sampling | None = None, deltas: bool = True
-    ) -> Generator[tuple[int, str | ChatResult | ChatError], None, None]:
-        """Answers `rows` together and yields what comes, with the number of its row, from 0: pieces of text if
-        `deltas`, and at the end of each row its `ChatResult`, or the `ChatError` that says why it has none.
+    ) -> Generator[tuple[int, Part | ChatError], None, None]:
+        """Answers `rows` together and yields what comes, with the number of its row, from 0: pieces of thoughts and of
+        text if `deltas`, and at the end of each row its `ChatResult`, or the `ChatError` that says why it has none.
 
         Rows are drawn while others are computed, so that the engine is busy and memory bounded: there may be millions.
         Closing the generator stops all answers.
@@ -130,9 +134,11 @@ class ChatModel:
             ChatError: the engine has failed.
         """
         answers = (self._answer(i, row, sampling, stream=deltas) for i, row in enumerate(rows))
-        for answer, delta in self._run(answers):
-            if deltas and delta:
-                yield answer.row, delta
+        for answer, reasoning, text in self._run(answers):
+            if deltas and reasoning:
+                yield answer.row, Reasoning(reasoning)
+            if deltas and text:
+                yield answer.row, text
             if answer.error:
                 yield answer.row, answer.error
             elif answer.finish_reason:
@@ -153,7 +159,10 @@ class ChatModel:
         wanted = sampling_defaults(config.max_model_len, config.get_diff_sampling_param())
         wanted |= sampling.model_dump(exclude={"model", "enable_thinking"}, exclude_none=True) if sampling else {}
         params = SamplingParams(**wanted, output_kind=RequestOutputKind.FINAL_ONLY)
-        answers = [Answer(i, Prompt(tokenizer.encode(text), 0), params) for i, text in enumerate(prompts)]
+        answers = [
+            Answer(i, Prompt(tokenizer.encode(text), 0), params, splitter=ThoughtSplitter(None, ""))
+            for i, text in enumerate(prompts)
+        ]
         for answer in answers:
             if len(answer.prompt.token_ids) >= config.max_model_len:
                 answer.error = ChatError(
@@ -170,7 +179,8 @@ class ChatModel:
             request = validated(ChatRequest, _request_body(row, sampling))
             if request.model:
                 raise ChatError("model: only vllm_server.py has adapters; leave it out", param="model")
-            return Answer(i, *self._requests.build(request, stream), request)
+            prompt, params = self._requests.build(request, stream)
+            return Answer(i, prompt, params, request, self._requests.splitter(prompt))
         except ChatError as error:
             return Answer(i, error=error)
 
@@ -180,14 +190,14 @@ class ChatModel:
         Raises:
             ChatError: the first error; the message names the row.
         """
-        for answer in chain(answers, (answer for answer, _ in self._run(answers))):
+        for answer in chain(answers, (answer for answer, *_ in self._run(answers))):
             if answer.error:
                 error = answer.error
                 raise ChatError(f"row {answer.row}: {error.message}", error.type, error.param, error.status)
 
-    def _run(self, answers: Iterable["Answer"]) -> Iterator[tuple["Answer", str]]:
-        """Drives the engine until all answers have finished; yields each that has grown, with what is new in its text,
-        and at once each that has an error. What the engine yields for other callers is kept for them.
+    def _run(self, answers: Iterable["Answer"]) -> Iterator[tuple["Answer", str, str]]:
+        """Drives the engine until all answers have finished; yields each that has grown, with what is new of what
+        it thinks and says, and at once each that has an error. What the engine yields for others is kept for them.
         """
         source, running = iter(answers), {}
         mine: deque[RequestOutput] = deque()
@@ -197,7 +207,7 @@ class ChatModel:
                     if not answer.error:
                         self._add(answer, running, mine)
                     if answer.error:
-                        yield answer, ""
+                        yield answer, "", ""
                 if not running:
                     return
                 while not mine:
@@ -207,7 +217,7 @@ class ChatModel:
                     answer = running[output.request_id]
                     if output.finished:
                         del running[output.request_id], self._outputs[output.request_id]
-                    yield answer, answer.add(output.outputs[0])
+                    yield answer, *answer.add(output.outputs[0])
         finally:
             if running and not self._death:
                 self._engine.abort_request(list(running))
@@ -253,21 +263,28 @@ class Answer:
     prompt: Prompt | None = None
     params: "SamplingParams | None" = None
     request: ChatRequest | None = None
+    splitter: ThoughtSplitter | None = None
     error: ChatError | None = None
+    reasoning: str = ""
     text: str = ""
     completion_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: str | None = None
 
-    def add(self, completion: "CompletionOutput") -> str:
-        """Takes in what the engine says is new, and returns the new text."""
-        self.text += completion.text
+    def add(self, completion: "CompletionOutput") -> tuple[str, str]:
+        """Takes in what the engine says is new, and returns what that is of the thought, and of the text."""
+        reasoning, text = "", completion.text
+        if not self.splitter.ended:
+            last = completion.finish_reason is not None
+            reasoning, text = self.splitter.split(completion.text, completion.token_ids, last)
+        self.reasoning += reasoning
+        self.text += text
         self.completion_tokens += len(completion.token_ids)
         self.finish_reason = completion.finish_reason
         self.stop_reason = completion.stop_reason if isinstance(completion.stop_reason, str) else None
         if self.finish_reason not in (None, "stop", "length"):
             self.error = ChatError("the engine gave this request up: ask again", "engine_error", status=500)
-        return completion.text
+        return reasoning, text
 
     def result(self) -> ChatResult:
         """The finished answer to a chat request."""
@@ -279,6 +296,8 @@ class Answer:
             prompt_tokens=len(self.prompt.token_ids),
             completion_tokens=self.completion_tokens,
             dropped_turns=self.prompt.dropped_turns,
+            reasoning=self.reasoning,
+            reasoning_tokens=self.splitter.tokens,
         )
 
 

@@ -132,18 +132,18 @@ class ScriptedEngine:
                     await asyncio.Event().wait()
                 pieces.append(step)
                 if params.output_kind.name == "DELTA":
-                    yield _output([step])
+                    yield self._output([step])
         except (asyncio.CancelledError, GeneratorExit):
             call.aborted = True
             raise
-        yield _output([""] if params.output_kind.name == "DELTA" else [*pieces, ""], self._finish)
+        yield self._output([""] if params.output_kind.name == "DELTA" else [*pieces, ""], self._finish)
 
-
-def _output(pieces: list[str], finish: tuple[str | None, str | int | None] = (None, None)) -> SimpleNamespace:
-    completion = SimpleNamespace(
-        text="".join(pieces), token_ids=list(range(len(pieces))), finish_reason=finish[0], stop_reason=finish[1]
-    )
-    return SimpleNamespace(outputs=[completion], finished=finish[0] is not None)
+    def _output(self, pieces: list[str], finish: tuple[str | None, str | int | None] = (None, None)) -> SimpleNamespace:
+        token_ids = [self._tokenizer.get_vocab().get(piece, 0) for piece in pieces]
+        completion = SimpleNamespace(
+            text="".join(pieces), token_ids=token_ids, finish_reason=finish[0], stop_reason=finish[1]
+        )
+        return SimpleNamespace(outputs=[completion], finished=finish[0] is not None)
 
 
 @pytest.fixture

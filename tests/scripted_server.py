@@ -11,7 +11,7 @@ from typing import Any
 LAST = {
     "finish_reason": "stop",
     "stop_reason": "END",
-    "usage": {"prompt_tokens": 20, "completion_tokens": 3},
+    "usage": {"prompt_tokens": 20, "completion_tokens": 3, "reasoning_tokens": 0},
     "dropped_turns": 1,
 }
 

@@ -115,7 +115,7 @@ def test_each_row_gets_a_line(files):
         "text": "A",
         "finish_reason": "stop",
         "stop_reason": None,
-        "usage": {"prompt_tokens": 9, "completion_tokens": 2},
+        "usage": {"prompt_tokens": 9, "completion_tokens": 2, "reasoning_tokens": 0},
         "dropped_turns": 0,
         "history": [["1", "2"], ["a", "A"]],
     }

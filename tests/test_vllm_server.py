@@ -23,14 +23,15 @@ from vllm_server import ChatEndpoint, announce, parse_args
 
 Engines = Callable[..., Any]
 ADAPTER = object()
+FLAGS = {"chat_template": None, "default_chat_template_kwargs": None, "reasoning_parser": ""}
 MARKS = len("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n")
 
 
-async def chat_app(engine: Any) -> FastAPI:
+async def chat_app(engine: Any, **flags: Any) -> FastAPI:
     app, endpoint = FastAPI(), ChatEndpoint()
     app.add_middleware(Guard)
     endpoint.attach_router(app)
-    app.state.args = guard_args(chat_template=None, log_error_stack=False)
+    app.state.args = guard_args(log_error_stack=False, **{**FLAGS, **flags})
     app.state.openai_serving_models = SimpleNamespace(
         base_model_paths=[SimpleNamespace(name="base")],
         is_base_model=lambda name: name == "base",
@@ -78,7 +79,11 @@ def test_streamed_and_whole_answers_agree(scripted_engine: Engines, pieces: list
         "text": "".join(pieces),
         "finish_reason": finish[0],
         "stop_reason": finish[1] if isinstance(finish[1], str) else None,
-        "usage": {"prompt_tokens": len(engine.calls[0].token_ids), "completion_tokens": len(pieces) + 1},
+        "usage": {
+            "prompt_tokens": len(engine.calls[0].token_ids),
+            "completion_tokens": len(pieces) + 1,
+            "reasoning_tokens": 0,
+        },
         "dropped_turns": 0,
     }
     assert not any(call.aborted for call in engine.calls)

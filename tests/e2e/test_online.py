@@ -62,7 +62,7 @@ def test_a_question_is_answered_whole(url):
     assert answer["finish_reason"] == "stop"
     assert answer["stop_reason"] is None
     assert answer["dropped_turns"] == 0
-    assert answer["usage"] == {"prompt_tokens": 27, "completion_tokens": 8}
+    assert answer["usage"] == {"prompt_tokens": 27, "completion_tokens": 8, "reasoning_tokens": 0}
 
 
 def test_the_streamed_answer_is_the_whole_one(url):

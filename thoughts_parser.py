@@ -1,0 +1,30 @@
+"""vLLM's parser of Qwen3's thoughts, for models that need not think: an answer that begins without a mark is text."""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from vllm.parser.engine.adapters import make_adapters
+from vllm.parser.engine.events import EventType
+from vllm.parser.engine.parser_engine_config import ParserEngineConfig, ParserState, Transition
+from vllm.parser.qwen3 import CHATML_TURN_BOUNDARIES, Qwen3Parser, qwen3_config
+
+from thoughts import PARSER
+
+
+class QwenParser(Qwen3Parser):
+    """Starts outside the thought, which only its mark begins; the rest is vLLM's."""
+
+    def __init__(self, tokenizer: Any, tools: Any = None, **kwargs: Any) -> None:
+        super().__init__(tokenizer, tools, parser_engine_config=_config(), **kwargs)
+
+
+@cache
+def _config() -> ParserEngineConfig:
+    theirs = qwen3_config(thinking=False, name=PARSER, turn_boundary_tokens=CHATML_TURN_BOUNDARIES)
+    begins = Transition(ParserState.REASONING, (EventType.REASONING_START,))
+    transitions = theirs.transitions | {(ParserState.CONTENT, "THINK_START"): begins}
+    return replace(theirs, wait_for_reasoning=True, transitions=transitions)
+
+
+QwenReasoningParser, _ = make_adapters(QwenParser)

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,19 @@ def test_each_row_gets_a_line(files):
         "history": [["1", "2"], ["a", "A"]],
     }
     assert (last["id"], last["line"], last["text"]) == ("x", 2, "B")
+
+
+def test_thoughts_have_a_field_of_their_own(files):
+    class Thinker(ScriptedModel):
+        def stream_batch(self, rows, sampling, deltas):
+            for i, result in super().stream_batch(rows, sampling, deltas):
+                yield i, replace(result, reasoning="Hm.", reasoning_tokens=1)
+
+    write(files[0], {"query": "a"})
+    answer(files, Thinker())
+    (record,) = records(files[1])
+    assert (record["text"], record["reasoning"], record["history"]) == ("A", "Hm.", [["a", "A"]])
+    assert record["usage"]["reasoning_tokens"] == 1
 
 
 def test_no_rows_need_no_model(files):

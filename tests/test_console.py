@@ -14,7 +14,7 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 import console
-from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Sampling, Turn
+from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Reasoning, Sampling, Turn
 
 CTRL_C, CTRL_D, ALT_ENTER = "\x03", "\x04", "\x1b\r"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -44,9 +44,19 @@ class ScriptedAsk:
                     raise step
                 pieces.append(step)
                 yield step
-            text = "".join(pieces)
-            turns = [*history, (query, text)]
-            yield ChatResult(text, turns, self._finish_reason, None, 9, len(pieces), self._dropped_turns)
+            text = "".join(piece for piece in pieces if isinstance(piece, str))
+            thoughts = [piece.text for piece in pieces if isinstance(piece, Reasoning)]
+            yield ChatResult(
+                text=text,
+                history=[*history, (query, text)],
+                finish_reason=self._finish_reason,
+                stop_reason=None,
+                prompt_tokens=9,
+                completion_tokens=len(pieces),
+                dropped_turns=self._dropped_turns,
+                reasoning="".join(thoughts),
+                reasoning_tokens=len(thoughts),
+            )
         finally:
             self.closed += 1
 
@@ -104,6 +114,37 @@ def test_a_pipe_gets_answers_only(pipe: Callable, capsys: pytest.CaptureFixture)
     assert pipe(ask, "one\n\n  two \n") == 0
     assert capsys.readouterr() == ("Hello\n你好\n!\n", "")
     assert [(call.query, call.history) for call in ask.calls] == [("one", []), ("two", [("one", "Hello")])]
+
+
+THINKS = [Reasoning("Hm"), Reasoning(".\x1b[2J"), "Hel", "lo"]
+
+
+def test_thoughts_are_dimmed_and_counted_and_not_kept(terminal: Callable) -> None:
+    ask = ScriptedAsk(THINKS, ["b"])
+    shown = terminal(ask, "one", "two")
+    assert shown.startswith(f"{DIM}Hm{PLAIN}{DIM}.[2J{PLAIN}\n\nHello\n")
+    assert "4 tokens, 2 of them thoughts" in shown
+    assert "1 tokens" in shown and shown.count("thoughts") == 1
+    assert ask.calls[1].history == [("one", "Hello")]
+
+
+def test_thoughts_are_not_printed_on_a_pipe(pipe: Callable, capsys: pytest.CaptureFixture) -> None:
+    assert pipe(ScriptedAsk(THINKS), "one\n") == 0
+    assert capsys.readouterr() == ("Hello\n", "")
+
+
+def test_a_thought_that_is_stopped_leaves_nothing(terminal: Callable) -> None:
+    ask = ScriptedAsk([Reasoning("Hm"), KeyboardInterrupt()], ["b"])
+    shown = terminal(ask, "one", "two")
+    assert shown.startswith(f"{DIM}Hm{PLAIN}\n{DIM}stopped{PLAIN}\nb\n")
+    assert ask.calls[1].history == []
+    assert ask.closed == 2
+
+
+def test_an_error_in_a_thought_has_a_line_of_its_own(terminal: Callable) -> None:
+    shown = terminal(ScriptedAsk([Reasoning("Hm"), ChatError("the server is gone")]), "one")
+    assert f"{DIM}Hm{PLAIN}\n" in shown
+    assert "Error: the server is gone\n" in shown
 
 
 def test_slash_lines_from_a_pipe_are_questions(pipe: Callable) -> None:

@@ -18,6 +18,7 @@ from gradio_webui import (
     WORDS,
     Line,
     Page,
+    answer_messages,
     as_json,
     as_markdown,
     as_text,
@@ -27,7 +28,6 @@ from gradio_webui import (
     parse_args,
     remark,
     sampling_of,
-    split_thoughts,
     text_of,
     turns,
     with_images,
@@ -79,20 +79,18 @@ def shown(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("text", "thought", "answer"),
+    ("thought", "text", "ended", "messages"),
     [
-        ("", "", ""),
-        ("Hello", "", "Hello"),
-        ("<think>Hm", "Hm", None),
-        ("\n<think>\nHm.\n</think>\n\nHello", "Hm.", "Hello"),
-        ("Hm.\n</think>\n\nHello", "Hm.", "Hello"),
-        ("<think>\n\n</think>\n\nHello", "", "Hello"),
-        ("Write <think> first", "", "Write <think> first"),
-        ("<think>a</think>b</think>", "a", "b</think>"),
+        ("", "", False, []),
+        ("", "\nHello", False, [("", "\nHello")]),
+        ("\nHm", "", False, [(EN["thinking"], "Hm")]),
+        ("Hm\n", "\n\nHello", False, [(EN["thoughts"], "Hm"), ("", "Hello")]),
+        ("Hm", "", True, [(EN["thoughts"], "Hm")]),
+        ("\n\n", "Hello", True, [("", "Hello")]),
     ],
 )
-def test_thoughts_are_told_from_the_answer(text: str, thought: str, answer: str | None) -> None:
-    assert split_thoughts(text) == (thought, answer)
+def test_thoughts_are_folded_apart_from_the_answer(thought: str, text: str, ended: bool, messages: list) -> None:
+    assert shown(answer_messages(thought, text, EN, ended)) == messages
 
 
 @pytest.mark.parametrize(
@@ -205,9 +203,9 @@ def test_both_languages_say_the_same_things() -> None:
     assert untranslated == set()
 
 
-@pytest.mark.parametrize("pieces", [[], ["Hel"], ["<think>Hm"]])
-def test_stop_ends_the_answer_at_once_and_keeps_what_has_come(server: Server, pieces: list[str]) -> None:
-    server.play(*(line({"delta": piece}) for piece in pieces), ...)
+@pytest.mark.parametrize("pieces", [{}, {"delta": "Hel"}, {"reasoning": "Hm"}])
+def test_stop_ends_the_answer_at_once_and_keeps_what_has_come(server: Server, pieces: dict[str, str]) -> None:
+    server.play(*([line(pieces)] if pieces else []), ...)
 
     async def stopped() -> tuple:
         page, tab = page_for(server), person()
@@ -221,8 +219,8 @@ def test_stop_ends_the_answer_at_once_and_keeps_what_has_come(server: Server, pi
         await page.stop(tab)
         return await asyncio.wait_for(end, 1)
 
-    expected = {"": (EN["no_answer"], EN["stopped_early"]), "Hel": ("", "Hel"), "<think>Hm": (EN["thoughts"], "Hm")}
-    assert asyncio.run(stopped()) == ([expected["".join(pieces)]], EN["stopped"])
+    expected = {"": (EN["no_answer"], EN["stopped_early"]), "Hel": ("", "Hel"), "Hm": (EN["thoughts"], "Hm")}
+    assert asyncio.run(stopped()) == ([expected["".join(pieces.values())]], EN["stopped"])
     server.server_close()  # waits for the handlers
     assert server.left == [True]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from scripted_server import LAST, Server, line
 
-from protocol import ChatError, ChatResult, Sampling
+from protocol import ChatError, ChatResult, Reasoning, Sampling
 from vllm_client import (
     ServerInfo,
     main,
@@ -56,6 +56,16 @@ def test_an_answer(ask: Ask, server: Server) -> None:
     assert pieces == ["Hel", "lo"]
     assert result == ChatResult("Hello", [("a", "b"), ("q", "Hello")], "stop", "END", 20, 3, 1)
     assert history == [("a", "b")]
+
+
+def test_thoughts_are_no_strings(ask: Ask, server: Server) -> None:
+    last = {**LAST, "usage": {**LAST["usage"], "reasoning_tokens": 2}}
+    url = server.play(line({"reasoning": "H"}), line({"reasoning": "m"}), line({"delta": "Hello"}), line(last))
+    *parts, result = ask(url, "q")
+    assert parts == [Reasoning("H"), Reasoning("m"), "Hello"]
+    assert [part for part in parts if isinstance(part, str)] == ["Hello"]
+    assert result == ChatResult("Hello", [("q", "Hello")], "stop", "END", 20, 3, 1, "Hm", 2)
+    assert result.usage == last["usage"]
 
 
 def test_an_empty_answer(ask: Ask, server: Server) -> None:
@@ -244,6 +254,19 @@ def test_a_conversation_with_images_goes_to_the_openai_route(server: Server, siz
     assert server.requests[0][2] == expected | {"chat_template_kwargs": {"enable_thinking": False}}
 
 
+def test_thoughts_of_the_openai_route(server: Server) -> None:
+    events = [
+        EVENTS[0],
+        {"choices": [{"delta": {"reasoning": "Hm\n"}, "finish_reason": None}]},
+        {"choices": [{"delta": {"reasoning": None, "content": "Hi"}, "finish_reason": "stop", "stop_reason": None}]},
+        {**EVENTS[3], "usage": {**EVENTS[3]["usage"], "completion_tokens_details": {"reasoning_tokens": 1}}},
+    ]
+    url = server.play(*(b"data: " + line(event) + b"\n" for event in events), path="/v1/chat/completions")
+    *parts, result = asyncio.run(all_parts(stream_messages_async(url, [])))
+    assert parts == [Reasoning("Hm\n"), "Hi"]
+    assert (result.text, result.reasoning, result.reasoning_tokens) == ("Hi", "Hm\n", 1)
+
+
 def test_an_error_of_the_openai_route_is_raised(server: Server) -> None:
     event = {"error": {"message": "the engine has died", "type": "InternalServerError"}}
     url = server.play(b"data: " + line(EVENTS[1]), b"data: " + line(event), path="/v1/chat/completions")
@@ -363,6 +386,7 @@ FAILED_TESTS = {
         "dead",
     ),
     "empty": ("/chat", 200, [line({"delta": " \n"}), line(LAST)], "the answer is empty"),
+    "thoughts only": ("/chat", 200, [line({"reasoning": "Hm"}), line(LAST)], "still thought at its token limit"),
 }
 
 

@@ -89,6 +89,57 @@ def test_streamed_and_whole_answers_agree(scripted_engine: Engines, pieces: list
     assert not any(call.aborted for call in engine.calls)
 
 
+THOUGHT = ["<think>", "\n", "Hm", ", 你", ".\n", "</think>", "\n\n", "Hel", "lo"]
+THOUGHTS = {
+    "a thought": (THOUGHT, {}, ["Hm", ", 你", "."], ["Hel", "lo"], 4),
+    "no thought": (["Hel", "lo"], {}, [], ["Hel", "lo"], 0),
+    "cut in the thought": (THOUGHT[:4], {}, ["Hm", ", 你"], [], 4),
+    "thinking turned off": (["Hel", "lo"], {"enable_thinking": False}, [], ["Hel", "lo"], 0),
+}
+
+
+@pytest.mark.parametrize(("pieces", "fields", "thoughts", "deltas", "tokens"), THOUGHTS.values(), ids=THOUGHTS.keys())
+def test_thoughts_have_lines_and_a_field_of_their_own(
+    scripted_engine: Engines, pieces: list[str], fields: dict, thoughts: list[str], deltas: list[str], tokens: int
+) -> None:
+    engine = scripted_engine(pieces, pieces, finish=("length", None))
+    whole, streamed = chat(engine, **fields).json(), lines(chat(engine, stream=True, **fields))
+    expected = [{"reasoning": thought} for thought in thoughts] + [{"delta": delta} for delta in deltas]
+    assert streamed[:-1] == expected
+    thought = {"reasoning": "".join(thoughts)} if thoughts else {}
+    assert whole == {"text": "".join(deltas), **thought, **streamed[-1]}
+    assert (whole["usage"]["reasoning_tokens"], whole["usage"]["completion_tokens"]) == (tokens, len(pieces) + 1)
+
+
+def test_thinking_is_off_by_default_where_the_command_line_says_so(scripted_engine: Engines) -> None:
+    async def prompts() -> list[bool]:
+        engine = scripted_engine(["a"], ["a"])
+        app = await chat_app(engine, default_chat_template_kwargs={"enable_thinking": False})
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            for fields in ({}, {"enable_thinking": True}):
+                await client.post("/chat", json={"query": "q", **fields})
+        return [call.prompt.endswith("</think>\n\n") for call in engine.calls]
+
+    assert asyncio.run(prompts()) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("template", "flags", "parser"),
+    [
+        ("{{ '</think>' }}", [], "qwen_thinking"),
+        ("{{ '</think>' }}", ["--reasoning-parser", "deepseek_r1"], "deepseek_r1"),
+        ("{{ '<think>' }}", ["--default-chat-template-kwargs", '{"enable_thinking": false}'], ""),
+    ],
+)
+def test_the_reasoning_parser_suits_the_model(
+    qwen3_tokenizer: Any, tmp_path: Path, template: str, flags: list[str], parser: str
+) -> None:
+    model = write_model(tmp_path / "model")
+    qwen3_tokenizer.save_pretrained(model)
+    (model / "chat_template.jinja").write_text(template)
+    assert parse_args(["--model", str(model), "--port", "0", *flags]).reasoning_parser == parser
+
+
 def test_the_server_tells_of_itself(scripted_engine: Engines) -> None:
     told = ask(scripted_engine(context=512, configured={"top_k": 20}), "GET", "/chat/info").json()
     defaults = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "max_tokens": 128}

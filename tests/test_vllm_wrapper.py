@@ -1,6 +1,6 @@
 """The loop that drives the engine, on a scripted engine: full, fair, bounded, and what happens when it fails."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,19 +8,20 @@ import pytest
 from conftest import write_model
 
 import vllm_wrapper
-from protocol import ChatError, Sampling
+from protocol import ChatError, Reasoning, Sampling
 from vllm_wrapper import ChatModel
 
 
 class ScriptedLLM:
-    """Stands in for vLLM's LLM. Each step gives the first `max_num_seqs` requests one more token, "a", "b", …, up to
-    their max_tokens. What `fails` holds for a step's number, from 0, is raised there.
+    """Stands in for vLLM's LLM. Each step gives the first `max_num_seqs` requests one more token of `says`, by default
+    "a", "b", …, up to their max_tokens. What `fails` holds for a step's number, from 0, is raised there.
 
     Records all requests by id, how many ran at each step, and the ids of aborted ones.
     """
 
     def __init__(self, tokenizer: Any, max_num_seqs: int = 4, context: int = 2048) -> None:
         self._tokenizer = tokenizer
+        self.says: Sequence[str] = [chr(ord("a") + n) for n in range(200)]
         self.fails: dict[int, Exception] = {}
         self.model_config = SimpleNamespace(max_model_len=context, get_diff_sampling_param=dict)
         self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs))
@@ -53,7 +54,7 @@ class ScriptedLLM:
 
     def _output(self, request_id: str) -> SimpleNamespace | None:
         request = self.requests[request_id]
-        request.tokens.append(chr(ord("a") + len(request.tokens)))
+        request.tokens.append(self.says[len(request.tokens)])
         finished = len(request.tokens) == request.params.max_tokens
         if finished:
             self.queue.remove(request_id)
@@ -62,7 +63,8 @@ class ScriptedLLM:
             return None
         tokens = request.tokens if final_only else request.tokens[-1:]
         reason = ("abort" if "gives up" in request.prompt else "length") if finished else None
-        completion = SimpleNamespace(text="".join(tokens), token_ids=tokens, finish_reason=reason, stop_reason=None)
+        token_ids = [self._tokenizer.get_vocab().get(token, 0) for token in tokens]
+        completion = SimpleNamespace(text="".join(tokens), token_ids=token_ids, finish_reason=reason, stop_reason=None)
         return SimpleNamespace(request_id=request_id, finished=finished, outputs=[completion])
 
 
@@ -128,6 +130,22 @@ def test_streamed_answers_grow_side_by_side(load):
         (0, "c"),
     ]
     assert {i: part.text for i, part in parts if not isinstance(part, str)} == {0: "abc", 1: "ab"}
+
+
+@pytest.mark.parametrize("tokens", [3, 9])
+def test_thoughts_stand_apart_from_the_text(load, tokens):
+    model, llm = load()
+    llm.says = ["<think>", "Hm", ".", "\n", "</think>", "\n\n", "Hel", "lo", "!"]
+    *parts, result = model.stream_chat("?", [("1", "2")], sampling=Sampling(max_tokens=tokens))
+    text = "Hello!" if tokens == 9 else ""
+    assert [part.text for part in parts if isinstance(part, Reasoning)] == ["Hm", "."]
+    assert "".join(part for part in parts if isinstance(part, str)) == result.text == text
+    assert (result.reasoning, result.history) == ("Hm.", [("1", "2"), ("?", text)])
+    assert result.usage == {"prompt_tokens": 81, "completion_tokens": tokens, "reasoning_tokens": min(tokens - 1, 3)}
+    rows = [row(tokens=tokens, history=[["1", "2"]]), row(tokens=4, enable_thinking=False)]
+    whole, unthinking = model.chat_batch(rows)
+    assert whole == result
+    assert (unthinking.text, unthinking.reasoning) == ("", "Hm.")  # it thinks although it was told not to
 
 
 def test_a_bad_row_has_its_error_and_the_others_their_answers(load):

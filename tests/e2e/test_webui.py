@@ -207,8 +207,6 @@ def questions(server: Server) -> list[dict[str, Any]]:
 
 
 RICH = """\
-<think>Let me see.</think>
-
 Here is **bold**, \\(x^2\\) and vector<int>.
 
 ```python
@@ -223,7 +221,7 @@ def one(): return 1
 
 def test_an_answer_is_shown_with_code_formulas_and_tables_and_thoughts_folded(server, page, person):
     seen = threading.Event()
-    server.play(line({"delta": "<think>Let me"}), seen, line({"delta": RICH[13:]}), line(LAST))
+    server.play(line({"reasoning": "Let me"}), seen, line({"reasoning": " see."}), line({"delta": RICH}), line(LAST))
     tab = person(page)
     assert tab.driver.title == tab.texts("#heading")[0] == "Qwen3-8B"
     tab.send("Show me")
@@ -239,14 +237,14 @@ def test_an_answer_is_shown_with_code_formulas_and_tables_and_thoughts_folded(se
     assert "8,192 tokens" in tab.figures()
     server.play(line({"delta": "Sure."}), line(LAST))
     assert tab.ask("More?") == "Sure."
-    assert questions(server)[1]["history"] == [["Show me", RICH.partition("</think>\n\n")[2]]]
+    assert questions(server)[1]["history"] == [["Show me", RICH]]
     assert tab.asked_hosts() == {urlsplit(page).netloc}
 
 
 def test_text_cannot_run(server, page, person):
     model = {"models": [f"<b>x</b>{ATTACK}"], "context": 10, "images": False, "defaults": {"temperature": ATTACK}}
     server.play(line(model), path="/chat/info")
-    server.play(line({"delta": f"<think>{ATTACK}</think>\n\nanswered {ATTACK}"}), line(LAST))
+    server.play(line({"reasoning": ATTACK}), line({"delta": f"answered {ATTACK}"}), line(LAST))
     tab = person(page)
     assert "<b>x</b><img" in tab.texts("#heading")[0]
     attack = ATTACK.replace("\n", " ")
@@ -268,8 +266,7 @@ def test_text_cannot_run(server, page, person):
 
 
 def test_what_is_copied_is_what_was_written(server, page, person):
-    answer = "<think>Hm.</think>\n\nA vector<int>, *see* `<b>`."
-    server.play(line({"delta": answer}), line(LAST))
+    server.play(line({"reasoning": "Hm."}), line({"delta": "A vector<int>, *see* `<b>`."}), line(LAST))
     tab = person(page)
     tab.ask("Hi")
     grant = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": page}
@@ -324,7 +321,7 @@ def test_what_went_wrong_stands_where_the_answer_would_and_the_chat_goes_on(serv
 
 
 def test_retry_edit_and_undo(server, page, person):
-    server.play(line({"delta": "<think>a</think>one"}), line(LAST))
+    server.play(line({"reasoning": "a"}), line({"delta": "one"}), line(LAST))
     server.then_play(line({"delta": "two"}), line(LAST))
     server.then_play(line({"delta": "three"}), line(LAST))
     server.then_play(line({"delta": "four"}), line(LAST))

@@ -45,7 +45,7 @@ class ThoughtSplitter:
         self.ended, self.tokens = marks is None, 0
         self._marks, self._pending = marks, ""
         self._begun = marks is not None and opening.rfind(marks.start) > opening.rfind(marks.end)
-        self._phase = self._think if self._begun else self._begin
+        self._phase = ThoughtSplitter._think if self._begun else ThoughtSplitter._begin
         self._counted = self._shown = False
 
     def split(self, text: str, token_ids: Sequence[int], last: bool) -> tuple[str, str]:
@@ -57,13 +57,13 @@ class ThoughtSplitter:
             self._counted = self._marks.end_id in token_ids
             self.tokens += token_ids.index(self._marks.end_id) if self._counted else len(token_ids)
         self._pending += text
-        return self._phase(last)
+        return self._phase(self, last)
 
     def _begin(self, last: bool) -> tuple[str, str]:
         """While it is open whether there is a thought at all."""
         written = self._pending.lstrip()
         if written.startswith(self._marks.start):
-            self._begun, self._phase = True, self._think
+            self._begun, self._phase = True, ThoughtSplitter._think
             self._pending = written.removeprefix(self._marks.start)
             self.tokens -= 1
             return self._think(last)
@@ -83,7 +83,7 @@ class ThoughtSplitter:
             self._shown = thought != ""
         if not mark:
             return thought, ""
-        self._phase = self._say
+        self._phase = ThoughtSplitter._say
         return thought, self._say(last)[1]
 
     def _say(self, last: bool) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Checkpoints of a few megabytes, made for tests, that the real engine loads in seconds."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ def write_reciter(folder: Path, tokenizer: PreTrainedTokenizerFast, *texts: str)
     following = {}
     for text in texts:
         token_ids = tokenizer.encode(text, add_special_tokens=False)
-        for token, after in zip(token_ids, token_ids[1:], strict=False):
+        for token, after in pairwise(token_ids):
             assert following.setdefault(token, after) == after, tokenizer.decode([token])
     config = Qwen3Config(
         vocab_size=len(tokenizer),

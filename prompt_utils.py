@@ -73,6 +73,9 @@ class PromptBuilder:
         self._ints = list(range(max(tokenizer.get_vocab().values()) + 1))
         self._system_ids, self._turn_ids = _cached(self._encode_system), _cached(self._encode_turn)
         self._learn_marks()
+        self._openings = {
+            thinking: self.render("s", [], "⟦query⟧", thinking).rpartition("⟦query⟧")[2] for thinking in self._generate
+        }
         self._check_against_template()
 
     @property
@@ -151,14 +154,13 @@ class PromptBuilder:
         if not (self._template or self._tokenizer.chat_template):
             raise ChatError("the model has no chat template: use /v1/completions, or name one with --chat-template")
         texts = ["⟦system⟧", "⟦user⟧", "⟦answer⟧", "⟦query⟧"]
-        marks, self._openings = {}, {}
+        marks = {}
         for thinking in (None, True, False):
             prompt = self.render(texts[0], [(texts[1], texts[2])], texts[3], thinking)
             literals = re.split("|".join(texts), prompt)
             if len(literals) != len(texts) + 1:
                 raise ChatError("the chat template does not keep system, user and assistant texts as they are")
             marks[thinking] = [self._mark(literal) for literal in literals]
-            self._openings[thinking] = literals[-1]
         self._system, self._user, self._assistant, next_user, _ = marks[None]
         if next_user != self._user:
             raise ChatError("the chat template opens the first user turn and later ones differently")

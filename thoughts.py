@@ -47,6 +47,7 @@ class ThoughtSplitter:
         self._begun = marks is not None and opening.rfind(marks.start) > opening.rfind(marks.end)
         self._phase = ThoughtSplitter._think if self._begun else ThoughtSplitter._begin
         self._counted = self._shown = False
+        self._breaks = 0  # line breaks that are of the thought only if more of it comes
 
     def split(self, text: str, token_ids: Sequence[int], last: bool) -> tuple[str, str]:
         """(what is new of the thought, what is new of the text), for the next piece of the answer and its tokens.
@@ -76,15 +77,19 @@ class ThoughtSplitter:
         thought, mark, text = self._pending.partition(self._marks.end)
         if not (mark or last):
             thought = thought[: len(thought) - _overlap(thought, self._marks.end)]
-        thought = thought.rstrip("\n")
         self._pending = text if mark else self._pending[len(thought) :]
-        if not self._shown:
-            thought = thought.lstrip("\n")
-            self._shown = thought != ""
+        shown = thought.rstrip("\n")
+        breaks, self._breaks = self._breaks, len(thought) - len(shown)
+        if not shown:
+            self._breaks += breaks
+        elif self._shown:
+            shown = "\n" * breaks + shown
+        else:
+            self._shown, shown = True, shown.lstrip("\n")
         if not mark:
-            return thought, ""
+            return shown, ""
         self._phase = ThoughtSplitter._say
-        return thought, self._say(last)[1]
+        return shown, self._say(last)[1]
 
     def _say(self, last: bool) -> tuple[str, str]:
         text = self._pending.lstrip("\n") if self._begun else self._pending
@@ -95,6 +100,8 @@ class ThoughtSplitter:
 
 def _overlap(text: str, mark: str) -> int:
     """How many characters at the end of `text` may be the start of `mark`."""
+    if mark[0] not in text:
+        return 0
     return next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
 
 

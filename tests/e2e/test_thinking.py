@@ -126,30 +126,34 @@ class Said:
     batch: list[ChatResult]
 
 
-def say(*folders: Path) -> list[Said]:
-    """Loads one model after the other and asks it; runs in a process of its own, with no other engine in it."""
-    said = []
-    for folder in folders:
-        model = ChatModel(str(folder))
-        rows = [{"query": "2 + 3?"}, {"query": "?", "enable_thinking": False}, {"query": "?", "max_tokens": 6}]
-        said.append(Said(list(model.stream_chat("2 + 3?", HISTORY, sampling=GREEDY)), model.chat_batch(rows, GREEDY)))
-        del model
-    return said
+def say(folder: Path) -> Said:
+    """Loads the model in `folder` and asks it; runs in a process of its own, with no other engine in it."""
+    model = ChatModel(str(folder))
+    rows = [{"query": "2 + 3?"}, {"query": "?", "enable_thinking": False}, {"query": "?", "max_tokens": 6}]
+    return Said(list(model.stream_chat("2 + 3?", HISTORY, sampling=GREEDY)), model.chat_batch(rows, GREEDY))
 
 
-def test_offline_thoughts_stand_apart_too(qwen3, tmp_path, qwen_tokenizer):
-    always = QWEN3_TEMPLATE.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
-    qwq = write(tmp_path / "QwQ-Tiny", qwen_tokenizer, always, "\n")
+def check_offline(folder: Path, tokens: int) -> None:
+    """The model's answer has the thought and the text, of `tokens` tokens."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        said = process.submit(say, qwen3, qwq).result()
-    for one, mark in zip(said, (1, 0), strict=True):
-        *parts, result = one.parts
-        thinking, unthinking, cut = one.batch
-        assert "".join(part.text for part in parts if isinstance(part, Reasoning)) == THOUGHT
-        assert "".join(part for part in parts if isinstance(part, str)) == TEXT
-        assert result.history == [*HISTORY, ("2 + 3?", TEXT)]
-        assert (thinking.reasoning, thinking.text) == (result.reasoning, result.text) == (THOUGHT, TEXT)
-        assert (result.reasoning_tokens, result.completion_tokens) == (THOUGHT_TOKENS, ALL_TOKENS - 1 + mark)
-        assert (unthinking.reasoning, unthinking.text, unthinking.reasoning_tokens) == ("", TEXT, 0)
-        assert (cut.text, cut.finish_reason, cut.reasoning_tokens) == ("", "length", 6 - mark)
-        assert THOUGHT.startswith(cut.reasoning)
+        said = process.submit(say, folder).result()
+    *parts, result = said.parts
+    thinking, unthinking, cut = said.batch
+    assert "".join(part.text for part in parts if isinstance(part, Reasoning)) == THOUGHT
+    assert "".join(part for part in parts if isinstance(part, str)) == TEXT
+    assert result.history == [*HISTORY, ("2 + 3?", TEXT)]
+    assert (thinking.reasoning, thinking.text) == (result.reasoning, result.text) == (THOUGHT, TEXT)
+    assert (result.reasoning_tokens, result.completion_tokens) == (THOUGHT_TOKENS, tokens)
+    assert (unthinking.reasoning, unthinking.text, unthinking.reasoning_tokens) == ("", TEXT, 0)
+    assert (cut.text, cut.finish_reason) == ("", "length")
+    assert cut.reasoning and THOUGHT.startswith(cut.reasoning)
+
+
+def test_offline_thoughts_stand_apart_too(qwen3):
+    check_offline(qwen3, ALL_TOKENS)
+
+
+@pytest.mark.long
+def test_a_thought_that_the_prompt_begins(tmp_path, qwen_tokenizer):
+    template = QWEN3_TEMPLATE.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
+    check_offline(write(tmp_path / "QwQ-Tiny", qwen_tokenizer, template, "\n"), ALL_TOKENS - 1)

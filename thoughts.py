@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 START, END = "<think>", "</think>"
-PARSER = "qwen_thinking"
-"""The name of our parser for vLLM's own routes."""
+PARSER, ALWAYS_PARSER = "qwen_thinking", "qwen_always_thinking"
+"""The names of our parsers for vLLM's own routes: of models that may think, and of those that always do."""
 
 
 @dataclass(frozen=True)
@@ -115,15 +115,21 @@ def parser_for(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None, 
     template = chat_template or tokenizer.chat_template
     if not isinstance(template, str) or END not in template or not {START, END} <= tokenizer.get_vocab().keys():
         return ""
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "?"}],
-        chat_template=template,
-        tokenize=False,
-        add_generation_prompt=True,
-        **{**options, "enable_thinking": True},
-    )
+
+    def begins_thought(enable_thinking: bool) -> bool:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "?"}],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=True,
+            **{**options, "enable_thinking": enable_thinking},
+        )
+        return prompt.rfind(START) > prompt.rfind(END)
+
     # Where the prompt begins the thought, an answer without marks is one that was cut in it.
-    return "qwen3" if prompt.rfind(START) > prompt.rfind(END) else PARSER
+    if begins_thought(False):
+        return ALWAYS_PARSER
+    return "qwen3" if begins_thought(True) else PARSER
 
 
 def parser_for_folder(
@@ -155,7 +161,8 @@ def marks_of(parser: str, tokenizer: "PreTrainedTokenizerBase") -> Marks | None:
 
 
 def register() -> None:
-    """Makes our parser known to vLLM in this process."""
+    """Makes our parsers known to vLLM in this process."""
     from vllm.reasoning import ReasoningParserManager
 
     ReasoningParserManager.register_lazy_module(PARSER, "thoughts_parser", "QwenReasoningParser")
+    ReasoningParserManager.register_lazy_module(ALWAYS_PARSER, "thoughts_parser", "AlwaysReasoningParser")

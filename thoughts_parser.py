@@ -1,4 +1,4 @@
-"""vLLM's parser of Qwen3's thoughts, for models that need not think: an answer that begins without a mark is text."""
+"""vLLM's parser of Qwen3's thoughts, for models that are otherwise: they need not think, or cannot be told not to."""
 
 from dataclasses import replace
 from functools import cache
@@ -13,7 +13,7 @@ from thoughts import PARSER
 
 
 class QwenParser(Qwen3Parser):
-    """Starts outside the thought, which only its mark begins; the rest is vLLM's."""
+    """Starts outside the thought, which only its mark begins: an answer without marks is text."""
 
     def __init__(self, tokenizer: Any, tools: Any = None, **kwargs: Any) -> None:
         super().__init__(tokenizer, tools, parser_engine_config=_config(), **kwargs)
@@ -27,4 +27,12 @@ def _config() -> ParserEngineConfig:
     return replace(theirs, wait_for_reasoning=True, transitions=transitions)
 
 
+class AlwaysParser(Qwen3Parser):
+    """Starts in the thought, which the prompt has begun, whatever the request says of thinking."""
+
+    def __init__(self, tokenizer: Any, tools: Any = None, **kwargs: Any) -> None:
+        super().__init__(tokenizer, tools, **{**kwargs, "chat_template_kwargs": {}})
+
+
 QwenReasoningParser, _ = make_adapters(QwenParser)
+AlwaysReasoningParser, _ = make_adapters(AlwaysParser)

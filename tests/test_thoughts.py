@@ -1,6 +1,7 @@
 """What a model thinks, told from what it says: wherever the answer is cut, by the same rules for all."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 from vllm.reasoning import ReasoningParserManager
 
-from thoughts import PARSER, Marks, ThoughtSplitter, marks_of, parser_for, parser_for_folder, register
+from thoughts import ALWAYS_PARSER, PARSER, Marks, ThoughtSplitter, marks_of, parser_for, parser_for_folder, register
 
 END_ID = 9
 MARKS = Marks("<think>", "</think>", END_ID)
 OPENS = "<|im_end|>\n<|im_start|>assistant\n<think>\n"
-ALWAYS_THINKS = QWEN3_TEMPLATE.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
+ALWAYS_THINKS = "{% set enable_thinking = true %}" + QWEN3_TEMPLATE.replace(
+    "assistant\\n' }}", "assistant\\n<think>\\n' }}"
+)
+THINKS_UNLESS_TOLD = QWEN3_TEMPLATE.replace("endif %}\n{%- endif %}", "else %}<think>{%- endif %}\n{%- endif %}")
 DROPS_THOUGHTS = QWEN3_TEMPLATE.replace("enable_thinking is defined", "false")
 
 
@@ -112,7 +116,8 @@ def test_an_answer_of_a_model_that_does_not_think_is_left_alone() -> None:
 CHOICES = {
     "writes the mark": (QWEN3_TEMPLATE, {}, PARSER),
     "writes the mark, off by default": (QWEN3_TEMPLATE, {"enable_thinking": False}, PARSER),
-    "the prompt begins the thought": (ALWAYS_THINKS, {}, "qwen3"),
+    "the prompt begins the thought": (THINKS_UNLESS_TOLD, {}, "qwen3"),
+    "the prompt always begins it": (ALWAYS_THINKS, {"enable_thinking": False}, ALWAYS_PARSER),
     "only drops thoughts": (DROPS_THOUGHTS, {}, PARSER),
     "knows no thoughts": ("{{ '<|im_start|>' + messages[0].content }}", {}, ""),
 }
@@ -135,7 +140,7 @@ def test_a_model_without_the_marks_gets_no_parser(demo_tokenizer: PreTrainedToke
     assert parser_for_folder(tmp_path, None, {}, False) == ""
 
 
-@pytest.mark.parametrize("parser", [PARSER, "qwen3", "deepseek_r1"])
+@pytest.mark.parametrize("parser", [PARSER, ALWAYS_PARSER, "qwen3", "deepseek_r1"])
 def test_the_marks_are_those_of_the_parser(qwen3_tokenizer: PreTrainedTokenizerBase, parser: str) -> None:
     end_id = qwen3_tokenizer.convert_tokens_to_ids("</think>")
     assert marks_of(parser, qwen3_tokenizer) == Marks("<think>", "</think>", end_id)
@@ -145,10 +150,12 @@ def test_without_a_parser_there_are_no_marks(qwen3_tokenizer: PreTrainedTokenize
     assert marks_of("", qwen3_tokenizer) is None
 
 
-def parsed_by_vllm(tokenizer: Any, answer: list[str]) -> list[tuple[str, str]]:
-    """(reasoning, content) that our parser finds for vLLM in an answer, whole and streamed."""
+def parsed_by_vllm(name: str, tokenizer: Any, answer: list[str]) -> list[tuple[str, str]]:
+    """(reasoning, content) that one of our parsers finds for vLLM in an answer, whole and streamed, where the request
+    wants no thoughts."""
     register()
-    parser = ReasoningParserManager.get_reasoning_parser(PARSER)
+    options = {"chat_template_kwargs": {"enable_thinking": False}} if name == ALWAYS_PARSER else {}
+    parser = partial(ReasoningParserManager.get_reasoning_parser(name), **options)
     whole, streaming, streamed = parser(tokenizer).extract_reasoning("".join(answer), None), parser(tokenizer), ["", ""]
     for piece in answer:
         token_ids = [tokenizer.convert_tokens_to_ids(piece)] if piece in tokenizer.get_vocab() else [0]
@@ -158,17 +165,19 @@ def parsed_by_vllm(tokenizer: Any, answer: list[str]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("answer", "reasoning", "content"),
+    ("parser", "answer", "reasoning", "content"),
     [
-        (["<think>", "Hm", ".\n", "</think>", "\n\n", "Hel", "lo"], "Hm.\n", "\n\nHello"),
-        (["Hel", "lo"], "", "Hello"),
-        (["<think>", "Hm"], "Hm", ""),
+        (PARSER, ["<think>", "Hm", ".\n", "</think>", "\n\n", "Hel", "lo"], "Hm.\n", "\n\nHello"),
+        (PARSER, ["Hel", "lo"], "", "Hello"),
+        (PARSER, ["<think>", "Hm"], "Hm", ""),
+        (ALWAYS_PARSER, ["Hm", "</think>", "Hel", "lo"], "Hm", "Hello"),
+        (ALWAYS_PARSER, ["Hm"], "Hm", ""),
     ],
 )
 def test_vllm_takes_for_a_thought_only_what_is_one(
-    qwen3_tokenizer: PreTrainedTokenizerBase, answer: list[str], reasoning: str, content: str
+    qwen3_tokenizer: PreTrainedTokenizerBase, parser: str, answer: list[str], reasoning: str, content: str
 ) -> None:
-    assert parsed_by_vllm(qwen3_tokenizer, answer) == [(reasoning, content)] * 2
+    assert parsed_by_vllm(parser, qwen3_tokenizer, answer) == [(reasoning, content)] * 2
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ class Stream(asyncio.Protocol):
         if self._last is not None:
             self._seen.gaps.append(now - self._last)
             self._last = now
-        elif b'"delta' in data or b'"content"' in data:
+        elif b'"delta' in data or b'"content"' in data or b'"reasoning"' in data:
             self._seen.first.append(now - self._asked)
             self._last = now
         self._end = (self._end + data)[-2000:]

@@ -5,6 +5,7 @@ split a streamed answer otherwise than a whole one, and some read the answer fro
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,8 +145,10 @@ def parser_for_folder(
         return ""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return parser_for(tokenizer, chat_template, options)
+    with suppress(Exception):  # what is wrong with a tokenizer or its template is told by who needs them
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return parser_for(tokenizer, chat_template, options)
+    return ""
 
 
 def marks_of(parser: str, tokenizer: "PreTrainedTokenizerBase") -> Marks | None:

@@ -140,6 +140,14 @@ def test_a_model_without_the_marks_gets_no_parser(demo_tokenizer: PreTrainedToke
     assert parser_for_folder(tmp_path, None, {}, False) == ""
 
 
+@pytest.mark.parametrize("template", ["{% </think>", "{{ raise_exception('</think>') }}"])
+def test_a_broken_template_is_left_to_others(
+    qwen3_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, template: str
+) -> None:
+    qwen3_tokenizer.save_pretrained(tmp_path)
+    assert parser_for_folder(tmp_path, template, {}, False) == ""
+
+
 @pytest.mark.parametrize("parser", [PARSER, ALWAYS_PARSER, "qwen3", "deepseek_r1"])
 def test_the_marks_are_those_of_the_parser(qwen3_tokenizer: PreTrainedTokenizerBase, parser: str) -> None:
     end_id = qwen3_tokenizer.convert_tokens_to_ids("</think>")

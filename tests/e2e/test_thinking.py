@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,8 +41,30 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory, qwen_tokenizer: PreTrainedTo
     return write(tmp_path_factory.mktemp("models") / "Qwen3-Tiny", qwen_tokenizer, QWEN3_TEMPLATE, "\n<think>")
 
 
+@dataclass
+class Said:
+    """What a model says offline: streamed; in a batch, with thinking on, off, and cut in the thought."""
+
+    parts: list[Part]
+    batch: list[ChatResult]
+
+
+def say(folder: Path) -> Said:
+    """Loads the model in `folder` and asks it; runs in a process of its own, with no other engine in it."""
+    model = ChatModel(str(folder))
+    rows = [{"query": "2 + 3?"}, {"query": "?", "enable_thinking": False}, {"query": "?", "max_tokens": 6}]
+    return Said(list(model.stream_chat("2 + 3?", HISTORY, sampling=GREEDY)), model.chat_batch(rows, GREEDY))
+
+
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory, qwen3: Path):
+def said(qwen3: Path) -> Iterator[Future[Said]]:
+    """What Qwen3 says offline; at work while the server starts."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        yield process.submit(say, qwen3)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory, qwen3: Path, said: Future[Said]) -> Iterator[str]:
     with running_server(["--model", str(qwen3)], tmp_path_factory.mktemp("server") / "log") as url:
         yield url
 
@@ -118,25 +141,8 @@ def test_the_openai_route_tells_the_same(url):
     assert ("".join(parts), result.reasoning) == (TEXT, "")
 
 
-@dataclass
-class Said:
-    """What a model says offline: streamed; in a batch, with thinking on, off, and cut in the thought."""
-
-    parts: list[Part]
-    batch: list[ChatResult]
-
-
-def say(folder: Path) -> Said:
-    """Loads the model in `folder` and asks it; runs in a process of its own, with no other engine in it."""
-    model = ChatModel(str(folder))
-    rows = [{"query": "2 + 3?"}, {"query": "?", "enable_thinking": False}, {"query": "?", "max_tokens": 6}]
-    return Said(list(model.stream_chat("2 + 3?", HISTORY, sampling=GREEDY)), model.chat_batch(rows, GREEDY))
-
-
-def check_offline(folder: Path, tokens: int) -> None:
-    """The model's answer has the thought and the text, of `tokens` tokens."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        said = process.submit(say, folder).result()
+def check(said: Said, tokens: int) -> None:
+    """The answers hold the thought and the text, of `tokens` tokens."""
     *parts, result = said.parts
     thinking, unthinking, cut = said.batch
     assert "".join(part.text for part in parts if isinstance(part, Reasoning)) == THOUGHT
@@ -149,11 +155,13 @@ def check_offline(folder: Path, tokens: int) -> None:
     assert cut.reasoning and THOUGHT.startswith(cut.reasoning)
 
 
-def test_offline_thoughts_stand_apart_too(qwen3):
-    check_offline(qwen3, ALL_TOKENS)
+def test_offline_thoughts_stand_apart_too(said):
+    check(said.result(), ALL_TOKENS)
 
 
 @pytest.mark.long
 def test_a_thought_that_the_prompt_begins(tmp_path, qwen_tokenizer):
     template = QWEN3_TEMPLATE.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
-    check_offline(write(tmp_path / "QwQ-Tiny", qwen_tokenizer, template, "\n"), ALL_TOKENS - 1)
+    qwq = write(tmp_path / "QwQ-Tiny", qwen_tokenizer, template, "\n")
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        check(process.submit(say, qwq).result(), ALL_TOKENS - 1)

@@ -100,6 +100,7 @@ class PromptBuilder:
         Raises:
             ChatError: system and query alone do not fit; they are never cut.
         """
+        system = system.strip() if self._joins_system else system
         layout, generate = self._layouts[bool(system)], self._generate[enable_thinking]
         system = layout.trim_system(system)
         first, last = layout.first.replace(SYSTEM, system), layout.last.replace(SYSTEM, system)
@@ -107,7 +108,7 @@ class PromptBuilder:
         end = [*generate.token_ids, *self._plain_ids(self._answers, generate.after)]
         later = query_ids = self._text_ids(self._user, last + layout.trim_last(query), generate)
         if first:
-            query_ids = self._text_ids(self._user, first + last + layout.trim_first(query), generate)
+            query_ids = self._text_ids(self._user, self._led(first, layout, last + query), generate)
         room = budget - len(start) - len(query_ids) - len(end)
         if room < 0:
             raise ChatError(
@@ -119,7 +120,7 @@ class PromptBuilder:
         room += len(query_ids) - len(later)
         for user, answer in reversed(history):
             # As the first turn, which may hold the system prompt; as a later one it does not.
-            opening = self._turn_ids(first + layout.trim_first(user), answer)
+            opening = self._turn_ids(self._led(first, layout, user), answer)
             if len(opening) > room:
                 break
             turn = self._turn_ids(self._trim_user(user), answer) if first else opening
@@ -140,8 +141,8 @@ class PromptBuilder:
         messages.append({"role": "user", "content": query})
         if self._joins_system:
             del messages[0]
-            if system:
-                messages[0]["content"] = f"{system}\n\n{messages[0]['content']}"
+            if system.strip():
+                messages[0]["content"] = f"{system.strip()}\n\n{messages[0]['content']}"
         flags = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         try:
             return self._tokenizer.apply_chat_template(
@@ -149,6 +150,10 @@ class PromptBuilder:
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise ChatError(f"the model's chat template fails: {error}") from error
+
+    def _led(self, lead: str, layout: Layout, text: str) -> str:
+        """The user's first text, after the system prompt; trimmed together where the template sees them as one."""
+        return layout.trim_first(lead + text) if self._joins_system else lead + layout.trim_first(text)
 
     def _encode_system(self, system: str) -> tuple[int, ...]:
         layout = self._layouts[True]

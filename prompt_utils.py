@@ -186,7 +186,10 @@ class PromptBuilder:
     def _learn_control_tokens(self) -> None:
         """Which of the added tokens texts may not hold: special ones, and those between the texts of a conversation."""
         if not (self._template or self._tokenizer.chat_template):
-            raise ChatError("the model has no chat template: use /v1/completions, or name one with --chat-template")
+            raise ChatError(
+                "the model has no chat template: use /v1/completions (in Python complete_batch), or name one with "
+                "--chat-template"
+            )
         self._joins_system = False
         self._joins_system = not self._takes_system()
         around, _, _ = self.render(SYSTEM, [(USER, ANSWER)], QUERY).partition(QUERY)

@@ -18,8 +18,18 @@ import pytest
 from conftest import write_model
 from transformers import PreTrainedTokenizerBase
 
+import hardware
 import model_utils
-from model_utils import ModelUnavailable, RequestBuilder, check_loadable, demo_model, resolve_model, sampling_defaults
+from model_utils import (
+    ModelUnavailable,
+    RequestBuilder,
+    check_loadable,
+    demo_model,
+    number_format,
+    read_chat_template,
+    resolve_model,
+    sampling_defaults,
+)
 from protocol import ChatError, ChatRequest
 
 
@@ -147,6 +157,48 @@ def test_a_model_that_can_be_loaded(tmp_path: Path, config: dict, missing: str |
     if missing:
         (folder / missing).unlink()
     check_loadable(SimpleNamespace(model=str(folder), **{**LOADING, **flags}))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize(
+    ("cpu", "flags", "loads"),
+    [(True, {"avx2"}, False), (True, {"avx2", "avx512f"}, True), (True, {"asimd"}, True), (False, {"avx2"}, True)],
+)
+def test_four_bits_where_the_machine_can_compute_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, cpu: bool, flags: set[str], loads: bool
+) -> None:
+    folder = write_model(tmp_path / "Tiny-Int4", quantization_config={"quant_method": method, "bits": 4})
+    monkeypatch.setattr(hardware, "on_cpu", lambda: cpu)
+    monkeypatch.setattr(hardware, "_cpu_flags", lambda: flags)
+    args = SimpleNamespace(model=str(folder), **LOADING)
+    if loads:
+        return check_loadable(args)
+    with pytest.raises(ModelUnavailable, match=r"Tiny-Int4 has weights of 4 bits.*without GPTQ or AWQ") as caught:
+        check_loadable(args)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "taken"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "float32", "auto"),
+        ({"quantization_config": {"quant_method": "awq"}}, "float16", "float16"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "float32", "float32"),
+        ({"quantization_config": None}, "float32", "float32"),
+    ],
+)
+def test_four_bits_are_not_loaded_as_float32(tmp_path: Path, config: dict, asked: str, taken: str) -> None:
+    folder = write_model(tmp_path, **config)
+    assert number_format(SimpleNamespace(model=str(folder), dtype=asked)) == taken
+
+
+def test_a_chat_template_is_a_file_or_its_text(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ messages }}")
+    assert read_chat_template(str(file)) == read_chat_template("{{ messages }}") == "{{ messages }}"
+    assert read_chat_template(None) is None
+    with pytest.raises(ModelUnavailable, match=r"--chat-template .*missing.jinja: neither a file"):
+        read_chat_template(str(tmp_path / "missing.jinja"))
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./model", "~/no-such-model", "Qwen2.5-7B", "a/b/c", ""])

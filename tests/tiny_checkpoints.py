@@ -5,6 +5,7 @@ others are trained here on this project's READMEs, in the manner of the family: 
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -231,12 +232,12 @@ class Family:
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
         return messages if self.joins_system else [{"role": "system", "content": system}, *messages]
 
-    def write(self, folder: Path) -> Path:
-        """A checkpoint with random weights, in `folder`."""
+    def write(self, folder: Path, small: bool = False, **sizes: Any) -> Path:
+        """A checkpoint with random weights, in `folder`; `small` as in `tokenizer`."""
         torch.manual_seed(0)
-        tokenizer = self.tokenizer()
+        tokenizer = self.tokenizer(small)
         tokenizer.save_pretrained(folder)
-        size = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, **TINY, **self.config}
+        size = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, **TINY, **self.config, **sizes}
         if size["model_type"] == "chatglm":
             _write_chatglm(folder, size)
         else:
@@ -355,6 +356,48 @@ def _write_chatglm(folder: Path, size: dict[str, Any]) -> None:
     save_file(weights, folder / "model.safetensors")
 
 
+def write_quantized(source: Path, folder: Path, method: str, group: int = 128) -> Path:
+    """The checkpoint `source` with its layers in 4 bits, as AutoGPTQ ("gptq") or AutoAWQ ("awq") write them, in
+    `folder`. `source` itself gets the weights that those bits stand for, so that both are the same network.
+    """
+    shutil.copytree(source, folder)
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": group} | (
+        {"sym": True, "desc_act": False} if method == "gptq" else {"zero_point": True, "version": "gemm"}
+    )
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    weights, quantized = load_file(source / "model.safetensors"), {}
+    for name, weight in weights.items():
+        if not name.endswith("_proj.weight"):
+            quantized[name] = weight
+            continue
+        groups = weight.float().T.reshape(-1, group, len(weight))
+        scales = (groups.abs().amax(1) / 7).half()
+        codes = (groups / scales[:, None]).round() + 8
+        weights[name] = ((codes - 8) * scales[:, None]).flatten(0, 1).T.to(weight.dtype).contiguous()
+        codes, layer = codes.flatten(0, 1).to(torch.int32), name.removesuffix(".weight")
+        quantized[f"{layer}.scales"] = scales
+        if method == "gptq":
+            # Eight rows a number, and the zero point of 8 less one.
+            quantized[f"{layer}.qweight"] = _packed(codes.T).T.contiguous()
+            quantized[f"{layer}.qzeros"] = _packed(torch.full(scales.shape, 7))
+            quantized[f"{layer}.g_idx"] = torch.arange(len(codes), dtype=torch.int32) // group
+        else:
+            # Eight columns a number, in the order that AutoAWQ's kernels want.
+            order = [0, 2, 4, 6, 1, 3, 5, 7]
+            quantized[f"{layer}.qweight"] = _packed(codes.unflatten(1, (-1, 8))[..., order].flatten(1))
+            quantized[f"{layer}.qzeros"] = _packed(torch.full(scales.shape, 8))
+    save_file(quantized, folder / "model.safetensors", {"format": "pt"})
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def _packed(codes: torch.Tensor) -> torch.Tensor:
+    """Eight neighbours of 4 bits in a number, the first in the lowest bits."""
+    wide = codes.long().unflatten(1, (-1, 8)) << torch.arange(0, 32, 4)
+    return wide.sum(-1).to(torch.int32)
+
+
 QWEN_TOKENS = {"control": SPECIAL_TOKENS, "plain": (*PLAIN_TOKENS, "<tool_response>", "</tool_response>")}
 LLAMA_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 GLM_TOKENS = ("[gMASK]", "sop", "eop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "</s>")
@@ -391,7 +434,7 @@ FAMILIES = {
     "Llama 3.1": _llama(LLAMA31),
     "Mistral 0.3": _mistral(MISTRAL3, config={"model_type": "mistral"}),
     "Mistral Large": _mistral(MISTRAL7),
-    "Gemma 2": _gemma(GEMMA2, joins_system=True, config={"model_type": "gemma2"}),
+    "Gemma 2": _gemma(GEMMA2, joins_system=True, config={"model_type": "gemma2", "tie_word_embeddings": True}),
     "Gemma 3": _gemma(GEMMA3),
 }
 """Those with a `config` can be written as checkpoints."""

@@ -152,6 +152,7 @@ def check_loadable(args: Any) -> None:
             f"{folder.name} has weights of 4 bits, for which vLLM needs a GPU, or a processor with AVX-512: take the "
             "model without GPTQ or AWQ here"
         )
+    _check_gptq(folder.name, config.get("quantization_config") or {})
     known = ModelRegistry.get_supported_archs()
     if any(name in known or hasattr(transformers, name) for name in architectures):
         return
@@ -160,6 +161,17 @@ def check_loadable(args: Any) -> None:
         raise ModelUnavailable(f"this version of vLLM does not know the architecture of {folder}: {names}")
     if not args.trust_remote_code:
         raise ModelUnavailable(f"{folder} needs the code that it brings: read it, then add --trust-remote-code")
+
+
+def _check_gptq(name: str, quantization: Mapping[str, Any]) -> None:
+    """Refuses the ways to quantise that AutoGPTQ offers and vLLM no longer takes."""
+    if quantization.get("quant_method") != "gptq":
+        return
+    ordered = quantization.get("desc_act") and quantization.get("group_size") != -1
+    if ordered or not quantization.get("sym", True) or quantization.get("bits", 4) not in (4, 8):
+        raise ModelUnavailable(
+            f"{name}: of GPTQ vLLM takes 4 or 8 bits, symmetric, without desc_act: take another quantisation of it"
+        )
 
 
 def number_format(args: Any) -> str:

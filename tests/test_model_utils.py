@@ -118,6 +118,7 @@ def test_weights_that_are_missing_in_part(model: Path) -> None:
     assert "lacks model-2.safetensors" in unavailable(str(model))
 
 
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 LOADING = {"tokenizer": None, "skip_tokenizer_init": False, "trust_remote_code": False, "load_format": "auto"}
 
 
@@ -129,14 +130,18 @@ LOADING = {"tokenizer": None, "skip_tokenizer_init": False, "trust_remote_code":
         ({"architectures": ["NobodysModel"]}, None, {}, "does not know the architecture of .*: NobodysModel"),
         ({"architectures": None}, None, {}, "does not know the architecture of .*: none"),
         ({"architectures": ["NobodysModel"], "auto_map": {}}, None, {}, "add --trust-remote-code"),
+        ({"quantization_config": GPTQ | {"desc_act": True}}, None, {}, "without desc_act: take another"),
+        ({"quantization_config": GPTQ | {"sym": False}}, None, {}, "symmetric"),
+        ({"quantization_config": GPTQ | {"bits": 3}}, None, {}, "4 or 8 bits"),
     ],
 )
 def test_a_model_that_cannot_be_loaded(
-    tmp_path: Path, config: dict, missing: str | None, flags: dict, reason: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict, missing: str | None, flags: dict, reason: str
 ) -> None:
     folder = write_model(tmp_path, **config)
     if missing:
         (folder / missing).unlink()
+    monkeypatch.setattr(hardware, "computes_four_bits", lambda: True)
     with pytest.raises(ModelUnavailable, match=reason) as caught:
         check_loadable(SimpleNamespace(model=str(folder), **{**LOADING, **flags}))
     assert "\n" not in str(caught.value)
@@ -147,12 +152,17 @@ def test_a_model_that_cannot_be_loaded(
     [
         ({}, None, {}),
         ({"auto_map": {"AutoModel": "theirs.Model"}}, None, {}),
+        ({"quantization_config": GPTQ}, None, {}),
+        ({"quantization_config": GPTQ | {"desc_act": True, "group_size": -1}}, None, {}),
         ({}, "model.safetensors", {"load_format": "dummy"}),
         ({}, "tokenizer.json", {"tokenizer": "elsewhere"}),
         ({"architectures": ["NobodysModel"], "auto_map": {}}, None, {"trust_remote_code": True}),
     ],
 )
-def test_a_model_that_can_be_loaded(tmp_path: Path, config: dict, missing: str | None, flags: dict) -> None:
+def test_a_model_that_can_be_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict, missing: str | None, flags: dict
+) -> None:
+    monkeypatch.setattr(hardware, "computes_four_bits", lambda: True)
     folder = write_model(tmp_path, **config)
     if missing:
         (folder / missing).unlink()

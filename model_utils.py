@@ -139,6 +139,11 @@ def check_loadable(args: Any) -> None:
         raise ModelUnavailable(f"{folder} holds no weights, only a description: fetch the model again")
     if not (args.tokenizer or args.skip_tokenizer_init or any((folder / name).is_file() for name in TOKENIZERS)):
         raise ModelUnavailable(f"{folder} holds no tokenizer: fetch the model again, or name one with --tokenizer")
+    if not (args.tokenizer or args.trust_remote_code) and _tokenizer_is_code(folder):
+        raise ModelUnavailable(
+            f"{folder} brings Python code as its tokenizer: read it, then add --trust-remote-code (/chat stays "
+            "off), or put a tokenizer.json there"
+        )
     config = json.loads((folder / "config.json").read_bytes())
     architectures = config.get("architectures") or []
     trained = config.get("max_position_embeddings")
@@ -161,6 +166,18 @@ def check_loadable(args: Any) -> None:
         raise ModelUnavailable(f"this version of vLLM does not know the architecture of {folder}: {names}")
     if not args.trust_remote_code:
         raise ModelUnavailable(f"{folder} needs the code that it brings: read it, then add --trust-remote-code")
+
+
+def _tokenizer_is_code(folder: Path) -> bool:
+    import transformers
+
+    file = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").is_file() or not file.is_file():
+        return False
+    config = json.loads(file.read_bytes())
+    return "AutoTokenizer" in config.get("auto_map", {}) and not hasattr(
+        transformers, config.get("tokenizer_class", "")
+    )
 
 
 def _check_gptq(name: str, quantization: Mapping[str, Any]) -> None:

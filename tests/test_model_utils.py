@@ -169,6 +169,23 @@ def test_a_model_that_can_be_loaded(
     check_loadable(SimpleNamespace(model=str(folder), **{**LOADING, **flags}))
 
 
+def test_a_tokenizer_that_is_code_is_not_run_unasked(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    described = {
+        "auto_map": {"AutoTokenizer": ["theirs.ChatGLMTokenizer", None]},
+        "tokenizer_class": "ChatGLMTokenizer",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    args = {"model": str(folder), **LOADING}
+    with pytest.raises(ModelUnavailable, match=r"Python code as its tokenizer.*--trust-remote-code"):
+        check_loadable(SimpleNamespace(**args))
+    check_loadable(SimpleNamespace(**{**args, "trust_remote_code": True}))
+    check_loadable(SimpleNamespace(**{**args, "tokenizer": "elsewhere"}))
+    (folder / "tokenizer.model").rename(folder / "tokenizer.json")
+    check_loadable(SimpleNamespace(**args))
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize(
     ("cpu", "flags", "loads"),

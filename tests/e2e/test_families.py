@@ -28,8 +28,8 @@ CONVERSATIONS = [
 ]
 TEXT = "The capital of France is Paris. 法国的首都是巴黎。" * 3
 FEW_SHOT = "Q: 1 + 1?\nA: 2\n\nQ: 2 + 2?\nA: 4\n\nQ: 3 + 3?\nA:"
-QUICK = ("Qwen2.5", "Qwen3-MoE", "ChatGLM3", "Mistral 0.3", "Gemma 2")
-"""One of each way to place a system prompt and of each kind of network; the others in long runs."""
+QUICK = ("Qwen3-MoE", "ChatGLM3", "Mistral 0.3")
+"""Beside Qwen2, as the base model; the others in long runs."""
 WIDE = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -84,7 +84,8 @@ def chats(family: Family, model: ChatModel) -> Said:
     batch = model.chat_batch(rows, GREEDY)
     kept = [(system, history[ours[i][2] :], query) for i, (system, history, query) in enumerate(CONVERSATIONS)]
     params = SamplingParams(temperature=0, max_tokens=GREEDY.max_tokens, stop_token_ids=[builder.stop_token_id])
-    outputs = model._llm.chat([family.messages(*conversation) for conversation in kept], params, use_tqdm=False)
+    messages = [family.messages(*conversation) for conversation in kept]
+    outputs = model._llm.chat(messages, params, chat_template=builder._template, use_tqdm=False)
     return Said(
         prompts=[output.prompt_token_ids for output in outputs],
         texts=[output.outputs[0].text for output in outputs],

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny_checkpoints import CHATML, FAMILIES, Family, write_quantized
 
-from hardware import computes_four_bits
+from hardware import computes_four_bits, on_cpu
 from model_utils import ModelUnavailable
 from protocol import ChatError, Sampling
 from vllm_wrapper import ChatModel
@@ -63,7 +63,7 @@ def with_model(work: Callable[[ChatModel], Any], folder: str, **args: Any) -> An
     """What `work` returns for the model in `folder`, loaded for it alone."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    model = ChatModel(folder, **{"dtype": "float32", "max_num_seqs": 4, **args})
+    model = ChatModel(folder, **{"dtype": "float32" if on_cpu() else "float16", "max_num_seqs": 4, **args})
     try:
         return work(model)
     finally:
@@ -152,7 +152,7 @@ def test_a_checkpoint_in_four_bits_says_what_its_bits_stand_for(
 ) -> None:
     plain = FAMILIES["Qwen2.5"].write(tmp_path / "plain", small=True, initializer_range=0.05, **WIDE)
     quantized = write_quantized(plain, tmp_path / "quantized", method)
-    answer = process.submit(with_model, logprobs, str(quantized), quantization=method)
+    answer = process.submit(with_model, logprobs, str(quantized), quantization=method, dtype="float16")
     if not computes_four_bits():
         with pytest.raises(ModelUnavailable, match="AVX-512"):
             answer.result()

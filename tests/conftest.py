@@ -173,7 +173,6 @@ def server() -> Iterator[Server]:
 
 
 CONVERSATIONS = [
-    ("You are a helpful assistant.", [], "What is the capital of France?"),
     ("", [("Hi", "Hello!")], "Tell me about the sea."),
     ("You are a pirate.\n", [("1 + 1?", "2"), ("", "?")], " Who are you?\n"),
 ]

@@ -96,7 +96,7 @@ def test_a_batch_answers_as_if_each_row_were_alone(model):
 def test_every_way_in_gives_the_same_answers(model, first_said):
     from vllm import SamplingParams
 
-    greedy = Sampling(temperature=0, max_tokens=24)
+    greedy = Sampling(temperature=0, max_tokens=10)
     alone, messages = [], []
     for system, history, query in CONVERSATIONS:
         *deltas, result = model.stream_chat(query, history, system, greedy)
@@ -106,7 +106,7 @@ def test_every_way_in_gives_the_same_answers(model, first_said):
         messages.append([{"role": "system", "content": system}, *turns, {"role": "user", "content": query}])
     rows = [{"system": system, "history": history, "query": query} for system, history, query in CONVERSATIONS]
     assert [result.text for result in model.chat_batch(rows, greedy)] == alone
-    outputs = model._llm.chat(messages, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
+    outputs = model._llm.chat(messages, SamplingParams(temperature=0, max_tokens=10), use_tqdm=False)
     assert [output.outputs[0].text for output in outputs] == alone
     assert first_said.setdefault("texts", alone) == alone
 

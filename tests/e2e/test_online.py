@@ -105,13 +105,13 @@ def test_every_way_in_gives_the_same_answers(url, first_said):
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY)
     texts = []
     for system, history, query in CONVERSATIONS:
-        request = {"system": system, "history": history, "query": query, "temperature": 0, "max_tokens": 24}
+        request = {"system": system, "history": history, "query": query, "temperature": 0, "max_tokens": 10}
         texts.append(post(url, **request).json()["text"])
         *lines, _ = map(json.loads, post(url, **request, stream=True).text.splitlines())
         assert "".join(line["delta"] for line in lines) == texts[-1]
         turns = [message for turn in history for message in zip(("user", "assistant"), turn, strict=True)]
         messages = [{"role": role, "content": text} for role, text in [("system", system), *turns, ("user", query)]]
-        create = partial(client.chat.completions.create, model=MODEL, messages=messages, temperature=0, max_tokens=24)
+        create = partial(client.chat.completions.create, model=MODEL, messages=messages, temperature=0, max_tokens=10)
         assert create().choices[0].message.content == texts[-1]
         assert "".join(chunk.choices[0].delta.content or "" for chunk in create(stream=True)) == texts[-1]
     assert first_said.setdefault("texts", texts) == texts
@@ -120,11 +120,10 @@ def test_every_way_in_gives_the_same_answers(url, first_said):
 def test_a_text_is_completed_the_same_whole_and_streamed(url):
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY)
     few_shot = "France: Paris\nItaly: Rome\nSpain: Madrid\nGermany:"
-    create = partial(client.completions.create, model=MODEL, prompt=few_shot, temperature=0, max_tokens=12)
-    whole = create(stop="\n").choices[0].text
-    assert whole == " Berlin"
-    assert "".join(chunk.choices[0].text for chunk in create(stop="\n", stream=True)) == whole
-    assert "".join(chunk.choices[0].text for chunk in create(stream=True)) == create().choices[0].text
+    create = partial(client.completions.create, model=MODEL, prompt=few_shot, temperature=0, max_tokens=6)
+    whole = create().choices[0].text
+    assert whole.startswith(" Berlin\n")
+    assert "".join(chunk.choices[0].text for chunk in create(stream=True)) == whole
 
 
 def test_chat_counts_in_the_metrics_as_the_openai_routes_do(url):

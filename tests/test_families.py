@@ -5,7 +5,7 @@ import unicodedata
 from functools import cache
 
 import pytest
-from tiny_checkpoints import FAMILIES, REFUSED, Family
+from tiny_families import FAMILIES, REFUSED, Family
 from transformers import PreTrainedTokenizerBase
 
 from prompt_utils import PromptBuilder

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoints import CHATML, FAMILIES, Family, write_quantized
+from tiny_families import CHATML, FAMILIES, Family, write_quantized
 
 from hardware import computes_four_bits, on_cpu
 from model_utils import ModelUnavailable

@@ -44,6 +44,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
         help="folder or id; default: demo",
     )
     parser.add_argument("--hub", choices=HUBS, default="modelscope", help="where a model that is no folder comes from")
+    parser.add_argument(
+        "--chat-template", "--chat_template", metavar="FILE", help="Jinja template in place of the model's own"
+    )
     parser.add_argument("--verbose", action="store_true", help=f"show vLLM's log too, which goes to {LOG}")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this, and leave")
     group = parser.add_argument_group("a file of rows")
@@ -114,7 +117,9 @@ def _load(args: argparse.Namespace, engine_flags: list[str]) -> "ChatModel":
         with _output_to(LOG, args.verbose):
             from vllm_wrapper import ChatModel
 
-            model = ChatModel(**_engine_args(folder, engine_flags))
+            model = ChatModel(**_engine_args(folder, engine_flags), chat_template=args.chat_template)
+    except ModelUnavailable:
+        raise
     except SystemExit:
         print(LOG.read_text().strip().splitlines()[-1], file=sys.stderr)
         raise

@@ -42,6 +42,8 @@ from model_utils import (
     ModelUnavailable,
     RequestBuilder,
     check_loadable,
+    number_format,
+    read_chat_template,
     resolve_model,
 )
 from prompt_utils import Prompt
@@ -93,8 +95,6 @@ class ChatEndpoint:
 
     async def init_state(self, engine_client: "EngineClient", state: State, args: Namespace) -> None:
         """Takes hold of the running engine; called by vLLM before the server listens."""
-        from vllm.renderers.chat_utils import load_chat_template
-
         self._engine = engine_client
         self._models = state.openai_serving_models
         self._requests, self._no_chat = None, None
@@ -102,7 +102,7 @@ class ChatEndpoint:
             self._requests = RequestBuilder(
                 engine_client.model_config,
                 engine_client.get_tokenizer(),
-                load_chat_template(args.chat_template),
+                read_chat_template(args.chat_template),
                 args.default_chat_template_kwargs or {},
                 args.reasoning_parser,
             )
@@ -320,7 +320,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """Every flag of `vllm serve`, with our defaults, and --model_path as another name for --model."""
     from vllm.config import StructuredOutputsConfig
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.renderers.chat_utils import load_chat_template
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = make_arg_parser(
@@ -361,10 +360,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     is_id = name and not Path(name).expanduser().is_dir()
     args.served_model_name = args.served_model_name or [name if is_id else Path(args.model).resolve().name]
     check_loadable(args)
+    args.dtype = number_format(args)
+    read_chat_template(args.chat_template)
     validate_parsed_serve_args(args)
     args.reasoning_parser = args.reasoning_parser or parser_for_folder(
         Path(args.tokenizer or args.model),
-        load_chat_template(args.chat_template),
+        read_chat_template(args.chat_template),
         args.default_chat_template_kwargs or {},
         args.trust_remote_code,
     )

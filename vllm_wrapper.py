@@ -16,6 +16,8 @@ from hardware import engine_defaults, graph_defaults, set_environment, values
 from model_utils import (
     RequestBuilder,
     check_loadable,
+    number_format,
+    read_chat_template,
     resolve_model,
     sampling_defaults,
 )
@@ -36,6 +38,7 @@ class ChatModel:
     Args:
         model: a local folder or a hub id; None: the demo model.
         hub: "modelscope" or "huggingface", where an id is fetched from.
+        chat_template: a file with the Jinja template to take in place of the model's own, or its text.
         engine_args: any of `vllm.EngineArgs`, over our defaults for this hardware.
 
     Attributes:
@@ -46,7 +49,13 @@ class ChatModel:
         ModelUnavailable: the model cannot be had.
     """
 
-    def __init__(self, model: str | None = None, hub: str = "modelscope", **engine_args: Any) -> None:
+    def __init__(
+        self,
+        model: str | None = None,
+        hub: str = "modelscope",
+        chat_template: str | None = None,
+        **engine_args: Any,
+    ) -> None:
         folder = resolve_model(model, hub)
         set_environment()
         from vllm import LLM, EngineArgs
@@ -54,6 +63,8 @@ class ChatModel:
         engine_args = {**values(engine_defaults()), **engine_args, "model": folder}
         args = EngineArgs(**engine_args)
         check_loadable(args)
+        engine_args["dtype"] = number_format(args)
+        template = read_chat_template(chat_template)
         engine_args |= values(graph_defaults(args))
         with _children_without_interrupts():
             self._llm = LLM(**engine_args)
@@ -61,7 +72,10 @@ class ChatModel:
         self.no_chat: ChatError | None = None
         try:
             self._requests = RequestBuilder(
-                self._llm.model_config, self._llm.get_tokenizer(), reasoning_parser=args.reasoning_parser
+                self._llm.model_config,
+                self._llm.get_tokenizer(),
+                template,
+                reasoning_parser=args.reasoning_parser,
             )
         except ChatError as reason:
             self.no_chat = reason

@@ -8,6 +8,7 @@ import pytest
 from conftest import write_model
 
 import vllm_wrapper
+from model_utils import ModelUnavailable
 from protocol import ChatError, Reasoning, Sampling
 from vllm_wrapper import ChatModel
 
@@ -21,7 +22,7 @@ class ScriptedLLM:
 
     def __init__(self, tokenizer: Any, max_num_seqs: int = 4, context: int = 2048) -> None:
         self._tokenizer = tokenizer
-        self.says: Sequence[str] = [chr(ord("a") + n) for n in range(200)]
+        self.says: Sequence[str] = [chr(ord("a") + n) for n in range(2048)]
         self.fails: dict[int, Exception] = {}
         self.model_config = SimpleNamespace(max_model_len=context, get_diff_sampling_param=dict)
         self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs))
@@ -72,10 +73,12 @@ class ScriptedLLM:
 def load(monkeypatch, tmp_path, qwen3_tokenizer) -> Callable[..., tuple[ChatModel, ScriptedLLM]]:
     monkeypatch.setattr(vllm_wrapper, "set_environment", lambda: None)
 
-    def load(tokenizer: Any = qwen3_tokenizer, **kwargs: Any) -> tuple[ChatModel, ScriptedLLM]:
+    def load(
+        tokenizer: Any = qwen3_tokenizer, chat_template: str | None = None, **kwargs: Any
+    ) -> tuple[ChatModel, ScriptedLLM]:
         llm = ScriptedLLM(tokenizer, **kwargs)
         monkeypatch.setattr("vllm.LLM", lambda **_: llm)
-        return ChatModel(str(write_model(tmp_path))), llm
+        return ChatModel(str(write_model(tmp_path)), chat_template=chat_template), llm
 
     return load
 
@@ -251,3 +254,17 @@ def test_raw_texts_are_completed_even_where_there_is_no_chat(load, qwen3_tokeniz
     assert [request.prompt for request in llm.requests.values()] == texts
     with pytest.raises(ChatError, match="row 1: prompt takes 64 tokens, the context is 64"):
         model.complete_batch(["a", "b" * 64])
+
+
+def test_a_template_of_the_users_goes_before_the_models_own(load, tmp_path):
+    file = tmp_path / "mine.jinja"
+    marks = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}<|im_start|>bot: "
+    file.write_text(marks)
+    for template in (str(file), marks):
+        model, llm = load(chat_template=template)
+        model.chat("Hi", system="S")
+        assert (
+            llm.requests["0"].prompt == "<|im_start|>system: S<|im_end|><|im_start|>user: Hi<|im_end|><|im_start|>bot: "
+        )
+    with pytest.raises(ModelUnavailable, match="neither a file"):
+        load(chat_template=str(tmp_path / "none.jinja"))

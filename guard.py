@@ -5,14 +5,18 @@ encoded holds its place in the queue for ever, one that cannot be decoded hangs 
 """
 
 import asyncio
+import base64
 import json
 import math
 import os
 import re
 import secrets
 from argparse import Namespace
+from collections.abc import Iterator
+from io import BytesIO
 from typing import Any
 
+from PIL import Image
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,6 +31,9 @@ MAX_ANSWERS = 32
 """Answers to one request of the OpenAI routes (`n`)."""
 MAX_GRAMMAR = 2**15
 """Bytes of what tells the form of an answer: the work that a schema makes grows with it."""
+MEDIA = {"image_url", "audio_url", "video_url", "source"}
+MAX_PIXELS = 2**26
+"""Of all images in one request: decoded they take 200 MB, and a file of a few kilobytes can hold that many."""
 GRAMMARS = {"structured_outputs", "response_format", "text"}
 COUNTS = {f"{bound}{what}" for bound in ("min", "max") for what in ("Items", "Contains", "Properties", "Length")}
 MAX_COUNT = 10_000
@@ -93,6 +100,8 @@ def check_json(body: bytes) -> None:
         for field in GRAMMARS & value.keys():
             if len(json.dumps(value[field])) > MAX_GRAMMAR:
                 raise ChatError(f"{field}: is over the limit of {MAX_GRAMMAR} bytes", param=field)
+    if isinstance(value, dict):
+        _check_media([*_parts(value)])
     # Only \u escapes can spell half a character.
     _check(value, None, 0, bool(re.search(rb"\\u[dD][89a-fA-F]", body)))
 
@@ -122,6 +131,50 @@ def _check(value: Any, field: str | None, depth: int, surrogates: bool) -> None:
                 _check_text(value, field)
             if field in GRAMMARS:
                 _check_grammar(value, field, depth)
+
+
+def _parts(body: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The parts of the messages that are not mere text, each with its field."""
+    for field in ("messages", "input"):
+        for message in value if isinstance(value := body.get(field), list) else ():
+            content = message.get("content") if isinstance(message, dict) else None
+            for part in content if isinstance(content, list) else ():
+                if isinstance(part, dict):
+                    yield field, part
+
+
+def _check_media(parts: list[tuple[str, dict[str, Any]]]) -> None:
+    pixels = 0
+    for field, part in parts:
+        if "uuid" in part:
+            # vLLM would take it for the image's key in a cache that all users share.
+            raise ChatError(f"{field}: uuid is not taken, only the image itself", param=field)
+        for name in MEDIA & part.keys():
+            media = part[name] if isinstance(part[name], dict) else {"url": part[name]}
+            if isinstance(data := media.get("data"), str):
+                pixels += _pixels(data)
+            if not isinstance(url := media.get("url"), str):
+                continue  # vLLM says what is wrong with it
+            if url[:5].lower() == "data:":
+                head, _, data = url.partition(",")
+                if not head.endswith(";base64"):
+                    raise ChatError(f"{field}: a data URL must be in base64", param=field)
+                pixels += _pixels(data)
+            elif not re.match("https?://", url, re.IGNORECASE):
+                raise ChatError(f"{field}: {name} must be a data URL", param=field)
+        if pixels > MAX_PIXELS:
+            raise ChatError(f"{field}: the images have over {MAX_PIXELS} pixels: send smaller ones", param=field)
+
+
+def _pixels(data: str) -> int:
+    """How many pixels an image in base64 will have when it is decoded; 0 where it is none."""
+    try:
+        with Image.open(BytesIO(base64.b64decode(data))) as image:
+            return image.width * image.height
+    except Image.DecompressionBombError:
+        return MAX_PIXELS + 1
+    except (OSError, ValueError, SyntaxError):
+        return 0
 
 
 def _check_grammar(text: str, field: str, depth: int) -> None:

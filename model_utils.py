@@ -8,6 +8,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -35,6 +36,8 @@ DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUBS = ("modelscope", "huggingface")
 WEIGHTS = ("safetensors", "bin", "pt", "pth", "gguf")
+SIDES = re.compile(r"\blayers\.(\d+)\..*(?:([qkv]|gate|up)_proj\.lora_A|(o|down)_proj\.lora_B)\b")
+"""The matrices of a LoRA adapter with a side as long as the model's hidden state: its second, or else its first."""
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
@@ -131,6 +134,11 @@ def check_loadable(args: Any) -> None:
             f"{folder.name} was trained on {trained} tokens; how it stretches beyond (dynamic NTK, logn attention) is "
             "not in vLLM: leave --max-model-len out, or name less"
         )
+    if "vision_config" in config and not find_spec("torchvision"):
+        raise ModelUnavailable(
+            f"{folder.name} takes images, which needs torchvision, and that is not installed: with vLLM's CPU build, "
+            "add PyTorch's CPU build of the version that requirements.txt names"
+        )
     known = ModelRegistry.get_supported_archs()
     if any(name in known or hasattr(transformers, name) for name in architectures):
         return
@@ -139,6 +147,56 @@ def check_loadable(args: Any) -> None:
         raise ModelUnavailable(f"this version of vLLM does not know the architecture of {folder}: {names}")
     if not args.trust_remote_code:
         raise ModelUnavailable(f"{folder} needs the code that it brings: read it, then add --trust-remote-code")
+
+
+def check_adapters(adapters: Mapping[str, str], args: Any) -> None:
+    """Refuses LoRA adapters that vLLM would refuse too, but only after it has loaded the model, and those for a larger
+    or smaller model: vLLM takes one whose matrices are smaller than the model's, and answers nonsense.
+
+    Args:
+        adapters: their folders by their names.
+        args: as for `check_loadable`.
+
+    Raises:
+        ModelUnavailable: naming the adapter.
+    """
+    from vllm.lora.peft_helper import PEFTHelper
+
+    config = json.loads((Path(args.model) / "config.json").read_bytes())
+    config = config.get("text_config") or config
+    for name, folder in adapters.items():
+        try:
+            if not Path(folder).is_dir():
+                raise ValueError("there is no such folder")
+            described = PEFTHelper.from_local_dir(folder, None)
+            described.validate_legal(args)
+            _check_shapes(Path(folder), config)
+        except FileNotFoundError:
+            reason = "it holds no LoRA adapter as peft writes them"
+        except (ValueError, TypeError, AttributeError, SafetensorError) as error:
+            reason = str(error).replace("max_lora_rank", "--max-lora-rank")
+        else:
+            continue
+        raise ModelUnavailable(f"the LoRA adapter {name} cannot be used: {folder}: {reason}")
+
+
+def _check_shapes(folder: Path, config: Mapping[str, Any]) -> None:
+    """Whether the matrices that read or write the hidden state have its size."""
+    if (folder / "adapter_model.bin").is_file() and not (folder / "adapter_model.safetensors").is_file():
+        return  # cannot be looked at without loading it
+    hidden, layers = config.get("hidden_size"), config.get("num_hidden_layers")
+    with safe_open(folder / "adapter_model.safetensors", framework="numpy") as tensors:
+        for key in tensors.keys():  # noqa: SIM118
+            found = SIDES.search(key)
+            if not found:
+                continue
+            layer, reads, _ = found.groups()
+            size = tensors.get_slice(key).get_shape()[1 if reads else 0]
+            if int(layer) >= layers or size != hidden:
+                raise ValueError(
+                    f"it is for another model: its layer {layer} has a hidden size of {size}; this model has {layers} "
+                    f"layers, with {hidden}"
+                )
 
 
 def _download(name: str, hub: str) -> str:

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 from scripted_server import LAST, Server, line
 
-from protocol import ChatError, ChatResult, Sampling
+from protocol import ChatError, ChatResult, Question, Sampling, ServerInfo
 from vllm_client import (
-    ServerInfo,
     main,
     served_model,
+    server_info,
     server_info_async,
     stream_chat,
     stream_chat_async,
+    stream_messages,
     stream_messages_async,
+    with_images,
 )
 
 
@@ -237,11 +239,32 @@ def test_a_conversation_with_images_goes_to_the_openai_route(server: Server, siz
     url = server.play(*chunks, path="/v1/chat/completions")
     messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}]}]
     sampling = Sampling(top_k=3, enable_thinking=False)
-    *pieces, result = asyncio.run(all_parts(stream_messages_async(url, messages, sampling, "key")))
-    assert pieces == ["你", "好"]
-    assert result == ChatResult("你好", [], "stop", "END", 9, 2, 0)
+    for *pieces, result in (
+        asyncio.run(all_parts(stream_messages_async(url, messages, sampling, "key"))),
+        list(stream_messages(url, messages, sampling, "key")),
+    ):
+        assert pieces == ["你", "好"]
+        assert result == ChatResult("你好", [], "stop", "END", 9, 2, 0)
     expected = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}, "top_k": 3}
-    assert server.requests[0][2] == expected | {"chat_template_kwargs": {"enable_thinking": False}}
+    expected |= {"chat_template_kwargs": {"enable_thinking": False}}
+    assert [body for _, _, body in server.requests] == [expected, expected]
+
+
+def test_questions_with_images_in_openais_form() -> None:
+    first, now = Question("What?", ["data:image/png;base64,AA", "data:image/gif;base64,BB"]), Question("And?")
+    assert with_images(now, [(first, "A cat.")], "Be brief.") == [
+        {"role": "system", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}},
+                {"type": "image_url", "image_url": {"url": "data:image/gif;base64,BB"}},
+                {"type": "text", "text": "What?"},
+            ],
+        },
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": [{"type": "text", "text": "And?"}]},
+    ]
 
 
 def test_an_error_of_the_openai_route_is_raised(server: Server) -> None:
@@ -254,13 +277,15 @@ def test_an_error_of_the_openai_route_is_raised(server: Server) -> None:
 def test_what_a_server_tells_of_itself(server: Server) -> None:
     told = {"models": ["base", "poet"], "context": 2048, "images": True, "defaults": {"temperature": 0.7}}
     url = server.play(line(told), path="/chat/info")
-    assert asyncio.run(server_info_async(url, "key")) == ServerInfo(**told)
+    assert asyncio.run(server_info_async(url, "key")) == server_info(url, "key") == ServerInfo(**told)
 
 
 @pytest.mark.parametrize(("status", "body"), [(401, b'{"error": "Unauthorized"}'), (200, b"<html>"), (200, b"{}")])
 def test_a_server_that_tells_nothing_of_itself(server: Server, status: int, body: bytes) -> None:
     with pytest.raises(ChatError):
         asyncio.run(server_info_async(server.play(body, status=status, path="/chat/info")))
+    with pytest.raises(ChatError):
+        server_info(server.url)
 
 
 def test_the_served_model(server: Server) -> None:

@@ -181,10 +181,11 @@ def check_adapters(adapters: Mapping[str, str], args: Any) -> None:
 
 
 def _check_shapes(folder: Path, config: Mapping[str, Any]) -> None:
-    """Whether the matrices that read or write the hidden state have its size."""
-    if (folder / "adapter_model.bin").is_file() and not (folder / "adapter_model.safetensors").is_file():
-        return  # cannot be looked at without loading it
+    """Whether the matrices that read or write the hidden state have its size; not for a .bin, or a model of no usual
+    config."""
     hidden, layers = config.get("hidden_size"), config.get("num_hidden_layers")
+    if (folder / "adapter_model.bin").is_file() or not (hidden and layers):
+        return
     with safe_open(folder / "adapter_model.safetensors", framework="numpy") as tensors:
         for key in tensors.keys():  # noqa: SIM118
             found = SIDES.search(key)

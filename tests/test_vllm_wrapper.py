@@ -76,7 +76,7 @@ def load(monkeypatch, tmp_path, qwen3_tokenizer) -> Callable[..., tuple[ChatMode
     ) -> tuple[ChatModel, ScriptedLLM]:
         llm = ScriptedLLM(tokenizer, **kwargs)
         monkeypatch.setattr("vllm.LLM", lambda **_: llm)
-        return ChatModel(str(write_model(tmp_path)), adapters=adapters), llm
+        return ChatModel(str(write_model(tmp_path, hidden_size=64, num_hidden_layers=2)), adapters=adapters), llm
 
     return load
 

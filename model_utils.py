@@ -8,7 +8,6 @@ import errno
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+import lora
 import qwen_v1
 from prompt_utils import Prompt, PromptBuilder
 from protocol import ChatError, ChatRequest
@@ -36,8 +36,6 @@ DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUBS = ("modelscope", "huggingface")
 WEIGHTS = ("safetensors", "bin", "pt", "pth", "gguf")
-SIDES = re.compile(r"\blayers\.(\d+)\..*(?:([qkv]|gate|up)_proj\.lora_A|(o|down)_proj\.lora_B)\b")
-"""The matrices of a LoRA adapter with a side as long as the model's hidden state: its second, or else its first."""
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
@@ -160,44 +158,12 @@ def check_adapters(adapters: Mapping[str, str], args: Any) -> None:
     Raises:
         ModelUnavailable: naming the adapter.
     """
-    from vllm.lora.peft_helper import PEFTHelper
-
     config = json.loads((Path(args.model) / "config.json").read_bytes())
-    config = config.get("text_config") or config
     for name, folder in adapters.items():
         try:
-            if not Path(folder).is_dir():
-                raise ValueError("there is no such folder")
-            described = PEFTHelper.from_local_dir(folder, None)
-            described.validate_legal(args)
-            _check_shapes(Path(folder), config)
-        except FileNotFoundError:
-            reason = "it holds no LoRA adapter as peft writes them"
-        except (ValueError, TypeError, AttributeError, SafetensorError) as error:
-            reason = str(error).replace("max_lora_rank", "--max-lora-rank")
-        else:
-            continue
-        raise ModelUnavailable(f"the LoRA adapter {name} cannot be used: {folder}: {reason}")
-
-
-def _check_shapes(folder: Path, config: Mapping[str, Any]) -> None:
-    """Whether the matrices that read or write the hidden state have its size; not for a .bin, or a model of no usual
-    config."""
-    hidden, layers = config.get("hidden_size"), config.get("num_hidden_layers")
-    if (folder / "adapter_model.bin").is_file() or not (hidden and layers):
-        return
-    with safe_open(folder / "adapter_model.safetensors", framework="numpy") as tensors:
-        for key in tensors.keys():  # noqa: SIM118
-            found = SIDES.search(key)
-            if not found:
-                continue
-            layer, reads, _ = found.groups()
-            size = tensors.get_slice(key).get_shape()[1 if reads else 0]
-            if int(layer) >= layers or size != hidden:
-                raise ValueError(
-                    f"it is for another model: its layer {layer} has a hidden size of {size}; this model has {layers} "
-                    f"layers, with {hidden}"
-                )
+            lora.check(Path(folder), config.get("text_config") or config, args)
+        except ValueError as reason:
+            raise ModelUnavailable(f"the LoRA adapter {name} cannot be used: {folder}: {reason}") from None
 
 
 def _download(name: str, hub: str) -> str:
@@ -340,6 +306,7 @@ def begin_process() -> None:
     """What each process of vLLM has to begin with; vLLM calls it there, as a general plugin."""
     end_with_parent()
     qwen_v1.register()
+    lora.repair()
 
 
 def end_with_parent() -> None:

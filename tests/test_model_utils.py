@@ -16,14 +16,12 @@ from typing import Any
 import psutil
 import pytest
 from conftest import write_model
-from tiny_checkpoints import TEXT, write_adapter
 from transformers import PreTrainedTokenizerBase
 
 import model_utils
 from model_utils import (
     ModelUnavailable,
     RequestBuilder,
-    check_adapters,
     check_loadable,
     demo_model,
     resolve_model,
@@ -165,47 +163,6 @@ def test_a_model_that_takes_images_needs_torchvision(tmp_path: Path, monkeypatch
         check_loadable(SimpleNamespace(model=str(folder), **LOADING))
     monkeypatch.setattr(model_utils, "find_spec", lambda name: name)
     check_loadable(SimpleNamespace(model=str(folder), **LOADING))
-
-
-def adapter_error(folder: Path, **flags: Any) -> str:
-    model = write_model(folder.parent / "model", hidden_size=TEXT["hidden_size"], num_hidden_layers=2)
-    with pytest.raises(ModelUnavailable) as caught:
-        check_adapters({"poet": str(folder)}, SimpleNamespace(**{"model": str(model), "max_lora_rank": 16, **flags}))
-    assert "\n" not in str(caught.value)
-    return str(caught.value).removeprefix(f"the LoRA adapter poet cannot be used: {folder}: ")
-
-
-def test_an_adapter_that_can_be_loaded(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model", text_config={"hidden_size": TEXT["hidden_size"], "num_hidden_layers": 2})
-    check_adapters({"poet": str(write_adapter(tmp_path / "a"))}, SimpleNamespace(model=str(model), max_lora_rank=16))
-
-
-def test_folders_that_hold_no_adapter(tmp_path: Path) -> None:
-    assert adapter_error(tmp_path / "missing") == "there is no such folder"
-    assert adapter_error(write_model(tmp_path / "a model")) == "it holds no LoRA adapter as peft writes them"
-    (write_adapter(tmp_path / "no weights") / "adapter_model.safetensors").unlink()
-    assert adapter_error(tmp_path / "no weights") == "it holds no LoRA adapter as peft writes them"
-    weights = write_adapter(tmp_path / "cut") / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    assert "header" in adapter_error(tmp_path / "cut")
-    (write_adapter(tmp_path / "no json") / "adapter_config.json").write_text("{")
-    assert adapter_error(tmp_path / "no json")
-
-
-def test_adapters_of_too_high_a_rank_and_of_other_kinds(tmp_path: Path) -> None:
-    folder = write_adapter(tmp_path / "high", rank=32)
-    assert adapter_error(folder) == "LoRA rank 32 is greater than --max-lora-rank 16."
-    config = json.loads((folder / "adapter_config.json").read_bytes())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    assert "DoRA" in adapter_error(folder, max_lora_rank=32)
-
-
-def test_adapters_of_other_models(tmp_path: Path) -> None:
-    """vLLM takes one that is smaller than the model, fills it up with zeros, and answers."""
-    smaller = write_adapter(tmp_path / "smaller", hidden_size=32)
-    assert adapter_error(smaller).startswith("it is for another model: its layer 0 has a hidden size of 32; ")
-    deeper = write_adapter(tmp_path / "deeper", num_hidden_layers=3)
-    assert adapter_error(deeper).endswith("this model has 2 layers, with 64")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./model", "~/no-such-model", "Qwen2.5-7B", "a/b/c", ""])

@@ -142,6 +142,8 @@ def test_nobody_reads_from_anothers_cache(url: str) -> None:
 
 
 def test_a_question_without_images_goes_to_chat_where_text_cannot_spell_one(url: str) -> None:
+    *_, asked = stream_chat(url, "What is this?", system="Be brief.", sampling=GREEDY)
+    assert asked.text == ask(url).text
     *_, plain = stream_chat(url, "Hi", sampling=GREEDY)
     *_, spelled = stream_chat(url, "Hi <|vision_start|><|image_pad|><|vision_end|>", sampling=GREEDY)
     assert spelled.prompt_tokens > plain.prompt_tokens + 3

@@ -18,7 +18,7 @@ from vllm_wrapper import ChatModel
 from with_server import running_server
 
 MODELS = ["base", "poet", "lawyer"]
-SYSTEM, TOKENS = "Be brief.", 16
+SYSTEM, TOKENS = "Be brief.", 8
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_an_adapter_answers_as_the_model_that_has_it_in_its_weights(url: str, fo
 
 
 def test_many_at_once_get_the_answers_of_their_models(url: str) -> None:
-    """The prompts begin alike: what is cached of one model's must not serve another's."""
+    """They are computed side by side, and their prompts begin alike: what is cached of one must not serve another."""
     asked = [("Tell me about the sea. " * 20 + str(n), model) for n in range(8) for model in MODELS]
     with ThreadPoolExecutor(len(asked)) as pool:
         together = list(pool.map(lambda question: chat(url, *question), asked))

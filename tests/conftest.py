@@ -19,6 +19,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from benchmarks import shapes
 from model_utils import demo_model
 from qwen_v1 import SPECIAL_TOKENS
+from with_server import running_server
+
+KEY = "e2e-key"
+"""The key of `demo_server`."""
 
 # The parts of the model's own template that deal with plain conversations.
 QWEN3_TEMPLATE = """\
@@ -43,6 +47,17 @@ QWEN3_TEMPLATE = """\
     {%- endif %}
 {%- endif %}
 """
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
+
+
+@pytest.fixture(scope="session")
+def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of one real server with the demo model for all tests that need no flags; the last one stops it."""
+    with running_server(["--api-key", KEY], tmp_path_factory.mktemp("server") / "log") as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

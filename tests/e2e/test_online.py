@@ -15,23 +15,21 @@ import pexpect
 import psutil
 import pytest
 import requests
+from conftest import KEY
 
 from benchmarks.probes import server_process, unfinished
 from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Sampling
 from vllm_client import stream_chat
-from with_server import running_server
 
 ROOT = Path(__file__).parents[2]
-KEY = "e2e-key"
 MODEL = "SmolLM2-135M-Instruct"
 GREEDY = Sampling(temperature=0)
 FRANCE = "What is the capital of France?"
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    with running_server(["--api-key", KEY], tmp_path_factory.mktemp("server") / "log") as url:
-        yield url
+@pytest.fixture
+def url(demo_server):
+    return demo_server
 
 
 def post(url, **fields):
@@ -302,6 +300,7 @@ def test_results_are_ready_for_the_next_turn(url):
     assert history == [("Hi", "Hello!")]
 
 
+@pytest.mark.last
 def test_a_server_that_is_told_to_stop_says_so_in_its_streams_and_ends(url):
     server = server_process(url)
     children = server.children(recursive=True)

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 import uvicorn
+from conftest import KEY
 from PIL import Image
 from scripted_server import LAST, Server, line, scripted
 from selenium import webdriver
@@ -26,17 +27,15 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.expected_conditions import alert_is_present
 from selenium.webdriver.support.ui import WebDriverWait
 
-from benchmarks.probes import server_process, unfinished
+from benchmarks.probes import unfinished
 from gradio_webui import MARK, Line, Page, PageServer, build_app, parse_args, text_of
 from protocol import Sampling
-from with_server import running_server
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
     not (BROWSER and DRIVER), reason="no browser to test the page in: apt install chromium chromium-driver"
 )
-KEY = "e2e-key"
 MODEL = "SmolLM2-135M-Instruct"
 FRANCE = "What is the capital of France?"
 INFO = {"models": ["Qwen3-8B"], "context": 8192, "images": False, "defaults": {"temperature": 0.6, "max_tokens": 2048}}
@@ -476,20 +475,13 @@ def test_a_phone_shows_all_of_the_page(server, page, person):
     tab.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The real server's address."""
-    with running_server(["--api-key", KEY], tmp_path_factory.mktemp("server") / "log") as url:
-        yield url
-
-
 @pytest.fixture
-def real_page(engine: str) -> Iterator[str]:
-    with serving("--server-url", engine, "--api-key", KEY) as url:
+def real_page(demo_server: str) -> Iterator[str]:
+    with serving("--server-url", demo_server, "--api-key", KEY) as url:
         yield url
 
 
-def test_the_real_server_answers_is_stopped_and_a_reload_keeps_the_chat(engine, real_page, person):
+def test_the_real_server_answers_is_stopped_and_a_reload_keeps_the_chat(demo_server, real_page, person):
     tab = person(real_page)
     assert tab.driver.title == MODEL
     tab.fill("#temperature textarea, #temperature input", "0")
@@ -498,9 +490,9 @@ def test_the_real_server_answers_is_stopped_and_a_reload_keeps_the_chat(engine, 
     assert re.fullmatch(figures, tab.figures())
     tab.send("Write a long story about a dragon.")
     tab.until(lambda: len(tab.messages()) == 4 and len(tab.messages()[3]) > 20)
-    assert unfinished(engine, KEY) == 1
+    assert unfinished(demo_server, KEY) == 1
     tab.press("#box .stop-button")
-    tab.until(lambda: unfinished(engine, KEY) == 0, 2)
+    tab.until(lambda: unfinished(demo_server, KEY) == 0, 2)
     tab.until(tab.is_ready)
     assert tab.figures() == "stopped"
     shown = tab.messages()
@@ -509,19 +501,19 @@ def test_the_real_server_answers_is_stopped_and_a_reload_keeps_the_chat(engine, 
     tab.until(lambda: tab.messages() == shown)
     tab.retry()
     tab.until(lambda: tab.figures() == "" and len(tab.messages()) == 4 and not tab.is_ready())
-    tab.until(lambda: unfinished(engine, KEY) == 1)
+    tab.until(lambda: unfinished(demo_server, KEY) == 1)
     tab.driver.switch_to.new_window("tab")
     rest = tab.driver.window_handles
     tab.driver.switch_to.window(rest[0])
     tab.driver.close()
     tab.driver.switch_to.window(rest[1])
-    tab.until(lambda: unfinished(engine, KEY) == 0, 2)
+    tab.until(lambda: unfinished(demo_server, KEY) == 0, 2)
     tab.open(real_page)
     tab.press("#earlier label input")
     tab.until(lambda: tab.messages()[:2] == [FRANCE, "The capital of France is Paris."])
 
 
-def test_two_people_do_not_wait_for_each_other(engine, real_page, person):
+def test_two_people_do_not_wait_for_each_other(demo_server, real_page, person):
     ada, bob = person(real_page), person(real_page)
     ada.send("Write a long story about a dragon.")
     ada.until(lambda: len(ada.messages()) == 2)
@@ -530,11 +522,11 @@ def test_two_people_do_not_wait_for_each_other(engine, real_page, person):
     assert not ada.is_ready()
     assert ada.messages()[0] == "Write a long story about a dragon."
     ada.press("#box .stop-button")
-    ada.until(lambda: unfinished(engine, KEY) == 0, 2)
+    ada.until(lambda: unfinished(demo_server, KEY) == 0, 2)
 
 
-def test_twenty_conversations_at_once_do_not_mix(engine):
-    page = Page(engine, KEY, None, None, Line(20, 0))
+def test_twenty_conversations_at_once_do_not_mix(demo_server):
+    page = Page(demo_server, KEY, None, None, Line(20, 0))
     examples = [said for n in ("48213", "99120", "30577") for said in (user(f"Repeat: {n}"), assistant(n))]
 
     async def answer(n: int) -> bool:
@@ -560,17 +552,20 @@ def assistant(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
-def test_a_server_that_is_killed_is_told_and_the_chat_goes_on_when_it_is_back(engine, real_page, person):
-    tab = person(real_page)
-    tab.fill("#temperature textarea, #temperature input", "0")
-    tab.ask(FRANCE)
-    tab.send("Write a long story about a dragon.")
-    tab.until(lambda: len(tab.messages()) == 4 and len(tab.messages()[3]) > 20)
-    server_process(engine).kill()
-    tab.until(lambda: "broke off" in tab.messages()[-1])
-    assert "does not answer" in tab.ask("Are you there?")
-    with scripted(int(engine.rpartition(":")[2])) as back:
-        back.play(line({"delta": "Yes."}), line(LAST))
-        tab.retry()
-        tab.until(lambda: tab.messages()[-1] == "Yes.")
-        assert questions(back)[0]["history"] == [[FRANCE, "The capital of France is Paris."]]
+def test_a_server_that_is_gone_is_told_and_the_chat_goes_on_when_it_is_back(person):
+    with scripted() as server:
+        port = server.server_address[1]
+    with serving("--server-url", server.url) as page:
+        with scripted(port) as server:
+            server.play(line(INFO), path="/chat/info")
+            server.play(line({"delta": "Paris."}), line(LAST))
+            server.then_play(line({"delta": "Once upon a time"}), None)
+            tab = person(page)
+            tab.ask(FRANCE)
+            assert "broke off" in tab.ask("Write a long story about a dragon.")
+        assert "does not answer" in tab.ask("Are you there?")
+        with scripted(port) as back:
+            back.play(line({"delta": "Yes."}), line(LAST))
+            tab.retry()
+            tab.until(lambda: tab.messages()[-1] == "Yes.")
+            assert questions(back)[0]["history"] == [[FRANCE, "Paris."]]

@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 from argparse import Namespace
-from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
@@ -31,7 +30,8 @@ MAX_ANSWERS = 32
 """Answers to one request of the OpenAI routes (`n`)."""
 MAX_GRAMMAR = 2**15
 """Bytes of what tells the form of an answer: the work that a schema makes grows with it."""
-MEDIA = {"image_url", "audio_url", "video_url", "source"}
+CONVERSATIONS = {"messages", "input"}
+MEDIA = {"image_url", "audio_url", "video_url"}
 MAX_PIXELS = 2**26
 """Of all images in one request: decoded they take 200 MB, and a file of a few kilobytes can hold that many."""
 GRAMMARS = {"structured_outputs", "response_format", "text"}
@@ -100,10 +100,11 @@ def check_json(body: bytes) -> None:
         for field in GRAMMARS & value.keys():
             if len(json.dumps(value[field])) > MAX_GRAMMAR:
                 raise ChatError(f"{field}: is over the limit of {MAX_GRAMMAR} bytes", param=field)
-    if isinstance(value, dict):
-        _check_media([*_parts(value)])
     # Only \u escapes can spell half a character.
     _check(value, None, 0, bool(re.search(rb"\\u[dD][89a-fA-F]", body)))
+    for field in CONVERSATIONS & value.keys() if isinstance(value, dict) else ():
+        if _image_pixels(value[field], field) > MAX_PIXELS:
+            raise ChatError(f"{field}: the images have over {MAX_PIXELS} pixels: send smaller ones", param=field)
 
 
 def _check(value: Any, field: str | None, depth: int, surrogates: bool) -> None:
@@ -133,37 +134,33 @@ def _check(value: Any, field: str | None, depth: int, surrogates: bool) -> None:
                 _check_grammar(value, field, depth)
 
 
-def _parts(body: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The parts of the messages that are not mere text, each with its field."""
-    for field in ("messages", "input"):
-        for message in value if isinstance(value := body.get(field), list) else ():
-            content = message.get("content") if isinstance(message, dict) else None
-            for part in content if isinstance(content, list) else ():
-                if isinstance(part, dict):
-                    yield field, part
-
-
-def _check_media(parts: list[tuple[str, dict[str, Any]]]) -> None:
-    pixels = 0
-    for field, part in parts:
-        if "uuid" in part:
+def _image_pixels(value: Any, field: str) -> int:
+    """The pixels of all images in the messages; refuses what vLLM should not be asked to look for."""
+    match value:
+        case list():
+            return sum(_image_pixels(item, field) for item in value)
+        case dict() if "uuid" in value:
             # vLLM would take it for the image's key in a cache that all users share.
             raise ChatError(f"{field}: uuid is not taken, only the image itself", param=field)
-        for name in MEDIA & part.keys():
-            media = part[name] if isinstance(part[name], dict) else {"url": part[name]}
-            if isinstance(data := media.get("data"), str):
-                pixels += _pixels(data)
-            if not isinstance(url := media.get("url"), str):
-                continue  # vLLM says what is wrong with it
-            if url[:5].lower() == "data:":
-                head, _, data = url.partition(",")
-                if not head.endswith(";base64"):
-                    raise ChatError(f"{field}: a data URL must be in base64", param=field)
-                pixels += _pixels(data)
-            elif not re.match("https?://", url, re.IGNORECASE):
-                raise ChatError(f"{field}: {name} must be a data URL", param=field)
-        if pixels > MAX_PIXELS:
-            raise ChatError(f"{field}: the images have over {MAX_PIXELS} pixels: send smaller ones", param=field)
+        case dict():
+            media = [value[name] for name in MEDIA & value.keys()]
+            media += [value["source"]] if isinstance(value.get("source"), dict) else []
+            return sum(_media_pixels(item, field) for item in media) + _image_pixels([*value.values()], field)
+    return 0
+
+
+def _media_pixels(media: Any, field: str) -> int:
+    """The pixels of an image: the address of one, or an object that holds it or its data."""
+    if isinstance(media, dict):
+        if isinstance(data := media.get("data"), str):
+            return _pixels(data)
+        media = media.get("url")
+    if not isinstance(media, str) or re.match("https?://", media, re.IGNORECASE):
+        return 0  # for vLLM to judge
+    head, _, data = media.partition(",")
+    if head[:5].lower() != "data:" or not head.endswith(";base64"):
+        raise ChatError(f"{field}: images are sent as data URLs in base64", param=field)
+    return _pixels(data)
 
 
 def _pixels(data: str) -> int:

@@ -109,6 +109,7 @@ def images(*urls: str, **fields: str) -> dict[str, Any]:
         images(*[png(2048, 2048)] * 16),
         images("data:image/png;base64,broken", "https://example.com/a.png", "HTTP://example.com/a.png"),
         {"messages": [{"content": "file:///etc/passwd"}, {"content": [{"type": "text", "text": "file:///x"}]}, 1]},
+        {"tools": [{"uuid": 1}], "messages": [{"content": "uuid", "source": "a"}]},
         {"messages": [{"content": [{"image_url": None}, {"image_url": {"url": 1}}, "text"]}], "input": "a"},
     ],
 )
@@ -125,9 +126,10 @@ def test_images_that_pass(body: dict) -> None:
         ({"input": [{"content": [{"type": "input_image", "image_url": png(50_000, 50_000)}]}]}, "pixels"),
         (images("DATA:image/png;base64" + png(50_000, 50_000)[21:]), "pixels"),
         ({"messages": [{"content": [{"source": {"data": png(50_000, 50_000).partition(",")[2]}}]}]}, "pixels"),
-        (images("data:image/png,abc"), "in base64"),
-        (images("file:///etc/passwd"), "must be a data URL"),
-        (images("/etc/passwd"), "must be a data URL"),
+        ({"messages": [images(*[png(2048, 2048)] * 9)["messages"]] * 2}, "pixels"),  # of /v1/chat/completions/batch
+        (images("data:image/png,abc"), "as data URLs in base64"),
+        (images("file:///etc/passwd"), "as data URLs"),
+        (images("/etc/passwd"), "as data URLs"),
         (images(png(8, 8), uuid="a"), "uuid is not taken"),
     ],
 )

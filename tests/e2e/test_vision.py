@@ -124,7 +124,7 @@ def test_many_at_once_see_their_own_images(url: str) -> None:
         ([data_url(b"no image")], "cannot identify image"),
         ([data_url(base64.b64decode(picture("red", (500, 500)).partition(",")[2])[:300])], "truncated"),
         (["http://127.0.0.1:1/a.png"], "allowed domains"),
-        (["file:///etc/passwd"], "must be a data URL"),
+        (["file:///etc/passwd"], "as data URLs"),
         ([RED] * 17, "At most 16 image"),
     ],
 )

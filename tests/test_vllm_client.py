@@ -332,6 +332,29 @@ def test_the_program_answers_a_question_a_line(
     ]
 
 
+def test_the_programs_questions_go_where_their_images_are_taken(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.play(line({"data": [{"id": "base"}]}), path="/v1/models")
+    server.play(*(b"data: " + line(event) for event in EVENTS), path="/v1/chat/completions")
+    server.play(line({"models": ["base"], "images": True}), path="/chat/info")
+    url, calls = server.play(line({"delta": "Hi"}), line(LAST)), []
+    monkeypatch.setattr("console.run", lambda *args: calls.append(args) or 0)
+    assert main(["--url", url]) == 0
+    [(ask, title, _, info)] = calls
+    assert title == f"base at {url}"
+    assert info().images
+    text, image, settings = Question("one"), Question("two", ["data:image/png;base64,AA"]), Sampling(model="poet")
+    assert [part for part in ask(text, [], "S", settings) if isinstance(part, str)] == ["Hi"]
+    for query, history in ((image, []), (text, [(image, "a")])):
+        assert [part for part in ask(query, history, "S", settings) if isinstance(part, str)] == ["你", "好"]
+    asked = [(path, body) for path, _, body in server.requests if body]
+    assert [path for path, _ in asked] == ["/chat", "/v1/chat/completions", "/v1/chat/completions"]
+    assert asked[0][1]["history"] == []
+    assert [len(body["messages"]) for _, body in asked[1:]] == [2, 4]
+    assert {body["model"] for _, body in asked} == {"poet"}
+
+
 def test_the_program_says_that_no_server_answers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

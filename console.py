@@ -122,7 +122,7 @@ class Chat:
 
     def answer(self, query: str) -> bool:
         """Asks, prints the answer as it comes, and keeps the turn; Ctrl-C keeps what has arrived."""
-        if not isinstance(query, Question):
+        if asked_first := not isinstance(query, Question):
             query = Question(query, list(self.attached.values()))
         began, first, pieces, result = time.monotonic(), None, [], None
         parts = self._ask_until_answered(query, self._earlier())
@@ -149,7 +149,8 @@ class Chat:
             self.dim("stopped")
         if pieces or result:
             self.history.append((query, "".join(pieces)))
-            self.attached.clear()
+            if asked_first:
+                self.attached.clear()
         return True
 
     def _earlier(self) -> list[AskedTurn]:
@@ -212,7 +213,7 @@ class Chat:
 
     def _show_history(self) -> None:
         for query, answer in self.history:
-            images = f"[{len(query.images)} images] " if query.images else ""
+            images = f"[images: {len(query.images)}] " if query.images else ""
             print(self._shown(f"> {images}{query}\n{answer}"))
 
     def _set(self, name: str = "", value: str = "") -> None:
@@ -278,6 +279,9 @@ class Chat:
             history = [(Question(query, own), answer) for (query, answer), own in turns]
         except (ValueError, TypeError, AttributeError, RecursionError):
             raise ChatError(f"{path} holds no saved conversation.") from None
+        if images and not self.info().images:
+            print(self._shown(f"Its images are left out: {self.info().models[0]} takes none."))
+            history = [(Question(query), answer) for query, answer in history]
         self.system, self.history = saved.system, history
         print(f"{len(self.history)} turns")
 

@@ -429,7 +429,7 @@ def test_images_go_along_with_the_next_question_and_with_later_ones_as_its_histo
     typed = ["/image", "/image a.png", "/image my b.jpg", "/image", "one", "/image", "two", "/regen", "/history"]
     shown = terminal(ask, *typed)
     nothing, attached = "No image is attached.\n", "a.png\na.png\nmy b.jpg\na.png\nmy b.jpg\n"
-    assert without_remarks(shown) == f"{nothing}{attached}a\n{nothing}b\nc\n> [2 images] one\na\n> two\nc\n"
+    assert without_remarks(shown) == f"{nothing}{attached}a\n{nothing}b\nc\n> [images: 2] one\na\n> two\nc\n"
     first, second, again = ask.calls
     assert first.query.images == [PNG_URL, "data:image/jpeg;base64,/9j/"]
     assert second.query.images == again.query.images == []
@@ -467,6 +467,12 @@ def test_images_of_earlier_turns_count_too(terminal: Callable, pictures: Path) -
     assert [len(call.query.images) for call in ask.calls] == [1, 1, 1, 1, 1, 1, 0]
 
 
+def test_answering_again_leaves_what_is_attached_for_the_next_question(terminal: Callable, pictures: Path) -> None:
+    ask = ScriptedAsk(["a"], ["b"], ["c"])
+    terminal(ask, "one", "/image a.png", "/regen", "two")
+    assert [call.query.images for call in ask.calls] == [[], [], [PNG_URL]]
+
+
 def test_a_model_without_images_says_so_before_anything_is_sent(terminal: Callable, pictures: Path) -> None:
     ask = ScriptedAsk()
     assert terminal(ask, "/image a.png", info=ServerInfo(["base"])) == "base takes no images.\n"
@@ -480,6 +486,10 @@ def test_a_saved_conversation_keeps_its_images(terminal: Callable, pictures: Pat
         ("one", [PNG_URL], "a"),
         ("two", [], "b"),
     ]
+    ask = ScriptedAsk(["c"])
+    shown = terminal(ask, "/load chat.json", "three", info=ServerInfo(["base"]))
+    assert shown.startswith("Its images are left out: base takes none.\n2 turns\n")
+    assert [(query, query.images) for query, _ in ask.calls[0].history] == [("one", ()), ("two", ())]
 
 
 BAD_FILES = [

@@ -141,6 +141,12 @@ def on_cpu() -> bool:
     return True
 
 
+def computes_four_bits() -> bool:
+    """Whether vLLM has kernels here for weights of 4 bits (GPTQ, AWQ): its build for CPUs without AVX-512 has none."""
+    flags = _cpu_flags()
+    return not on_cpu() or "avx512f" in flags or "avx2" not in flags
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
 

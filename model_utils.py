@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+import hardware
 import lora
 import qwen_v1
 from prompt_utils import Prompt, PromptBuilder
@@ -106,6 +107,21 @@ def _checked(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_chat_template(template: str | None) -> str | None:
+    """The Jinja text that `--chat-template` names: a file's, or the text itself.
+
+    Raises:
+        ModelUnavailable: there is no such file.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.renderers.chat_utils import load_chat_template
+
+    try:
+        return load_chat_template(template)
+    except VLLMValidationError as error:
+        raise ModelUnavailable(f"--chat-template {template}: neither a file nor a Jinja template") from error
+
+
 def check_loadable(args: Any) -> None:
     """Refuses a model that vLLM would refuse too, but only after it has loaded for a while, and in many lines.
 
@@ -114,7 +130,7 @@ def check_loadable(args: Any) -> None:
 
     Raises:
         ModelUnavailable: no weights, no tokenizer, an architecture that neither vLLM nor transformers knows; more
-            context than a first-generation Qwen was trained on.
+            context than a first-generation Qwen was trained on; 4-bit weights that this machine cannot compute with.
     """
     import transformers
     from vllm import ModelRegistry
@@ -124,6 +140,11 @@ def check_loadable(args: Any) -> None:
         raise ModelUnavailable(f"{folder} holds no weights, only a description: fetch the model again")
     if not (args.tokenizer or args.skip_tokenizer_init or any((folder / name).is_file() for name in TOKENIZERS)):
         raise ModelUnavailable(f"{folder} holds no tokenizer: fetch the model again, or name one with --tokenizer")
+    if not (args.tokenizer or args.trust_remote_code) and _tokenizer_is_code(folder):
+        raise ModelUnavailable(
+            f"{folder} brings Python code as its tokenizer: read it, then add --trust-remote-code (/chat stays "
+            "off), or put a tokenizer.json there"
+        )
     config = json.loads((folder / "config.json").read_bytes())
     architectures = config.get("architectures") or []
     trained = config.get("max_position_embeddings")
@@ -137,6 +158,12 @@ def check_loadable(args: Any) -> None:
             f"{folder.name} takes images, which needs torchvision, and that is not installed: with vLLM's CPU build, "
             "add PyTorch's CPU build of the version that requirements.txt names"
         )
+    if _four_bits(config) and not hardware.computes_four_bits():
+        raise ModelUnavailable(
+            f"{folder.name} has weights of 4 bits, for which vLLM needs a GPU, or a processor with AVX-512: take the "
+            "model without GPTQ or AWQ here"
+        )
+    _check_gptq(folder.name, config.get("quantization_config") or {})
     known = ModelRegistry.get_supported_archs()
     if any(name in known or hasattr(transformers, name) for name in architectures):
         return
@@ -164,6 +191,41 @@ def check_adapters(adapters: Mapping[str, str], args: Any) -> None:
             lora.check(Path(folder), config.get("text_config") or config, args)
         except ValueError as reason:
             raise ModelUnavailable(f"the LoRA adapter {name} cannot be used: {folder}: {reason}") from None
+
+
+def _tokenizer_is_code(folder: Path) -> bool:
+    import transformers
+
+    file = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").is_file() or not file.is_file():
+        return False
+    config = json.loads(file.read_bytes())
+    return "AutoTokenizer" in config.get("auto_map", {}) and not hasattr(
+        transformers, config.get("tokenizer_class", "")
+    )
+
+
+def _check_gptq(name: str, quantization: Mapping[str, Any]) -> None:
+    """Refuses the ways to quantise that AutoGPTQ offers and vLLM no longer takes."""
+    if quantization.get("quant_method") != "gptq":
+        return
+    ordered = quantization.get("desc_act") and quantization.get("group_size") != -1
+    if ordered or not quantization.get("sym", True) or quantization.get("bits", 4) not in (4, 8):
+        raise ModelUnavailable(
+            f"{name}: of GPTQ vLLM takes 4 or 8 bits, symmetric, without desc_act: take another quantisation of it"
+        )
+
+
+def number_format(args: Any) -> str:
+    """The dtype to load with: that of `args`, as in `check_loadable`; a checkpoint of 4 bits is only for formats of 16,
+    so there float32, our default on some processors, gives way to the checkpoint's own.
+    """
+    config = json.loads((Path(args.model) / "config.json").read_bytes())
+    return "auto" if args.dtype == "float32" and _four_bits(config) else args.dtype
+
+
+def _four_bits(config: Mapping[str, Any]) -> bool:
+    return (config.get("quantization_config") or {}).get("quant_method") in ("gptq", "awq")
 
 
 def _download(name: str, hub: str) -> str:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, product
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
@@ -20,6 +20,13 @@ from protocol import ChatError, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Trim = Callable[[str], str]
+THINKING = (None, True, False)
+TEXTS = SYSTEM, USER, ANSWER, QUERY = "⟦system⟧", "⟦user⟧", "⟦answer⟧", "⟦query⟧"
+LEFT, RIGHT = "\v", "\f"
+"""Whitespace, to see which texts a template trims."""
+NO_CHAT = "no /chat; use /v1/chat/completions, or name another template with --chat-template"
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,21 @@ class Mark:
     after: str
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the template begins a conversation, and where the system prompt is: in a turn of its own, which `end` ends,
+    or in `first` or `last`, plain text with SYSTEM in it before the first or the last of the user's texts.
+    """
+
+    start: Mark
+    end: Mark | None
+    first: str
+    last: str
+    trim_system: Trim
+    trim_first: Trim
+    trim_last: Trim
+
+
 class PromptBuilder:
     """Builds prompts for one tokenizer; safe to call from several threads.
 
@@ -52,16 +74,16 @@ class PromptBuilder:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
-            raise ChatError("the model's tokenizer is not one of the tokenizers library")
+            raise ChatError(
+                "the model's tokenizer is not of the tokenizers library: use /v1/chat/completions, or start with "
+                "--tokenizer-mode hf where the model has a tokenizer.json"
+            )
         self._tokenizer = tokenizer
         self._template = chat_template
-        # An answer may hold the tokens the model wrote itself, such as <tool_call>; a user's text may hold none.
-        self._answers = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._answers.encode_special_tokens = True
-        self._texts = _without_added_tokens(tokenizer.backend_tokenizer)
         # One int object a token id, shared by all cached texts: 8 bytes a token instead of 36.
         self._ints = list(range(max(tokenizer.get_vocab().values()) + 1))
         self._system_ids, self._turn_ids = _cached(self._encode_system), _cached(self._encode_turn)
+        self._learn_control_tokens()
         self._learn_marks()
         self._check_against_template()
 
@@ -78,31 +100,49 @@ class PromptBuilder:
         Raises:
             ChatError: system and query alone do not fit; they are never cut.
         """
-        generate = self._generate[enable_thinking]
-        start = [*self._system.token_ids, *self._system_ids(system), *self._user.token_ids]
-        end = [*self._encode_text(self._user, query, generate), *generate.token_ids, *self._encode(generate.after)]
-        room = budget - len(start) - len(end)
+        system = system.strip() if self._joins_system else system
+        layout, generate = self._layouts[bool(system)], self._generate[enable_thinking]
+        system = layout.trim_system(system)
+        first, last = layout.first.replace(SYSTEM, system), layout.last.replace(SYSTEM, system)
+        start = [*layout.start.token_ids, *(self._system_ids(system) if layout.end else ())]
+        end = [*generate.token_ids, *self._plain_ids(self._answers, generate.after)]
+        later = query_ids = self._text_ids(self._user, last + layout.trim_last(query), generate)
+        if first:
+            query_ids = self._text_ids(self._user, self._led(first, layout, last + query), generate)
+        room = budget - len(start) - len(query_ids) - len(end)
         if room < 0:
             raise ChatError(
-                f"system and query take {len(start) + len(end)} tokens, but only {max(budget, 0)} fit: "
+                f"system and query take {budget - room} tokens, but only {max(budget, 0)} fit: "
                 "shorten them or ask for fewer max_tokens",
                 param="query",
             )
         kept = []
-        for turn in reversed(history):
-            turn_ids = self._turn_ids(*turn)
-            room -= len(turn_ids)
-            if room < 0:
+        room += len(query_ids) - len(later)
+        for user, answer in reversed(history):
+            # As the first turn, which may hold the system prompt; as a later one it does not.
+            opening = self._turn_ids(self._led(first, layout, user), answer)
+            if len(opening) > room:
                 break
-            kept.append(turn_ids)
-        return Prompt([*start, *chain.from_iterable(reversed(kept)), *end], len(history) - len(kept))
+            turn = self._turn_ids(self._trim_user(user), answer) if first else opening
+            room -= len(turn)
+            kept.append(turn)
+            oldest = opening
+        if kept:
+            kept[-1], query_ids = oldest, later
+        return Prompt([*start, *chain.from_iterable(reversed(kept)), *query_ids, *end], len(history) - len(kept))
 
     def render(self, system: str, history: Iterable[Turn], query: str, enable_thinking: bool | None = None) -> str:
-        """The same conversation as the model's own template writes it, where text can spell control tokens."""
+        """The same conversation as the model's own template writes it, where text can spell control tokens. Where it
+        takes no system prompt, that stands before the user's first text, with an empty line between.
+        """
         messages = [{"role": "system", "content": system}]
         for user, answer in history:
             messages += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
         messages.append({"role": "user", "content": query})
+        if self._joins_system:
+            del messages[0]
+            if system.strip():
+                messages[0]["content"] = f"{system.strip()}\n\n{messages[0]['content']}"
         flags = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         try:
             return self._tokenizer.apply_chat_template(
@@ -111,77 +151,150 @@ class PromptBuilder:
         except (TemplateError, TypeError, ValueError) as error:
             raise ChatError(f"the model's chat template fails: {error}") from error
 
+    def _led(self, lead: str, layout: Layout, text: str) -> str:
+        """The user's first text, after the system prompt; trimmed together where the template sees them as one."""
+        return layout.trim_first(lead + text) if self._joins_system else lead + layout.trim_first(text)
+
     def _encode_system(self, system: str) -> tuple[int, ...]:
-        return self._encode_text(self._system, system, self._user)
+        layout = self._layouts[True]
+        return (*self._text_ids(layout.start, system, layout.end), *layout.end.token_ids)
 
     def _encode_turn(self, user: str, answer: str) -> tuple[int, ...]:
         """Token ids from the start of a user's text up to the start of the next one."""
-        if self._drops_thoughts and "</think>" in answer:
-            answer = answer.split("</think>")[-1].lstrip("\n")
+        answer = self._trim_answer(answer)
+        if self._after_thoughts is not None and "</think>" in answer:
+            answer = answer.split("</think>")[-1].lstrip(self._after_thoughts)
         return (
-            *self._encode_text(self._user, user, self._assistant),
+            *self._text_ids(self._user, user, self._assistant),
             *self._assistant.token_ids,
-            *self._encode_text(self._assistant, answer, self._user),
+            *self._text_ids(self._assistant, answer, self._user),
             *self._user.token_ids,
         )
 
-    def _encode_text(self, opening: Mark, text: str, closing: Mark) -> tuple[int, ...]:
+    def _text_ids(self, opening: Mark, text: str, closing: Mark) -> tuple[int, ...]:
         """Token ids of a text with the plain ends of the marks around it, which the tokenizer merges with it."""
         encoder = self._answers if opening is self._assistant else self._texts
-        text = text.strip() if self._trims else text
-        ids = encoder.encode(opening.after + text + closing.before, add_special_tokens=False).ids
-        return tuple(map(self._ints.__getitem__, ids))
+        return self._plain_ids(encoder, opening.after + text + closing.before)
+
+    def _plain_ids(self, encoder: Tokenizer, text: str) -> tuple[int, ...]:
+        return tuple(map(self._ints.__getitem__, encoder.encode(text, add_special_tokens=False).ids))
 
     def _encode(self, text: str) -> list[int]:
         """Token ids of trusted text, where control tokens count."""
         return self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
-    def _learn_marks(self) -> None:
+    def _learn_control_tokens(self) -> None:
+        """Which of the added tokens texts may not hold: special ones, and those between the texts of a conversation."""
         if not (self._template or self._tokenizer.chat_template):
-            raise ChatError("the model has no chat template: use /v1/completions, or name one with --chat-template")
-        texts = ["⟦system⟧", "⟦user⟧", "⟦answer⟧", "⟦query⟧"]
-        marks = {}
-        for thinking in (None, True, False):
-            prompt = self.render(texts[0], [(texts[1], texts[2])], texts[3], thinking)
-            literals = re.split("|".join(texts), prompt)
-            if len(literals) != len(texts) + 1:
-                raise ChatError("the chat template does not keep system, user and assistant texts as they are")
-            marks[thinking] = [self._mark(literal) for literal in literals]
-        self._system, self._user, self._assistant, next_user, _ = marks[None]
-        if next_user != self._user:
-            raise ChatError("the chat template opens the first user turn and later ones differently")
-        self._generate = {thinking: found[-1] for thinking, found in marks.items()}
-        # Llama's template trims texts; Qwen3's leaves the thoughts of earlier answers out.
-        self._trims = " ⟦text⟧ " not in self.render("", [], " ⟦text⟧ ")
-        self._drops_thoughts = "⟦thought⟧" not in self.render("", [("", "<think>⟦thought⟧</think>\n\nYes.")], "")
+            raise ChatError(
+                "the model has no chat template: use /v1/completions (in Python complete_batch), or name one with "
+                "--chat-template"
+            )
+        self._joins_system = False
+        self._joins_system = not self._takes_system()
+        around, _, _ = self.render(SYSTEM, [(USER, ANSWER)], QUERY).partition(QUERY)
+        added = self._tokenizer.added_tokens_decoder.values()
+        control = [token.content for token in added if token.special or token.content in around]
+        self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
+        # A text follows a control token, so the space that some tokenizers put before a whole prompt is not its.
+        state = self._tokenizer.backend_tokenizer.to_str()
+        state = json.loads(state.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
+        # An answer may hold the tokens the model wrote itself, such as <tool_call>; a user's text may hold none.
+        added = [{**token, "special": token["content"] in control} for token in state["added_tokens"]]
+        self._answers = Tokenizer.from_str(json.dumps({**state, "added_tokens": added}))
+        self._answers.encode_special_tokens = True
+        self._texts = Tokenizer.from_str(json.dumps({**state, "added_tokens": []}))
+        if any(set(self._encode(token)) & set(self._plain_ids(self._texts, token)) for token in control):
+            raise ChatError(f"the model's tokenizer takes text for control tokens: {NO_CHAT}")
+
+    def _learn_marks(self) -> None:
+        learned = [self._learn(system, thinking) for thinking in THINKING for system in ("", SYSTEM)]
+        layouts, turns, generate = zip(*learned, strict=True)
+        self._layouts, self._generate = dict(enumerate(layouts[:2])), dict(zip(THINKING, generate[::2], strict=True))
+        self._user, self._assistant, self._trim_user, self._trim_answer = turns[0]
+        if {*turns} != {turns[0]} or layouts != 3 * layouts[:2] or generate[::2] != generate[1::2]:
+            raise ChatError(f"the chat template writes turns in more than one way: {NO_CHAT}")
+        # Qwen3's template leaves the thoughts of earlier answers out, and the empty lines after them.
+        texts = ANSWER, f"\n\n{ANSWER}", f"<think>{USER}</think>\n\n{ANSWER}"
+        answer, gap, thought = (self.render("", [("", text)], "") for text in texts)
+        self._after_thoughts = "\n" if thought == answer else "" if thought == gap else None
+
+    def _takes_system(self) -> bool:
+        try:
+            return SYSTEM in self.render(SYSTEM, [], QUERY)
+        except ChatError:
+            return False
+
+    def _learn(self, system: str, thinking: bool | None) -> tuple[Layout, tuple[Mark, Mark, Trim, Trim], Mark]:
+        """How the template begins a conversation, what stands around its turns, and what the answer comes after."""
+        prompt = self.render(system, [(USER, ANSWER)], QUERY, thinking)
+        padded = self.render(_padded(system), [(_padded(USER), _padded(ANSWER))], _padded(QUERY), thinking)
+        trims = _trims(prompt, padded)
+        if [text for text in trims if text != SYSTEM] != [USER, ANSWER, QUERY] or (SYSTEM in trims) != bool(system):
+            raise ChatError(f"the chat template does not keep system, user and assistant texts as they are: {NO_CHAT}")
+        head, answering, asking, generating = re.split(f"{USER}|{ANSWER}|{QUERY}", prompt)
+        user, first = self._mark(asking), head[self._last_control(head) :]
+        if system and SYSTEM not in head + user.after:
+            raise ChatError(f"the chat template puts the system prompt into the middle of the conversation: {NO_CHAT}")
+        head, last = head.removesuffix(first), user.after
+        common = min(first, last, key=len)
+        if not (first.startswith(common) and last.startswith(common)):
+            raise ChatError(f"the chat template opens the first user turn and later ones differently: {NO_CHAT}")
+        opening, is_turn, closing = head.partition(SYSTEM)
+        cut = self._last_control(opening)
+        layout = Layout(
+            start=Mark("", tuple(self._encode(opening[:cut])), opening[cut:]),
+            end=self._mark(closing) if is_turn else None,
+            first=first.removeprefix(common),
+            last=last.removeprefix(common),
+            trim_system=trims.get(SYSTEM, str),
+            trim_first=trims[USER],
+            trim_last=trims[QUERY],
+        )
+        user = Mark(user.before, user.token_ids, common)
+        trim_user = layout.trim_last if layout.first else layout.trim_first
+        return layout, (user, self._mark(answering), trim_user, trims[ANSWER]), self._mark(generating)
 
     def _mark(self, literal: str) -> Mark:
-        special = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
-        found = list(re.finditer("|".join(map(re.escape, special)), literal))
-        if not found:
-            raise ChatError("the chat template separates texts without control tokens")
-        first, last = found[0].start(), found[-1].end()
-        return Mark(literal[:first], tuple(self._encode(literal[first:last])), literal[last:])
+        first = self._control.search(literal)
+        if not first:
+            raise ChatError(
+                f"the chat template separates texts without control tokens, so that text can pass for a turn: {NO_CHAT}"
+            )
+        start, end = first.start(), self._last_control(literal)
+        return Mark(literal[:start], tuple(self._encode(literal[start:end])), literal[end:])
+
+    def _last_control(self, literal: str) -> int:
+        """Where the last control token ends; 0: there is none."""
+        return max((found.end() for found in self._control.finditer(literal)), default=0)
 
     def _check_against_template(self) -> None:
-        probe = (
-            "Be brief.",
-            [("1 + 1 = ?", "2"), ("你好\n", " 你好！"), ("?", "<think>\nHm.\n</think>\n\nYes.")],
-            "  def f():\n\treturn 42\n",
-        )
-        for thinking in self._generate:
+        history = [("1 + 1 = ?", "2"), ("你好\n", " 你好！"), ("?", "<think>\nHm.\n</think>\n\nYes.")]
+        query = "  def f():\n\treturn 42\n"
+        for thinking, system, turns in product(THINKING, ("", "Be brief.\n"), (history, history[:1], [])):
+            probe = system, turns, query
             if self.build(*probe, 2**20, thinking).token_ids != self._encode(self.render(*probe, thinking)):
-                raise ChatError("the prompt builder and the model's chat template disagree")
+                raise ChatError(f"the prompt builder and the model's chat template disagree: {NO_CHAT}")
+
+
+def _padded(text: str) -> str:
+    return text and f"{LEFT}{text}{RIGHT}"
+
+
+def _trims(prompt: str, padded: str) -> dict[str, Trim]:
+    """What the template does to whitespace around each of the known texts, in their order, as a second prompt shows
+    in which whitespace is around them; {} where it does more, or where one of the texts comes twice.
+    """
+    kinds = {(True, True): str, (False, True): str.lstrip, (True, False): str.rstrip, (False, False): str.strip}
+    parts, around = (re.split(f"({'|'.join(TEXTS)})", text) for text in (prompt, padded))
+    if [part.removeprefix(RIGHT).removesuffix(LEFT) for part in around] != parts:
+        return {}
+    places = range(1, len(parts), 2)
+    trims = {parts[i]: kinds[around[i - 1].endswith(LEFT), around[i + 1].startswith(RIGHT)] for i in places}
+    return trims if len(trims) == len(places) else {}
 
 
 def _cached(encode: Callable[..., tuple[int, ...]]) -> Callable[..., tuple[int, ...]]:
     """Remembers the ids of many short texts or a few long ones, so that its memory is bounded."""
     short, long = lru_cache(4096)(encode), lru_cache(32)(encode)
     return lambda *texts: (short if sum(map(len, texts)) < 16_384 else long)(*texts)
-
-
-def _without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy that knows no added token, so that text which spells one is encoded piece by piece."""
-    state = json.loads(tokenizer.to_str())
-    state["added_tokens"] = []
-    return Tokenizer.from_str(json.dumps(state))

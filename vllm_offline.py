@@ -47,6 +47,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.add_argument(
         "--lora-modules", nargs="+", type=_adapter, default=[], metavar="NAME=FOLDER", help="LoRA adapters"
     )
+    parser.add_argument(
+        "--chat-template", "--chat_template", metavar="FILE", help="Jinja template in place of the model's own"
+    )
     parser.add_argument("--verbose", action="store_true", help=f"show vLLM's log too, which goes to {LOG}")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this, and leave")
     group = parser.add_argument_group("a file of rows")
@@ -126,7 +129,13 @@ def _load(args: argparse.Namespace, engine_flags: list[str]) -> "ChatModel":
         with _output_to(LOG, args.verbose):
             from vllm_wrapper import ChatModel
 
-            model = ChatModel(adapters=dict(args.lora_modules), **_engine_args(folder, engine_flags))
+            model = ChatModel(
+                **_engine_args(folder, engine_flags),
+                chat_template=args.chat_template,
+                adapters=dict(args.lora_modules),
+            )
+    except ModelUnavailable:
+        raise
     except SystemExit:
         print(LOG.read_text().strip().splitlines()[-1], file=sys.stderr)
         raise

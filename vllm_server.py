@@ -43,6 +43,8 @@ from model_utils import (
     RequestBuilder,
     check_adapters,
     check_loadable,
+    number_format,
+    read_chat_template,
     resolve_model,
 )
 from prompt_utils import Prompt
@@ -93,14 +95,12 @@ class ChatEndpoint:
 
     async def init_state(self, engine_client: "EngineClient", state: State, args: Namespace) -> None:
         """Takes hold of the running engine; called by vLLM before the server listens."""
-        from vllm.renderers.chat_utils import load_chat_template
-
         self._engine = engine_client
         self._models = state.openai_serving_models
         self._requests, self._no_chat = None, None
         try:
             self._requests = RequestBuilder(
-                engine_client.model_config, engine_client.get_tokenizer(), load_chat_template(args.chat_template)
+                engine_client.model_config, engine_client.get_tokenizer(), read_chat_template(args.chat_template)
             )
         except ChatError as reason:
             self._no_chat = reason
@@ -345,6 +345,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args.served_model_name = args.served_model_name or [name if is_id else Path(args.model).resolve().name]
     check_loadable(args)
     _check_adapters(args)
+    args.dtype = number_format(args)
+    read_chat_template(args.chat_template)
     validate_parsed_serve_args(args)
     return args
 

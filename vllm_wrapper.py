@@ -17,6 +17,8 @@ from model_utils import (
     RequestBuilder,
     check_adapters,
     check_loadable,
+    number_format,
+    read_chat_template,
     resolve_model,
     sampling_defaults,
 )
@@ -37,6 +39,7 @@ class ChatModel:
         model: a local folder or a hub id; None: the demo model.
         hub: "modelscope" or "huggingface", where an id is fetched from.
         adapters: folders of LoRA adapters by the names under which a row's `model` chooses them.
+        chat_template: a file with the Jinja template to take in place of the model's own, or its text.
         engine_args: any of `vllm.EngineArgs`, over our defaults for this hardware.
 
     Attributes:
@@ -53,6 +56,7 @@ class ChatModel:
         model: str | None = None,
         hub: str = "modelscope",
         adapters: Mapping[str, str] | None = None,
+        chat_template: str | None = None,
         **engine_args: Any,
     ) -> None:
         folder = resolve_model(model, hub)
@@ -68,13 +72,15 @@ class ChatModel:
         self.adapters = {
             name: LoRARequest(name, i, path) for i, (name, path) in enumerate((adapters or {}).items(), start=1)
         }
+        engine_args["dtype"] = number_format(args)
+        template = read_chat_template(chat_template)
         engine_args |= values(graph_defaults(args))
         with _children_without_interrupts():
             self._llm = LLM(**engine_args)
         self._engine = self._llm.llm_engine
         self.no_chat: ChatError | None = None
         try:
-            self._requests = RequestBuilder(self._llm.model_config, self._llm.get_tokenizer())
+            self._requests = RequestBuilder(self._llm.model_config, self._llm.get_tokenizer(), template)
         except ChatError as reason:
             self.no_chat = reason
         # As many again as run at once wait in the engine, so that none of its places is empty while a row is prepared.

@@ -44,25 +44,18 @@ SHAPES = {
         "vocab_size": 151936,
         "tie_word_embeddings": True,
     },
-    "0.5B": {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
-    "7B": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    },
 }
+# Qwen2.5: hidden size, MLP, layers, heads, key-value heads, vocabulary, input and output embeddings shared.
+PUBLISHED = {
+    "0.5B": (896, 4864, 24, 14, 2, 151936, True),
+    "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
+    "3B": (2048, 11008, 36, 16, 2, 151936, True),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False),
+    "14B": (5120, 13824, 48, 40, 8, 152064, False),
+    "32B": (5120, 27648, 64, 40, 8, 152064, False),
+    "72B": (8192, 29568, 80, 64, 8, 152064, False),
+}
+SHAPES |= {name: dict(zip(SHAPES["tiny"], sizes, strict=True)) for name, sizes in PUBLISHED.items()}
 
 
 def qwen_tokenizer(chat_template: str = TEMPLATE, *vision_tokens: str) -> PreTrainedTokenizerFast:

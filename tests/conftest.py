@@ -170,3 +170,15 @@ def scripted_engine(qwen3_tokenizer: PreTrainedTokenizerBase) -> Callable[..., S
 def server() -> Iterator[Server]:
     with scripted() as server:
         yield server
+
+
+CONVERSATIONS = [
+    ("", [("Hi", "Hello!")], "Tell me about the sea."),
+    ("You are a pirate.\n", [("1 + 1?", "2"), ("", "?")], " Who are you?\n"),
+]
+
+
+@pytest.fixture(scope="session")
+def first_said() -> dict[str, list[str]]:
+    """The demo model's greedy answers to the CONVERSATIONS, by the way in that was tried first: all say the same."""
+    return {}

@@ -262,10 +262,6 @@ def test_a_tokenizer_without_a_template_is_refused(qwen3_tokenizer: PreTrainedTo
 BAD_TEMPLATES = {
     "no marks": "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}assistant: ",
     "texts changed": "{% for m in messages %}{{ '<|im_start|>' + m.content|upper + '<|im_end|>' }}{% endfor %}",
-    "system left out": (
-        "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}"
-        "{% endfor %}<|im_start|>assistant\\n"
-    ),
     "first turn opens differently": (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + (loop.index|string) + '\\n' + m.content + '<|im_end|>' }}"
         "{% endfor %}<|im_start|>assistant\\n"

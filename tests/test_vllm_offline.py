@@ -94,3 +94,15 @@ def test_adapters_are_named_with_their_folders(monkeypatch):
     args, engine_flags = vllm_offline.parse_args(["--lora-modules", "poet=./poet", "b=~/a=b", "--max-lora-rank", "32"])
     assert args.lora_modules == [("poet", "poet"), ("b", "/home/ada/a=b")]
     assert engine_flags == ["--max-lora-rank", "32"]
+
+
+def test_a_chat_template_reaches_the_model(monkeypatch, tmp_path):
+    loaded = []
+    monkeypatch.setattr(vllm_offline, "LOG", tmp_path / "log")
+    monkeypatch.setattr(vllm_offline, "resolve_model", lambda name, _: name)
+    monkeypatch.setattr(vllm_offline, "_engine_args", lambda folder, flags: {"model": folder, "flags": flags})
+    monkeypatch.setattr("vllm_wrapper.ChatModel", lambda **args: loaded.append(args) or ScriptedModel())
+    monkeypatch.setattr(ScriptedModel, "no_chat", None, raising=False)
+    args, flags = vllm_offline.parse_args(["--model", "m", "--chat-template", "mine.jinja", "--max-model-len", "9"])
+    vllm_offline._load(args, flags)
+    assert loaded == [{"model": "m", "flags": ["--max-model-len", "9"], "chat_template": "mine.jinja", "adapters": {}}]

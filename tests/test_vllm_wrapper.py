@@ -9,6 +9,7 @@ from conftest import write_model
 from tiny_checkpoints import write_adapter
 
 import vllm_wrapper
+from model_utils import ModelUnavailable
 from protocol import ChatError, Sampling
 from vllm_wrapper import ChatModel
 
@@ -72,11 +73,15 @@ def load(monkeypatch, tmp_path, qwen3_tokenizer) -> Callable[..., tuple[ChatMode
     monkeypatch.setattr(vllm_wrapper, "set_environment", lambda: None)
 
     def load(
-        tokenizer: Any = qwen3_tokenizer, adapters: dict[str, str] | None = None, **kwargs: Any
+        tokenizer: Any = qwen3_tokenizer,
+        chat_template: str | None = None,
+        adapters: dict[str, str] | None = None,
+        **kwargs: Any,
     ) -> tuple[ChatModel, ScriptedLLM]:
         llm = ScriptedLLM(tokenizer, **kwargs)
         monkeypatch.setattr("vllm.LLM", lambda **_: llm)
-        return ChatModel(str(write_model(tmp_path, hidden_size=64, num_hidden_layers=2)), adapters=adapters), llm
+        folder = write_model(tmp_path, hidden_size=64, num_hidden_layers=2)
+        return ChatModel(str(folder), chat_template=chat_template, adapters=adapters), llm
 
     return load
 
@@ -247,3 +252,17 @@ def test_raw_texts_are_completed_even_where_there_is_no_chat(load, qwen3_tokeniz
     assert [request.prompt for request in llm.requests.values()] == texts
     with pytest.raises(ChatError, match="row 1: prompt takes 64 tokens, the context is 64"):
         model.complete_batch(["a", "b" * 64])
+
+
+def test_a_template_of_the_users_goes_before_the_models_own(load, tmp_path):
+    file = tmp_path / "mine.jinja"
+    marks = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}<|im_start|>bot: "
+    file.write_text(marks)
+    for template in (str(file), marks):
+        model, llm = load(chat_template=template)
+        model.chat("Hi", system="S")
+        assert (
+            llm.requests["0"].prompt == "<|im_start|>system: S<|im_end|><|im_start|>user: Hi<|im_end|><|im_start|>bot: "
+        )
+    with pytest.raises(ModelUnavailable, match="neither a file"):
+        load(chat_template=str(tmp_path / "none.jinja"))

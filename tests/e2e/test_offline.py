@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
+from conftest import CONVERSATIONS
 
 import vllm_offline
 from protocol import DEFAULT_SYSTEM, ChatError, Sampling
@@ -18,6 +19,7 @@ from vllm_wrapper import ChatModel
 ROOT = Path(__file__).parents[2]
 FRANCE = "What is the capital of France?"
 GREEDY = Sampling(temperature=0, max_tokens=40)
+ROLES = ("user", "assistant")
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,24 @@ def test_a_batch_answers_as_if_each_row_were_alone(model):
     assert "Rome" in results[2].text
     again = model.chat_batch([{"query": "And of Italy?", "history": results[0].history}], GREEDY)
     assert "Rome" in again[0].text
+
+
+def test_every_way_in_gives_the_same_answers(model, first_said):
+    from vllm import SamplingParams
+
+    greedy = Sampling(temperature=0, max_tokens=10)
+    alone, messages = [], []
+    for system, history, query in CONVERSATIONS:
+        *deltas, result = model.stream_chat(query, history, system, greedy)
+        assert "".join(deltas) == result.text == model.chat(query, history, system, greedy).text
+        alone.append(result.text)
+        turns = [{"role": role, "content": text} for turn in history for role, text in zip(ROLES, turn, strict=True)]
+        messages.append([{"role": "system", "content": system}, *turns, {"role": "user", "content": query}])
+    rows = [{"system": system, "history": history, "query": query} for system, history, query in CONVERSATIONS]
+    assert [result.text for result in model.chat_batch(rows, greedy)] == alone
+    outputs = model._llm.chat(messages, SamplingParams(temperature=0, max_tokens=10), use_tqdm=False)
+    assert [output.outputs[0].text for output in outputs] == alone
+    assert first_said.setdefault("texts", alone) == alone
 
 
 def test_a_streamed_batch_grows_side_by_side_and_a_bad_row_harms_no_other(model):

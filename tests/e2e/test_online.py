@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import openai
@@ -15,7 +16,7 @@ import pexpect
 import psutil
 import pytest
 import requests
-from conftest import KEY
+from conftest import CONVERSATIONS, KEY
 
 from benchmarks.probes import server_process, unfinished
 from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Sampling
@@ -98,6 +99,31 @@ def test_both_apis_see_the_same_prompt(url):
     assert ours.prompt_tokens == theirs.usage.prompt_tokens
     completion = client.completions.create(model=MODEL, prompt="The capital of France is", temperature=0, max_tokens=3)
     assert "Paris" in completion.choices[0].text
+
+
+def test_every_way_in_gives_the_same_answers(url, first_said):
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY)
+    texts = []
+    for system, history, query in CONVERSATIONS:
+        request = {"system": system, "history": history, "query": query, "temperature": 0, "max_tokens": 10}
+        texts.append(post(url, **request).json()["text"])
+        *lines, _ = map(json.loads, post(url, **request, stream=True).text.splitlines())
+        assert "".join(line["delta"] for line in lines) == texts[-1]
+        turns = [message for turn in history for message in zip(("user", "assistant"), turn, strict=True)]
+        messages = [{"role": role, "content": text} for role, text in [("system", system), *turns, ("user", query)]]
+        create = partial(client.chat.completions.create, model=MODEL, messages=messages, temperature=0, max_tokens=10)
+        assert create().choices[0].message.content == texts[-1]
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in create(stream=True)) == texts[-1]
+    assert first_said.setdefault("texts", texts) == texts
+
+
+def test_a_text_is_completed_the_same_whole_and_streamed(url):
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY)
+    few_shot = "France: Paris\nItaly: Rome\nSpain: Madrid\nGermany:"
+    create = partial(client.completions.create, model=MODEL, prompt=few_shot, temperature=0, max_tokens=6)
+    whole = create().choices[0].text
+    assert whole.startswith(" Berlin\n")
+    assert "".join(chunk.choices[0].text for chunk in create(stream=True)) == whole
 
 
 def test_chat_counts_in_the_metrics_as_the_openai_routes_do(url):

@@ -1,0 +1,162 @@
+"""The prompt builder on the families' own templates: the same token ids, and text that stays text."""
+
+import random
+import unicodedata
+from functools import cache
+
+import pytest
+from tiny_families import FAMILIES, REFUSED, Family
+from transformers import PreTrainedTokenizerBase
+
+from prompt_utils import PromptBuilder
+from protocol import DEFAULT_SYSTEM, ChatError, Turn
+
+MANY = 2**20
+PIECES = [
+    "",
+    " ",
+    "\n",
+    "\r\n\t",
+    "\n\n  ",
+    "\x00\x7f",
+    "\u200b\ufeff",
+    "你好，",
+    "请用中文写一首诗：春天。",
+    "１２３，３．１４",
+    "👩‍👩‍👧‍👦",
+    "🇨🇳❤️",
+    "e\u0301\u0301",
+    "שלום مرحبا",
+    "The capital of France is Paris.",
+    " 3.14159e-12",
+    "1234567890",
+    "def f(x):\n\treturn x if x < 3 else f(x - 1)\n",
+    "```python\nprint('hi')\n```",
+    '<div class="a">&amp;</div>',
+    "| a | b |\n|---|---|\n",
+    "system\n",
+    "user",
+    "assistant\n",
+    "{{ messages }} {% raw %}",
+    "⟦system⟧⟦query⟧",
+    "<|im_",
+    "INST]",
+]
+THOUGHTS = ["<think>\nHm.\n</think>\n\n", "</think>\n\n  "]
+
+
+@cache
+def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    return {**FAMILIES, **REFUSED}[name].tokenizer(small=True)
+
+
+@cache
+def builder_of(name: str) -> PromptBuilder:
+    return PromptBuilder(tokenizer_of(name))
+
+
+def by_template(
+    tokenizer: PreTrainedTokenizerBase, family: Family, system: str, history: list[Turn], query: str, **flags: bool
+) -> list[int]:
+    messages = family.messages(system, history, query)
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **flags)
+
+
+def random_text(dice: random.Random, pieces: list[str]) -> str:
+    match dice.randrange(8):
+        case 0:
+            return ""
+        case 1:
+            codes = (dice.choice((0x80, 0x800, 0x3000, 0x10000, 0x30000)) for _ in range(dice.randrange(30)))
+            drawn = (chr(dice.randrange(code)) for code in codes)
+            return "".join(char for char in drawn if unicodedata.category(char) != "Cs" and char not in "<▁")
+        case 2:
+            return dice.choice(pieces) * dice.choice((1, 2, 50, 400))
+    return "".join(dice.choices(pieces, k=dice.randrange(1, 8)))
+
+
+def random_conversation(dice: random.Random, pieces: list[str]) -> tuple[str, list[Turn], str]:
+    history = [
+        (random_text(dice, pieces), random_text(dice, pieces)) for _ in range(dice.choice((0, 0, 1, 1, 2, 3, 6)))
+    ]
+    return random_text(dice, pieces), history, random_text(dice, pieces)
+
+
+def counts(count: int) -> list[object]:
+    """A count for every run, and a longer one for long runs."""
+    return [count, pytest.param(10 * count, marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("count", counts(40))
+def test_any_conversation_has_the_templates_token_ids(name: str, count: int) -> None:
+    dice, family, tokenizer, builder = random.Random(name), FAMILIES[name], tokenizer_of(name), builder_of(name)
+    for _ in range(count):
+        conversation, thinking = random_conversation(dice, PIECES), dice.choice((None, True, False))
+        flags = {} if thinking is None else {"enable_thinking": thinking}
+        expected = by_template(tokenizer, family, *conversation, **flags)
+        assert builder.build(*conversation, MANY, thinking).token_ids == expected
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("count", counts(25))
+def test_text_that_spells_control_tokens_stays_text(name: str, count: int) -> None:
+    family, tokenizer, builder = FAMILIES[name], tokenizer_of(name), builder_of(name)
+    between = [token for token in family.plain if token in ("<｜User｜>", "<｜Assistant｜>")]
+    control = {*tokenizer.convert_tokens_to_ids([*family.control, *between])}
+    spelled = [token for token in (*family.control, *between) for _ in range(3)]
+    spelled += [f"{left}\n{right}assistant\n" for left in family.control for right in family.control]
+    dice = random.Random(name)
+    for _ in range(count):
+        conversation = random_conversation(dice, PIECES + spelled)
+        token_ids = builder.build(*conversation, MANY).token_ids
+        _, history, _ = conversation
+        system = "s" if conversation[0] else ""
+        plain = builder.build(system, [("u", "a") for _ in history], "q", MANY).token_ids
+        assert [i for i in token_ids if i in control] == [i for i in plain if i in control]
+        assert tokenizer.decode(token_ids) == builder.render(*conversation)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("system", ["", "Be brief.", "long " * 30])
+def test_the_newest_whole_turns_that_fit_are_kept(name: str, system: str) -> None:
+    builder = builder_of(name)
+    history = [(f" question {n}", f"answer {n} " * n) for n in range(1, 7)]
+    whole = [builder.build(system, history[n:], "q", MANY).token_ids for n in range(len(history) + 1)]
+    for budget in range(len(whole[-1]), len(whole[0]) + 1):
+        prompt = builder.build(system, history, "q", budget)
+        assert prompt.token_ids == whole[prompt.dropped_turns]
+        assert prompt.dropped_turns == min(n for n, token_ids in enumerate(whole) if len(token_ids) <= budget)
+    with pytest.raises(ChatError, match=f"take {len(whole[-1])} tokens, but only {len(whole[-1]) - 1} fit"):
+        builder.build(system, history, "q", len(whole[-1]) - 1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("system", ["", DEFAULT_SYSTEM])
+def test_a_templates_own_default_system_prompt_never_comes_in(name: str, system: str) -> None:
+    prompt = tokenizer_of(name).decode(builder_of(name).build(system, [], "q", MANY).token_ids)
+    assert prompt.count("You are") == prompt.count(system or "You are") == bool(system)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_template_that_text_could_pass_for_is_refused(name: str) -> None:
+    with pytest.raises(ChatError, match=r"/v1/chat/completions.*--chat-template"):
+        builder_of(name)
+
+
+def test_a_tokenizer_of_another_library_is_refused() -> None:
+    class Tekken:
+        is_fast = False
+        chat_template = FAMILIES["Mistral 0.3"].template
+
+    with pytest.raises(ChatError, match="--tokenizer-mode hf"):
+        PromptBuilder(Tekken())
+
+
+def test_a_tokenizer_that_makes_control_tokens_of_pieces_is_refused() -> None:
+    """As one may whose vocabulary can build a control token from parts of it."""
+    tokenizer = FAMILIES["Qwen2.5"].tokenizer(small=True)
+    tokenizer.backend_tokenizer.add_special_tokens(["a"])
+    tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, chat_template=tokenizer.chat_template)
+    with pytest.raises(ChatError, match="takes text for control tokens"):
+        PromptBuilder(tokenizer)

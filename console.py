@@ -4,8 +4,10 @@ It is handed a function that answers a question piece by piece, and knows nothin
 """
 
 import argparse
+import base64
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,35 +15,44 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import TextIO
+from typing import Annotated, TextIO
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from pydantic import StringConstraints, TypeAdapter
 
 from protocol import (
     DEFAULT_SYSTEM,
+    AskedTurn,
     ChatError,
     ChatRequest,
     ChatResult,
     Part,
+    Question,
     Reasoning,
     Sampling,
-    Turn,
+    ServerInfo,
     retry_delay,
     validated,
 )
 
-Ask = Callable[[str, Sequence[Turn], str, Sampling], Iterator[Part]]
+Ask = Callable[[Question, Sequence[AskedTurn], str, Sampling], Iterator[Part]]
 """(query, history, system, sampling) → pieces of thoughts and of text, then one ChatResult; raises ChatError."""
 
 LINE_HISTORY = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "qwen-vllm" / "lines"
+IMAGE = re.compile(
+    rb"(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpeg>\xff\xd8\xff)|(?P<webp>RIFF.{4}WEBP)|(?P<gif>GIF8[79]a)", re.DOTALL
+)
+ImageURL = Annotated[str, StringConstraints(pattern="^data:image/")]
 HELP = """\
 /help                this list
 /clear               start a new conversation
 /system [TEXT]       show or set the system prompt
 /history             show the conversation
 /set [NAME VALUE]    show or set a sampling parameter; without VALUE: back to the default
+/model [NAME]        show which models there are, or choose one (a LoRA adapter)
+/image [FILE]        attach an image to the next question, or list what is attached
 /regen               answer the last question again
 /save FILE           write the conversation to a file
 /load FILE           go on with a saved conversation
@@ -66,8 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser, sampling: Iterable[str] = tup
             group.add_argument(flag, metavar="X", help=text)
 
 
-def run(ask: Ask, title: str, args: argparse.Namespace) -> int:
+def run(ask: Ask, title: str, args: argparse.Namespace, info: Callable[[], ServerInfo]) -> int:
     """Chats until the user leaves: in a terminal with editing and commands, on a pipe a question a line.
+
+    `info` tells what answers: its models, and whether it takes images.
 
     Returns the exit status: 1 where a question from a pipe got no answer.
     """
@@ -76,7 +89,7 @@ def run(ask: Ask, title: str, args: argparse.Namespace) -> int:
     except ChatError as error:
         print(error.message, file=sys.stderr)
         return 2
-    chat = Chat(ask, args.system, sampling, args.history_max)
+    chat = Chat(ask, args.system, sampling, args.history_max, info)
     if not sys.stdin.isatty():
         return 0 if all([chat.answer(line.strip()) for line in sys.stdin if line.strip()]) else 1
     chat.dim(f"{title}\n/help lists the commands, Ctrl-D leaves.")
@@ -99,16 +112,22 @@ def run(ask: Ask, title: str, args: argparse.Namespace) -> int:
 class Chat:
     """One conversation: its turns, its settings and its commands. A failed turn changes nothing."""
 
-    def __init__(self, ask: Ask, system: str, sampling: Sampling, history_max: int) -> None:
+    def __init__(
+        self, ask: Ask, system: str, sampling: Sampling, history_max: int, info: Callable[[], ServerInfo]
+    ) -> None:
         self.ask, self.system, self.settings, self.history_max = ask, system, sampling, history_max
-        self.history: list[Turn] = []
+        self.info = info
+        self.history: list[AskedTurn] = []
+        self.attached: dict[str, str] = {}
+        """What goes along with the next question: images as data URLs, by the paths of their files."""
         self.to_terminal = sys.stdout.isatty()
 
     def answer(self, query: str) -> bool:
         """Asks, prints the answer as it comes, and keeps the turn; Ctrl-C keeps what has arrived."""
-        earlier = self.history[-self.history_max :] if self.history_max else []
+        if asked_first := not isinstance(query, Question):
+            query = Question(query, list(self.attached.values()))
         began, first, thinking, pieces, result = time.monotonic(), None, False, [], None
-        parts = self._ask_until_answered(query, earlier)
+        parts = self._ask_until_answered(query, self._earlier())
         try:
             for part in parts:
                 if isinstance(part, ChatResult):
@@ -136,9 +155,15 @@ class Chat:
             self.dim("stopped")
         if pieces or result:
             self.history.append((query, "".join(pieces)))
+            if asked_first:
+                self.attached.clear()
         return True
 
-    def _ask_until_answered(self, query: str, earlier: Sequence[Turn]) -> Iterator[Part]:
+    def _earlier(self) -> list[AskedTurn]:
+        """The turns that go along with the next question."""
+        return self.history[-self.history_max :] if self.history_max else []
+
+    def _ask_until_answered(self, query: Question, earlier: Sequence[AskedTurn]) -> Iterator[Part]:
         """Asks, and asks again where the server is only busy."""
         for attempt in count(1):
             try:
@@ -156,10 +181,12 @@ class Chat:
         argument = argument.strip()
         commands = {
             "help": lambda: print(HELP),
-            "clear": self.history.clear,
+            "clear": self._clear,
             "system": lambda: self._set_system(argument),
             "history": self._show_history,
             "set": lambda: self._set(*argument.split(maxsplit=1)),
+            "model": lambda: self._set_model(argument),
+            "image": lambda: self._attach(argument),
             "regen": self._regenerate,
             "save": lambda: self._save(argument),
             "load": lambda: self._load(argument),
@@ -184,13 +211,18 @@ class Chat:
     def _shown(self, text: str) -> str:
         return without_controls(text) if self.to_terminal else text
 
+    def _clear(self) -> None:
+        self.history.clear()
+        self.attached.clear()
+
     def _set_system(self, text: str) -> None:
         self.system = text or self.system
         print(self._shown(self.system))
 
     def _show_history(self) -> None:
         for query, answer in self.history:
-            print(self._shown(f"> {query}\n{answer}"))
+            images = f"[images: {len(query.images)}] " if query.images else ""
+            print(self._shown(f"> {images}{query}\n{answer}"))
 
     def _set(self, name: str = "", value: str = "") -> None:
         settings = self.settings.sampling()
@@ -203,6 +235,32 @@ class Chat:
         for name, value in self.settings.sampling().items():
             print(f"{name} = {value}")
 
+    def _set_model(self, name: str) -> None:
+        models = self.info().models
+        if name and name not in models:
+            raise ChatError(f"There is no model {name}, only {', '.join(models)}.")
+        if name:
+            # The first is the model itself, which answers where none is named.
+            self.settings = self.settings.model_copy(update={"model": name if name != models[0] else None})
+        for model in models:
+            print(self._shown(f"{'*' if model == (self.settings.model or models[0]) else ' '} {model}"))
+
+    def _attach(self, path: str) -> None:
+        if path:
+            info = self.info()
+            if not info.images:
+                raise ChatError(f"{', '.join(info.models[:1])} takes no images.")
+            image = image_url(Path(path).expanduser())
+            sent_again = [own for query, _ in self._earlier() for own in query.images]
+            size = sum(map(len, [image, *self.attached.values(), *sent_again]))
+            if size > info.max_body_size:
+                raise ChatError(
+                    f"{path}: the images of this conversation would take {size} bytes in a request, and this server's "
+                    f"are at most {info.max_body_size}: make them smaller, or raise its --max-body-size."
+                )
+            self.attached[path] = image
+        print(self._shown("\n".join(self.attached)) or "No image is attached.")
+
     def _regenerate(self) -> None:
         if not self.history:
             raise ChatError("There is nothing to answer again.")
@@ -214,16 +272,25 @@ class Chat:
 
     def _save(self, path: str) -> None:
         conversation = {"system": self.system, "history": self.history}
+        if any(query.images for query, _ in self.history):
+            conversation["images"] = [query.images for query, _ in self.history]
         text = json.dumps(conversation, ensure_ascii=False, indent=1) + "\n"
         _file(path).write_text(text, encoding="utf-8")
 
     def _load(self, path: str) -> None:
         try:
             text = _file(path).read_text(encoding="utf-8")
-            saved = validated(ChatRequest, json.dumps({"query": "-", **json.loads(text)}).encode())
-        except (ValueError, TypeError, RecursionError):
+            saved = json.loads(text)
+            images = TypeAdapter(list[list[ImageURL]]).validate_python(saved.pop("images", []))
+            saved = validated(ChatRequest, json.dumps({"query": "-", **saved}).encode())
+            turns = zip(saved.history, images or [[]] * len(saved.history), strict=True)
+            history = [(Question(query, own), answer) for (query, answer), own in turns]
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise ChatError(f"{path} holds no saved conversation.") from None
-        self.system, self.history = saved.system, list(saved.history)
+        if images and not self.info().images:
+            print(self._shown(f"Its images are left out: {self.info().models[0]} takes none."))
+            history = [(Question(query), answer) for query, answer in history]
+        self.system, self.history = saved.system, history
         print(f"{len(self.history)} turns")
 
 
@@ -231,6 +298,20 @@ def _file(path: str) -> Path:
     if not path:
         raise ChatError("Name a file: /save FILE, /load FILE.")
     return Path(path).expanduser()
+
+
+def image_url(file: Path) -> str:
+    """An image file as a data URL.
+
+    Raises:
+        ChatError: it is no PNG, JPEG, WebP or GIF.
+        OSError: it cannot be read.
+    """
+    data = file.read_bytes()
+    kind = IMAGE.match(data)
+    if not kind:
+        raise ChatError(f"{file} is no PNG, JPEG, WebP or GIF image.")
+    return f"data:image/{kind.lastgroup};base64,{base64.b64encode(data).decode()}"
 
 
 def open_log(path: Path, shown: bool) -> TextIO:

@@ -29,8 +29,19 @@ from fastapi import FastAPI
 from gradio.utils import get_upload_folder
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Part, Reasoning, Sampling, Turn, retry_delay, validated
-from vllm_client import DEFAULT_URL, ServerInfo, server_info_async, stream_chat_async, stream_messages_async
+from protocol import (
+    DEFAULT_SYSTEM,
+    ChatError,
+    ChatResult,
+    Part,
+    Reasoning,
+    Sampling,
+    ServerInfo,
+    Turn,
+    retry_delay,
+    validated,
+)
+from vllm_client import DEFAULT_URL, server_info_async, stream_chat_async, stream_messages_async
 
 Messages = list[dict[str, Any]]
 """A conversation as Gradio's chatbot holds it: `{"role", "content": [{"type", "text" or "file"}], "metadata"}`. What
@@ -453,7 +464,7 @@ class Page:
             self._info = await server_info_async(self._url, self._api_key)
         except ChatError:
             self._info = None
-        info = self._info or ServerInfo([], 0, False, {})
+        info = self._info or ServerInfo([])
         title = self._title or next(iter(info.models), "Chat")
         fields = [_default_shown(name, info) for name in Sampling.model_fields]
         box = gr.update(sources=["upload"] if info.images else [])
@@ -701,7 +712,12 @@ def _image(file: Path) -> dict[str, Any]:
 
 def as_json(messages: Messages, system: str) -> str:
     """A chat as the terminals' /load takes it."""
-    return json.dumps({"system": system, "history": turns(messages)}, ensure_ascii=False, indent=1)
+    saved = {"system": system, "history": turns(messages)}
+    images = [
+        [part["image_url"]["url"] for part in _parts_of(asked) if part["type"] == "image_url"]
+        for asked, _ in finished(messages)
+    ]
+    return json.dumps(saved | ({"images": images} if any(images) else {}), ensure_ascii=False, indent=1)
 
 
 def as_markdown(messages: Messages, system: str) -> str:

@@ -5,14 +5,17 @@ encoded holds its place in the queue for ever, one that cannot be decoded hangs 
 """
 
 import asyncio
+import base64
 import json
 import math
 import os
 import re
 import secrets
 from argparse import Namespace
+from io import BytesIO
 from typing import Any
 
+from PIL import Image
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,6 +30,10 @@ MAX_ANSWERS = 32
 """Answers to one request of the OpenAI routes (`n`)."""
 MAX_GRAMMAR = 2**15
 """Bytes of what tells the form of an answer: the work that a schema makes grows with it."""
+CONVERSATIONS = {"messages", "input"}
+MEDIA = {"image_url", "audio_url", "video_url"}
+MAX_PIXELS = 2**26
+"""Of all images in one request: decoded they take 200 MB, and a file of a few kilobytes can hold that many."""
 GRAMMARS = {"structured_outputs", "response_format", "text"}
 COUNTS = {f"{bound}{what}" for bound in ("min", "max") for what in ("Items", "Contains", "Properties", "Length")}
 MAX_COUNT = 10_000
@@ -95,6 +102,9 @@ def check_json(body: bytes) -> None:
                 raise ChatError(f"{field}: is over the limit of {MAX_GRAMMAR} bytes", param=field)
     # Only \u escapes can spell half a character.
     _check(value, None, 0, bool(re.search(rb"\\u[dD][89a-fA-F]", body)))
+    for field in CONVERSATIONS & value.keys() if isinstance(value, dict) else ():
+        if _image_pixels(value[field], field) > MAX_PIXELS:
+            raise ChatError(f"{field}: the images have over {MAX_PIXELS} pixels: send smaller ones", param=field)
 
 
 def _check(value: Any, field: str | None, depth: int, surrogates: bool) -> None:
@@ -122,6 +132,46 @@ def _check(value: Any, field: str | None, depth: int, surrogates: bool) -> None:
                 _check_text(value, field)
             if field in GRAMMARS:
                 _check_grammar(value, field, depth)
+
+
+def _image_pixels(value: Any, field: str) -> int:
+    """The pixels of all images in the messages; refuses what vLLM should not be asked to look for."""
+    match value:
+        case list():
+            return sum(_image_pixels(item, field) for item in value)
+        case dict() if "uuid" in value:
+            # vLLM would take it for the image's key in a cache that all users share.
+            raise ChatError(f"{field}: uuid is not taken, only the image itself", param=field)
+        case dict():
+            media = [value[name] for name in MEDIA & value.keys()]
+            media += [value["source"]] if isinstance(value.get("source"), dict) else []
+            return sum(_media_pixels(item, field) for item in media) + _image_pixels([*value.values()], field)
+    return 0
+
+
+def _media_pixels(media: Any, field: str) -> int:
+    """The pixels of an image: the address of one, or an object that holds it or its data."""
+    if isinstance(media, dict):
+        if isinstance(data := media.get("data"), str):
+            return _pixels(data)
+        media = media.get("url")
+    if not isinstance(media, str) or re.match("https?://", media, re.IGNORECASE):
+        return 0  # for vLLM to judge
+    head, _, data = media.partition(",")
+    if head[:5].lower() != "data:" or not head.endswith(";base64"):
+        raise ChatError(f"{field}: images are sent as data URLs in base64", param=field)
+    return _pixels(data)
+
+
+def _pixels(data: str) -> int:
+    """How many pixels an image in base64 will have when it is decoded; 0 where it is none."""
+    try:
+        with Image.open(BytesIO(base64.b64decode(data))) as image:
+            return image.width * image.height
+    except Image.DecompressionBombError:
+        return MAX_PIXELS + 1
+    except (OSError, ValueError, SyntaxError):
+        return 0
 
 
 def _check_grammar(text: str, field: str, depth: int) -> None:

@@ -28,6 +28,7 @@ def environment_defaults() -> list[Default]:
     chosen = [
         Default("VLLM_NO_USAGE_STATS", "1", "nothing is sent to vLLM's makers"),
         Default("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0", "an allowed host must not lead to one that is not"),
+        Default("VLLM_MAX_IMAGE_PIXELS", str(2**26), "decoded, such an image takes 200 MB"),
         Default("TOKENIZERS_PARALLELISM", "false", "one prompt is encoded faster on one thread"),
     ]
     if on_cpu():

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 import hardware
+import lora
 import qwen_v1
 import thoughts
 from prompt_utils import Prompt, PromptBuilder
@@ -155,6 +156,11 @@ def check_loadable(args: Any) -> None:
             f"{folder.name} was trained on {trained} tokens; how it stretches beyond (dynamic NTK, logn attention) is "
             "not in vLLM: leave --max-model-len out, or name less"
         )
+    if "vision_config" in config and not find_spec("torchvision"):
+        raise ModelUnavailable(
+            f"{folder.name} takes images, which needs torchvision, and that is not installed: with vLLM's CPU build, "
+            "add PyTorch's CPU build of the version that requirements.txt names"
+        )
     if _four_bits(config) and not hardware.computes_four_bits():
         raise ModelUnavailable(
             f"{folder.name} has weights of 4 bits, for which vLLM needs a GPU, or a processor with AVX-512: take the "
@@ -169,6 +175,25 @@ def check_loadable(args: Any) -> None:
         raise ModelUnavailable(f"this version of vLLM does not know the architecture of {folder}: {names}")
     if not args.trust_remote_code:
         raise ModelUnavailable(f"{folder} needs the code that it brings: read it, then add --trust-remote-code")
+
+
+def check_adapters(adapters: Mapping[str, str], args: Any) -> None:
+    """Refuses LoRA adapters that vLLM would refuse too, but only after it has loaded the model, and those for a larger
+    or smaller model: vLLM takes one whose matrices are smaller than the model's, and answers nonsense.
+
+    Args:
+        adapters: their folders by their names.
+        args: as for `check_loadable`.
+
+    Raises:
+        ModelUnavailable: naming the adapter.
+    """
+    config = json.loads((Path(args.model) / "config.json").read_bytes())
+    for name, folder in adapters.items():
+        try:
+            lora.check(Path(folder), config.get("text_config") or config, args)
+        except ValueError as reason:
+            raise ModelUnavailable(f"the LoRA adapter {name} cannot be used: {folder}: {reason}") from None
 
 
 def _tokenizer_is_code(folder: Path) -> bool:
@@ -359,6 +384,7 @@ def begin_process() -> None:
     end_with_parent()
     qwen_v1.register()
     thoughts.register()
+    lora.repair()
 
 
 def end_with_parent() -> None:

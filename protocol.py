@@ -5,8 +5,8 @@ of HTTP, terminals or vLLM, and imports nothing of the project.
 """
 
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
@@ -144,6 +144,34 @@ class ChatResult:
 
 Part = Reasoning | str | ChatResult
 """What an answer comes in: pieces of what the model thinks, if it does; pieces of text; at last one result."""
+
+
+class Question(str):
+    """What a user asks, with the images that go along, each as a data URL."""
+
+    images: Sequence[str]
+
+    def __new__(cls, text: str, images: Sequence[str] = ()) -> "Question":
+        """The text is the string itself."""
+        question = super().__new__(cls, text)
+        question.images = images
+        return question
+
+
+AskedTurn = tuple[Question, str]
+"""A turn whose question may have images."""
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server tells of itself: the names of its model and its LoRA adapters, the model's context in tokens,
+    whether it takes images, what a request that says nothing of sampling gets, and the largest request in bytes."""
+
+    models: list[str]
+    context: int = 0
+    images: bool = False
+    defaults: dict[str, Any] = field(default_factory=dict)
+    max_body_size: int = 0
 
 
 def retry_delay(error: ChatError, attempt: int) -> float | None:

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,12 +19,24 @@ import requests
 from urllib3.exceptions import NewConnectionError, ReadTimeoutError
 
 import console
-from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Part, Reasoning, Sampling, Turn
+from protocol import (
+    DEFAULT_SYSTEM,
+    AskedTurn,
+    ChatError,
+    ChatResult,
+    Part,
+    Question,
+    Reasoning,
+    Sampling,
+    ServerInfo,
+    Turn,
+)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT, READ_TIMEOUT = 5.0, 300.0
 """Seconds to wait for a connection, and for each further piece of an answer."""
 MODELS_TIMEOUT = (CONNECT_TIMEOUT, 10.0)
+OPENAI_CHAT = "/v1/chat/completions"
 TEST_MESSAGE = "What is the capital of France?"
 
 
@@ -46,19 +57,25 @@ def stream_chat(
     Raises:
         ChatError: the server refused the request, failed, cannot be reached, or the answer broke off.
     """
-    body, answer = _body(query, history, system, sampling), _Answer(query, history)
-    with (
-        _told_as_chat_errors(url, timeout),
-        _session(url, api_key) as session,
-        session.post(f"{url}/chat", json=body, timeout=timeout, stream=True) as response,
-    ):
-        if response.status_code != 200:
-            raise _refusal(response)
-        for chunk in response.iter_content(chunk_size=None):
-            yield from answer.parts(chunk)
-            if answer.ended:
-                return
-    raise ChatError("the answer ended without its last line", "incomplete")
+    body = _body(query, history, system, sampling)
+    yield from _stream(url, "/chat", body, _Answer(query, history), api_key, timeout)
+
+
+def stream_messages(
+    url: str,
+    messages: Sequence[dict[str, Any]],
+    sampling: Sampling | None = None,
+    api_key: str | None = None,
+    timeout: tuple[float, float] = (CONNECT_TIMEOUT, READ_TIMEOUT),
+) -> Iterator[Part]:
+    """`stream_chat` for conversations with images: `messages` is in OpenAI's form and goes to OpenAI's route.
+
+    Of the result `history` is empty and `dropped_turns` 0: that route takes all of a conversation or refuses it.
+
+    Raises:
+        ChatError: as in `stream_chat`.
+    """
+    yield from _stream(url, OPENAI_CHAT, _openai_body(messages, sampling), _OpenAIAnswer(), api_key, timeout)
 
 
 async def stream_chat_async(
@@ -88,36 +105,20 @@ async def stream_messages_async(
     api_key: str | None = None,
     timeout: tuple[float, float] = (CONNECT_TIMEOUT, READ_TIMEOUT),
 ) -> AsyncIterator[Part]:
-    """`stream_chat_async` for conversations with images: `messages` is in OpenAI's form and goes to OpenAI's route.
-
-    Of the result `history` is empty and `dropped_turns` 0: that route takes all of a conversation or refuses it.
+    """`stream_messages` on asyncio, as `stream_chat_async`.
 
     Raises:
         ChatError: as in `stream_chat`.
     """
-    wanted = sampling.sampling() if sampling else {}
-    if "enable_thinking" in wanted:
-        wanted["chat_template_kwargs"] = {"enable_thinking": wanted.pop("enable_thinking")}
-    body = {"messages": list(messages), "stream": True, "stream_options": {"include_usage": True}, **wanted}
-    parts = _stream_async(url, "/v1/chat/completions", body, _OpenAIAnswer(), api_key, timeout)
+    body = _openai_body(messages, sampling)
+    parts = _stream_async(url, OPENAI_CHAT, body, _OpenAIAnswer(), api_key, timeout)
     async with aclosing(parts):
         async for part in parts:
             yield part
 
 
-@dataclass(frozen=True)
-class ServerInfo:
-    """What a server tells of itself: the names of its model and its LoRA adapters, the model's context in tokens,
-    whether it takes images, and what a request that says nothing of sampling gets."""
-
-    models: list[str]
-    context: int
-    images: bool
-    defaults: dict[str, Any]
-
-
 async def server_info_async(url: str, api_key: str | None = None) -> ServerInfo:
-    """What the server at `url` tells of itself.
+    """`server_info` on asyncio.
 
     Raises:
         ChatError: as in `stream_chat`.
@@ -125,6 +126,19 @@ async def server_info_async(url: str, api_key: str | None = None) -> ServerInfo:
     with _told_as_chat_errors(url, MODELS_TIMEOUT):
         async with _async_client(url, api_key, MODELS_TIMEOUT) as client:
             response = await client.get(f"{url}/chat/info")
+        if response.status_code != 200:
+            raise _refusal(response)
+        return ServerInfo(**response.json())
+
+
+def server_info(url: str, api_key: str | None = None) -> ServerInfo:
+    """What the server at `url` tells of itself.
+
+    Raises:
+        ChatError: as in `stream_chat`.
+    """
+    with _told_as_chat_errors(url, MODELS_TIMEOUT), _session(url, api_key) as session:
+        response = session.get(f"{url}/chat/info", timeout=MODELS_TIMEOUT)
         if response.status_code != 200:
             raise _refusal(response)
         return ServerInfo(**response.json())
@@ -146,6 +160,23 @@ def served_model(url: str, api_key: str | None = None) -> str:
 def _body(query: str, history: Sequence[Turn], system: str, sampling: Sampling | None) -> dict[str, Any]:
     body = {"query": query, "history": list(history), "system": system, "stream": True}
     return body | (sampling.sampling() if sampling else {})
+
+
+def _openai_body(messages: Sequence[dict[str, Any]], sampling: Sampling | None) -> dict[str, Any]:
+    wanted = sampling.sampling() if sampling else {}
+    if "enable_thinking" in wanted:
+        wanted["chat_template_kwargs"] = {"enable_thinking": wanted.pop("enable_thinking")}
+    return {"messages": list(messages), "stream": True, "stream_options": {"include_usage": True}, **wanted}
+
+
+def with_images(query: Question, history: Sequence[AskedTurn], system: str) -> list[dict[str, Any]]:
+    """A conversation in OpenAI's form, with the images of its questions."""
+    messages = [{"role": "system", "content": system}]
+    for question, answer in [*history, (query, None)]:
+        images = [{"type": "image_url", "image_url": {"url": image}} for image in question.images]
+        messages.append({"role": "user", "content": [*images, {"type": "text", "text": question}]})
+        messages += [{"role": "assistant", "content": answer}] if answer is not None else []
+    return messages
 
 
 def _session(url: str, api_key: str | None) -> requests.Session:
@@ -175,6 +206,23 @@ def _goes_out(url: str) -> bool:
         return urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1")
     except ValueError as error:
         raise ChatError(f"{url} is no address: {error}", "unreachable") from error
+
+
+def _stream(
+    url: str, path: str, body: dict[str, Any], answer: "_Answer", api_key: str | None, timeout: tuple[float, float]
+) -> Iterator[Part]:
+    with (
+        _told_as_chat_errors(url, timeout),
+        _session(url, api_key) as session,
+        session.post(url + path, json=body, timeout=timeout, stream=True) as response,
+    ):
+        if response.status_code != 200:
+            raise _refusal(response)
+        for chunk in response.iter_content(chunk_size=None):
+            yield from answer.parts(chunk)
+            if answer.ended:
+                return
+    raise ChatError("the answer ended without its last line", "incomplete")
 
 
 async def _stream_async(
@@ -376,7 +424,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.test_message is not None:
         return _run_test_message(url, args)
 
-    def ask(query: str, history: Sequence[Turn], system: str, sampling: Sampling) -> Iterator[Part]:
+    def ask(query: Question, history: Sequence[AskedTurn], system: str, sampling: Sampling) -> Iterator[Part]:
+        if query.images or any(question.images for question, _ in history):
+            return stream_messages(url, with_images(query, history, system), sampling, args.api_key)
         return stream_chat(url, query, history, system, sampling, args.api_key)
 
     try:
@@ -385,7 +435,7 @@ def main(argv: list[str] | None = None) -> int:
         title = f"{url}: {error.message}"
     except KeyboardInterrupt:
         return 130
-    return console.run(ask, title, args)
+    return console.run(ask, title, args, lambda: server_info(url, args.api_key))
 
 
 def _run_test_message(url: str, args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ import console
 from batch import Batch, BatchError
 from hardware import engine_defaults, set_environment, values
 from model_utils import CACHE, DEMO_NAME, HUBS, ModelUnavailable, resolve_model
-from protocol import ChatError, Sampling
+from protocol import ChatError, Sampling, ServerInfo
 
 if TYPE_CHECKING:
     from vllm_wrapper import ChatModel
@@ -45,6 +45,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     )
     parser.add_argument("--hub", choices=HUBS, default="modelscope", help="where a model that is no folder comes from")
     parser.add_argument(
+        "--lora-modules", nargs="+", type=_adapter, default=[], metavar="NAME=FOLDER", help="LoRA adapters"
+    )
+    parser.add_argument(
         "--chat-template", "--chat_template", metavar="FILE", help="Jinja template in place of the model's own"
     )
     parser.add_argument("--verbose", action="store_true", help=f"show vLLM's log too, which goes to {LOG}")
@@ -65,6 +68,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     return args, engine_flags
 
 
+def _adapter(text: str) -> tuple[str, str]:
+    name, _, folder = text.partition("=")
+    if not (name and folder):
+        raise argparse.ArgumentTypeError("has the form NAME=FOLDER")
+    return name, str(Path(folder).expanduser())
+
+
 def main(argv: list[str] | None = None) -> int:
     """The offline chat; returns the exit status."""
     args, engine_flags = parse_args(argv)
@@ -79,9 +89,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1 if isinstance(error, ModelUnavailable) else 2
     except KeyboardInterrupt:
         return 130
+    name = args.model_path or DEMO_NAME
+    info = ServerInfo([name, *model.adapters])
     if args.prompt is not None:
-        return 0 if console.Chat(model.stream_chat, args.system, sampling, 0).answer(args.prompt) else 1
-    return console.run(model.stream_chat, f"{args.model_path or DEMO_NAME}, offline", args)
+        return 0 if console.Chat(model.stream_chat, args.system, sampling, 0, lambda: info).answer(args.prompt) else 1
+    return console.run(model.stream_chat, f"{name}, offline", args, lambda: info)
 
 
 def _answer_file(args: argparse.Namespace, sampling: Sampling, load: Callable[[], "ChatModel"]) -> int:
@@ -117,7 +129,11 @@ def _load(args: argparse.Namespace, engine_flags: list[str]) -> "ChatModel":
         with _output_to(LOG, args.verbose):
             from vllm_wrapper import ChatModel
 
-            model = ChatModel(**_engine_args(folder, engine_flags), chat_template=args.chat_template)
+            model = ChatModel(
+                **_engine_args(folder, engine_flags),
+                chat_template=args.chat_template,
+                adapters=dict(args.lora_modules),
+            )
     except ModelUnavailable:
         raise
     except SystemExit:

@@ -41,6 +41,7 @@ from model_utils import (
     HUBS,
     ModelUnavailable,
     RequestBuilder,
+    check_adapters,
     check_loadable,
     number_format,
     read_chat_template,
@@ -151,13 +152,14 @@ class ChatEndpoint:
         return Answer(outputs, chat.stream, prompt, self._requests.splitter(prompt))
 
     async def info(self) -> dict[str, Any]:
-        """What a client may want to show before it asks: models, context in tokens, defaults of `/chat`."""
+        """What a client may want to show before it asks: models, context in tokens, defaults of `/chat`, limits."""
         config = self._engine.model_config
         return {
             "models": self._names(),
             "context": config.max_model_len,
             "images": config.is_multimodal_model,
             "defaults": self._requests.defaults if self._requests else {},
+            "max_body_size": self._args.max_body_size,
         }
 
     def _names(self) -> list[str]:
@@ -340,6 +342,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         structured_outputs_config=StructuredOutputsConfig(backend="guidance"),
         # vLLM would fetch media from any address that a request names; it quotes this list where it refuses.
         allowed_media_domains=["none, unless --allowed-media-domains names some"],
+        # vLLM would take 999 of each in one request.
+        limit_mm_per_prompt={"image": 16, "video": 1, "audio": 1},
         model=None,
         host="127.0.0.1",
         h11_max_incomplete_event_size=2**16,
@@ -360,6 +364,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     is_id = name and not Path(name).expanduser().is_dir()
     args.served_model_name = args.served_model_name or [name if is_id else Path(args.model).resolve().name]
     check_loadable(args)
+    _check_adapters(args)
     args.dtype = number_format(args)
     read_chat_template(args.chat_template)
     validate_parsed_serve_args(args)
@@ -370,6 +375,18 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         args.trust_remote_code,
     )
     return args
+
+
+def _check_adapters(args: Namespace) -> None:
+    adapters = args.lora_modules or []
+    if adapters and not args.enable_lora:
+        raise ModelUnavailable("--lora-modules needs --enable-lora")
+    for adapter in adapters:
+        adapter.path = str(Path(adapter.path).expanduser())
+    check_adapters({adapter.name: adapter.path for adapter in adapters}, args)
+    names = [*args.served_model_name, *(adapter.name for adapter in adapters)]
+    if len(set(names)) < len(names):
+        raise ModelUnavailable(f"two of these have the same name: {', '.join(names)}; choose others in --lora-modules")
 
 
 def _check_port(args: Namespace) -> None:

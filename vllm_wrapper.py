@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hardware import engine_defaults, graph_defaults, set_environment, values
 from model_utils import (
     RequestBuilder,
+    check_adapters,
     check_loadable,
     number_format,
     read_chat_template,
@@ -38,10 +39,12 @@ class ChatModel:
     Args:
         model: a local folder or a hub id; None: the demo model.
         hub: "modelscope" or "huggingface", where an id is fetched from.
+        adapters: folders of LoRA adapters by the names under which a row's `model` chooses them.
         chat_template: a file with the Jinja template to take in place of the model's own, or its text.
         engine_args: any of `vllm.EngineArgs`, over our defaults for this hardware.
 
     Attributes:
+        adapters: the LoRA adapters by their names.
         no_chat: why the model has no chat but only `complete_batch`: it has no chat template that the prompt builder
             can follow. None where it has; else every chat raises it.
 
@@ -53,16 +56,23 @@ class ChatModel:
         self,
         model: str | None = None,
         hub: str = "modelscope",
+        adapters: Mapping[str, str] | None = None,
         chat_template: str | None = None,
         **engine_args: Any,
     ) -> None:
         folder = resolve_model(model, hub)
         set_environment()
         from vllm import LLM, EngineArgs
+        from vllm.lora.request import LoRARequest
 
         engine_args = {**values(engine_defaults()), **engine_args, "model": folder}
+        engine_args |= {"enable_lora": True} if adapters else {}
         args = EngineArgs(**engine_args)
         check_loadable(args)
+        check_adapters(adapters or {}, args)
+        self.adapters = {
+            name: LoRARequest(name, i, path) for i, (name, path) in enumerate((adapters or {}).items(), start=1)
+        }
         engine_args["dtype"] = number_format(args)
         template = read_chat_template(chat_template)
         engine_args |= values(graph_defaults(args))
@@ -191,8 +201,9 @@ class ChatModel:
             if self.no_chat:
                 raise self.no_chat
             request = validated(ChatRequest, _request_body(row, sampling))
-            if request.model:
-                raise ChatError("model: only vllm_server.py has adapters; leave it out", param="model")
+            if request.model and request.model not in self.adapters:
+                names = ", ".join(self.adapters) or "none is loaded"
+                raise ChatError(f"model: there is no such LoRA adapter ({names})", param="model")
             prompt, params = self._requests.build(request, stream)
             return Answer(i, prompt, params, request, self._requests.splitter(prompt))
         except ChatError as error:
@@ -243,7 +254,9 @@ class ChatModel:
         with _uninterrupted(), self._engine_errors():
             request_id = next(self._ids)
             try:
-                self._engine.add_request(request_id, {"prompt_token_ids": answer.prompt.token_ids}, answer.params)
+                prompt = {"prompt_token_ids": answer.prompt.token_ids}
+                adapter = self.adapters.get(answer.request.model) if answer.request else None
+                self._engine.add_request(request_id, prompt, answer.params, lora_request=adapter)
             except ValueError as error:
                 answer.error = ChatError(str(error)[:300])
             else:

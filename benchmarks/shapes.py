@@ -58,13 +58,13 @@ PUBLISHED = {
 SHAPES |= {name: dict(zip(SHAPES["tiny"], sizes, strict=True)) for name, sizes in PUBLISHED.items()}
 
 
-def qwen_tokenizer() -> PreTrainedTokenizerFast:
+def qwen_tokenizer(chat_template: str = TEMPLATE, *vision_tokens: str) -> PreTrainedTokenizerFast:
     """Qwen2.5's tokenizer: the vocabulary that the package `dashscope` carries, and the plain part of its template."""
     package = find_spec("dashscope").submodule_search_locations[0]
     file = str(Path(package) / "resources" / "qwen.tiktoken")
-    vocabulary = TikTokenConverter(file, PATTERN, extra_special_tokens=[*SPECIAL_TOKENS]).converted()
+    vocabulary = TikTokenConverter(file, PATTERN, extra_special_tokens=[*SPECIAL_TOKENS, *vision_tokens]).converted()
     vocabulary.normalizer = normalizers.NFC()
-    return with_control_tokens(vocabulary, TEMPLATE)
+    return with_control_tokens(vocabulary, chat_template)
 
 
 def with_control_tokens(vocabulary: Tokenizer, chat_template: str) -> PreTrainedTokenizerFast:

@@ -1,6 +1,7 @@
 """The terminal: whole transcripts with a scripted `ask`."""
 
 import argparse
+import base64
 import io
 import json
 import re
@@ -14,8 +15,9 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 import console
-from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Reasoning, Sampling, Turn
+from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Reasoning, Sampling, ServerInfo, Turn
 
+INFO = ServerInfo(["base", "poet", "lawyer"], images=True, max_body_size=1000)
 CTRL_C, CTRL_D, ALT_ENTER = "\x03", "\x04", "\x1b\r"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -83,7 +85,7 @@ def pipe(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
     def run(ask: ScriptedAsk, questions: str, *flags: str) -> int:
         monkeypatch.setattr("sys.stdin", Pipe(questions))
-        return console.run(ask, "title", parsed(*flags))
+        return console.run(ask, "title", parsed(*flags), lambda: INFO)
 
     return run
 
@@ -92,13 +94,13 @@ def pipe(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """Runs a chat whose user types these lines in a terminal, and returns what is shown between them."""
 
-    def run(ask: ScriptedAsk, *typed: str, keys: str = "", flags: Sequence[str] = ()) -> str:
+    def run(ask: ScriptedAsk, *typed: str, keys: str = "", flags: Sequence[str] = (), info: ServerInfo = INFO) -> str:
         monkeypatch.setattr("sys.stdin", Terminal())
         monkeypatch.setattr("sys.stdout.isatty", lambda: True)
         monkeypatch.setattr(console, "LINE_HISTORY", tmp_path / "state" / "lines")
         with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
             pipe.send_text(keys or "".join(f"{line}\r" for line in typed) + CTRL_D)
-            assert console.run(ask, "title", parsed(*flags)) == 0
+            assert console.run(ask, "title", parsed(*flags), lambda: info) == 0
         shown = capsys.readouterr()
         return shown.out.split(f"Ctrl-D leaves.{PLAIN}\n", 1)[1] + shown.err
 
@@ -348,7 +350,7 @@ def test_a_pipe_gets_the_answer_as_it_is(pipe: Callable, capsys: pytest.CaptureF
 
 def test_help_names_every_command(terminal: Callable) -> None:
     shown = terminal(ScriptedAsk(), "/help")
-    for name in ("clear", "system", "history", "set", "regen", "save", "load", "exit"):
+    for name in ("clear", "system", "history", "set", "model", "image", "regen", "save", "load", "exit"):
         assert f"/{name}" in shown
 
 
@@ -439,7 +441,111 @@ def test_a_saved_conversation_goes_on(terminal: Callable, tmp_path: Path) -> Non
     assert json.loads(file.read_text(encoding="utf-8"))["history"] == [["one", "a\n你好"]]
 
 
-BAD_FILES = ["", "{", "[]", '"x"', "null", '{"history": [["a"]]}', '{"history": "x"}', '{"system": 1}', "[" * 100_000]
+def test_model_shows_and_chooses(terminal: Callable) -> None:
+    ask = ScriptedAsk(["a"], ["b"])
+    shown = terminal(ask, "/model", "/model poet", "one", "/model writer", "/model base", "two")
+    assert shown.startswith("* base\n  poet\n  lawyer\n  base\n* poet\n  lawyer\na\n")
+    assert "There is no model writer, only base, poet, lawyer.\n" in shown
+    assert [call.sampling for call in ask.calls] == [{"model": "poet"}, {}]
+
+
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
+PNG_URL = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with files in it."""
+    files = {"a.png": PNG, "my b.jpg": b"\xff\xd8\xff", "c": b"RIFF\n\r\xffeWEBP", "d.gif": b"GIF89a"}
+    for name, data in files.items() | {"note.png": b"text", "large.png": PNG * 7}.items():
+        (tmp_path / name).write_bytes(data)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_images_go_along_with_the_next_question_and_with_later_ones_as_its_history(
+    terminal: Callable, pictures: Path
+) -> None:
+    ask = ScriptedAsk(["a"], ["b"], ["c"])
+    typed = ["/image", "/image a.png", "/image my b.jpg", "/image", "one", "/image", "two", "/regen", "/history"]
+    shown = terminal(ask, *typed)
+    nothing, attached = "No image is attached.\n", "a.png\na.png\nmy b.jpg\na.png\nmy b.jpg\n"
+    assert without_remarks(shown) == f"{nothing}{attached}a\n{nothing}b\nc\n> [images: 2] one\na\n> two\nc\n"
+    first, second, again = ask.calls
+    assert first.query.images == [PNG_URL, "data:image/jpeg;base64,/9j/"]
+    assert second.query.images == again.query.images == []
+    assert second.history[0][0].images == again.history[0][0].images == first.query.images
+
+
+def test_images_are_kept_where_a_question_fails_and_forgotten_by_clear(terminal: Callable, pictures: Path) -> None:
+    ask = ScriptedAsk([ChatError("busy")], ["b"], ["c"], ["d"])
+    terminal(ask, "/image c", "/image d.gif", "one", "two", "/regen", "/image a.png", "/clear", "three")
+    kinds = [[url.partition(";")[0] for url in call.query.images] for call in ask.calls]
+    assert kinds == [["data:image/webp", "data:image/gif"]] * 3 + [[]]
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("/image note.png", "note.png is no PNG, JPEG, WebP or GIF image."),
+        ("/image missing.png", "/image missing.png: No such file or directory"),
+        ("/image .", "/image .: Is a directory"),
+        ("/image large.png", "large.png: the images of this conversation would take 1030 bytes in a request, "),
+    ],
+)
+def test_a_file_that_cannot_be_attached(terminal: Callable, pictures: Path, typed: str, told: str) -> None:
+    ask = ScriptedAsk(["a"])
+    assert terminal(ask, typed, "one").startswith(told)
+    assert ask.calls[0].query.images == []
+
+
+def test_images_of_earlier_turns_count_too(terminal: Callable, pictures: Path) -> None:
+    typed = [line for n in range(7) for line in ("/image a.png", f"question {n}")]
+    ask = ScriptedAsk(*[["a"]] * 8)
+    shown = terminal(ask, *typed, "/image", flags=["--history-max", "9"])
+    size = 7 * len(PNG_URL)
+    assert f"would take {size} bytes in a request, and this server's are at most 1000" in shown
+    assert [len(call.query.images) for call in ask.calls] == [1, 1, 1, 1, 1, 1, 0]
+
+
+def test_answering_again_leaves_what_is_attached_for_the_next_question(terminal: Callable, pictures: Path) -> None:
+    ask = ScriptedAsk(["a"], ["b"], ["c"])
+    terminal(ask, "one", "/image a.png", "/regen", "two")
+    assert [call.query.images for call in ask.calls] == [[], [], [PNG_URL]]
+
+
+def test_a_model_without_images_says_so_before_anything_is_sent(terminal: Callable, pictures: Path) -> None:
+    ask = ScriptedAsk()
+    assert terminal(ask, "/image a.png", info=ServerInfo(["base"])) == "base takes no images.\n"
+
+
+def test_a_saved_conversation_keeps_its_images(terminal: Callable, pictures: Path) -> None:
+    terminal(ScriptedAsk(["a"], ["b"]), "/image a.png", "one", "two", "/save chat.json")
+    ask = ScriptedAsk(["c"])
+    assert terminal(ask, "/load chat.json", "three").startswith("2 turns\n")
+    assert [(query, query.images, answer) for query, answer in ask.calls[0].history] == [
+        ("one", [PNG_URL], "a"),
+        ("two", [], "b"),
+    ]
+    ask = ScriptedAsk(["c"])
+    shown = terminal(ask, "/load chat.json", "three", info=ServerInfo(["base"]))
+    assert shown.startswith("Its images are left out: base takes none.\n2 turns\n")
+    assert [(query, query.images) for query, _ in ask.calls[0].history] == [("one", ()), ("two", ())]
+
+
+BAD_FILES = [
+    "",
+    "{",
+    "[]",
+    '"x"',
+    "null",
+    '{"history": [["a"]]}',
+    '{"history": "x"}',
+    '{"system": 1}',
+    '{"images": [["file:///"]]}',
+    '{"history": [["a", "b"]], "images": [[], []]}',
+    "[" * 100_000,
+]
 
 
 @pytest.mark.parametrize("content", [*map(str.encode, BAD_FILES), b"\xff\xfe"])

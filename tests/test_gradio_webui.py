@@ -278,6 +278,15 @@ def test_images_go_along_as_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert now["content"] == [image, {"type": "text", "text": "What?"}]
 
 
+def test_an_export_has_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    (tmp_path / "dot.png").write_bytes(b"png")
+    question = {"role": "user", "content": [file_part(tmp_path / "dot.png"), *TALK[0]["content"]]}
+    exported = json.loads(as_json([question, *TALK[1:]], "Be brief."))
+    assert exported["images"] == [[f"data:image/png;base64,{base64.b64encode(b'png').decode()}"], []]
+    assert exported["history"] == [["a", "b"], ["d", "half"]]
+
+
 @pytest.mark.parametrize("path", ["up/gone.png", "up/notes.txt", "secret.png", "up/../secret.png", "up/link.png"])
 def test_no_other_file_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     uploads = tmp_path / "up"

@@ -1,7 +1,11 @@
 """The guard before every route, with an app behind it that echoes what reaches it."""
 
 import asyncio
+import base64
 import json
+import struct
+from typing import Any
+from zlib import crc32
 
 import httpx
 import pytest
@@ -81,6 +85,58 @@ def test_a_websocket_needs_the_key_too() -> None:
     asyncio.run(connect())
     assert sent[0]["type"] == "websocket.http.response.start"
     assert sent[0]["status"] == 401
+
+
+def png(width: int, height: int) -> str:
+    """A PNG of next to no bytes that says it has this size."""
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, chunk in ((b"IHDR", head), (b"IDAT", b""), (b"IEND", b"")):
+        data += struct.pack(">I", len(chunk)) + kind + chunk + struct.pack(">I", crc32(kind + chunk))
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def images(*urls: str, **fields: str) -> dict[str, Any]:
+    """A request with these images."""
+    parts = [{"type": "image_url", "image_url": {"url": url}, **fields} for url in urls]
+    return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}]}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        images(png(8192, 8192)),
+        images(*[png(2048, 2048)] * 16),
+        images("data:image/png;base64,broken", "https://example.com/a.png", "HTTP://example.com/a.png"),
+        {"messages": [{"content": "file:///etc/passwd"}, {"content": [{"type": "text", "text": "file:///x"}]}, 1]},
+        {"tools": [{"uuid": 1}], "messages": [{"content": "uuid", "source": "a"}]},
+        {"messages": [{"content": [{"image_url": None}, {"image_url": {"url": 1}}, "text"]}], "input": "a"},
+    ],
+)
+def test_images_that_pass(body: dict) -> None:
+    check_json(encoded(body))
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (images(png(8193, 8192)), "over 67108864 pixels"),
+        (images(*[png(2048, 2048)] * 17), "over 67108864 pixels"),
+        (images(png(50_000, 50_000)), "over 67108864 pixels"),
+        ({"input": [{"content": [{"type": "input_image", "image_url": png(50_000, 50_000)}]}]}, "pixels"),
+        (images("DATA:image/png;base64" + png(50_000, 50_000)[21:]), "pixels"),
+        ({"messages": [{"content": [{"source": {"data": png(50_000, 50_000).partition(",")[2]}}]}]}, "pixels"),
+        ({"messages": [images(*[png(2048, 2048)] * 9)["messages"]] * 2}, "pixels"),  # of /v1/chat/completions/batch
+        (images("data:image/png,abc"), "as data URLs in base64"),
+        (images("file:///etc/passwd"), "as data URLs"),
+        (images("/etc/passwd"), "as data URLs"),
+        (images(png(8, 8), uuid="a"), "uuid is not taken"),
+    ],
+)
+def test_images_that_could_hurt_are_refused(body: dict, reason: str) -> None:
+    with pytest.raises(ChatError, match=reason) as caught:
+        check_json(encoded(body))
+    assert caught.value.param in body
 
 
 def encoded(body: str | dict) -> bytes:

@@ -169,6 +169,15 @@ def test_a_model_that_can_be_loaded(
     check_loadable(SimpleNamespace(model=str(folder), **{**LOADING, **flags}))
 
 
+def test_a_model_that_takes_images_needs_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_model(tmp_path, architectures=["Qwen2_5_VLForConditionalGeneration"], vision_config={})
+    monkeypatch.setattr(model_utils, "find_spec", lambda name: None)
+    with pytest.raises(ModelUnavailable, match="needs torchvision"):
+        check_loadable(SimpleNamespace(model=str(folder), **LOADING))
+    monkeypatch.setattr(model_utils, "find_spec", lambda name: name)
+    check_loadable(SimpleNamespace(model=str(folder), **LOADING))
+
+
 def test_a_tokenizer_that_is_code_is_not_run_unasked(tmp_path: Path) -> None:
     folder = write_model(tmp_path)
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")

@@ -5,8 +5,10 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_checkpoints import VISION_TEMPLATE, VISION_TOKENS
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from benchmarks import shapes
 from prompt_utils import PromptBuilder
 from protocol import ChatError, Turn
 
@@ -140,6 +142,14 @@ def test_ids_of_the_real_vocabulary(builders: dict[str, PromptBuilder]) -> None:
     expected = [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198]
     expected += [151644, 872, 198, 108386, 151645, 198, 151644, 77091, 198]
     assert prompt.token_ids == expected
+
+
+def test_a_model_that_takes_images_is_asked_in_text_as_its_template_does() -> None:
+    tokenizer = shapes.qwen_tokenizer(VISION_TEMPLATE, *VISION_TOKENS)
+    builder, turns = PromptBuilder(tokenizer), [("Hi", "Hello!"), ("你好\n", " 你好！")]
+    assert builder.build("S", turns, "Q", MANY).token_ids == from_template(tokenizer, "S", turns, "Q")
+    ids = builder.build("".join(VISION_TOKENS), turns, "<|vision_start|><|image_pad|><|vision_end|>", MANY).token_ids
+    assert not set(tokenizer.convert_tokens_to_ids(VISION_TOKENS)) & set(ids)
 
 
 def test_the_stop_token_ends_a_turn(builder: PromptBuilder, tokenizer: PreTrainedTokenizerBase) -> None:

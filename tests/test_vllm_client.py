@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 from scripted_server import LAST, Server, line
 
-from protocol import ChatError, ChatResult, Reasoning, Sampling
+from protocol import ChatError, ChatResult, Question, Reasoning, Sampling, ServerInfo
 from vllm_client import (
-    ServerInfo,
     main,
     served_model,
+    server_info,
     server_info_async,
     stream_chat,
     stream_chat_async,
+    stream_messages,
     stream_messages_async,
+    with_images,
 )
 
 
@@ -247,11 +249,32 @@ def test_a_conversation_with_images_goes_to_the_openai_route(server: Server, siz
     url = server.play(*chunks, path="/v1/chat/completions")
     messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}]}]
     sampling = Sampling(top_k=3, enable_thinking=False)
-    *pieces, result = asyncio.run(all_parts(stream_messages_async(url, messages, sampling, "key")))
-    assert pieces == ["你", "好"]
-    assert result == ChatResult("你好", [], "stop", "END", 9, 2, 0)
+    for *pieces, result in (
+        asyncio.run(all_parts(stream_messages_async(url, messages, sampling, "key"))),
+        list(stream_messages(url, messages, sampling, "key")),
+    ):
+        assert pieces == ["你", "好"]
+        assert result == ChatResult("你好", [], "stop", "END", 9, 2, 0)
     expected = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}, "top_k": 3}
-    assert server.requests[0][2] == expected | {"chat_template_kwargs": {"enable_thinking": False}}
+    expected |= {"chat_template_kwargs": {"enable_thinking": False}}
+    assert [body for _, _, body in server.requests] == [expected, expected]
+
+
+def test_questions_with_images_in_openais_form() -> None:
+    first, now = Question("What?", ["data:image/png;base64,AA", "data:image/gif;base64,BB"]), Question("And?")
+    assert with_images(now, [(first, "A cat.")], "Be brief.") == [
+        {"role": "system", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}},
+                {"type": "image_url", "image_url": {"url": "data:image/gif;base64,BB"}},
+                {"type": "text", "text": "What?"},
+            ],
+        },
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": [{"type": "text", "text": "And?"}]},
+    ]
 
 
 def test_thoughts_of_the_openai_route(server: Server) -> None:
@@ -277,13 +300,15 @@ def test_an_error_of_the_openai_route_is_raised(server: Server) -> None:
 def test_what_a_server_tells_of_itself(server: Server) -> None:
     told = {"models": ["base", "poet"], "context": 2048, "images": True, "defaults": {"temperature": 0.7}}
     url = server.play(line(told), path="/chat/info")
-    assert asyncio.run(server_info_async(url, "key")) == ServerInfo(**told)
+    assert asyncio.run(server_info_async(url, "key")) == server_info(url, "key") == ServerInfo(**told)
 
 
 @pytest.mark.parametrize(("status", "body"), [(401, b'{"error": "Unauthorized"}'), (200, b"<html>"), (200, b"{}")])
 def test_a_server_that_tells_nothing_of_itself(server: Server, status: int, body: bytes) -> None:
     with pytest.raises(ChatError):
         asyncio.run(server_info_async(server.play(body, status=status, path="/chat/info")))
+    with pytest.raises(ChatError):
+        server_info(server.url)
 
 
 def test_the_served_model(server: Server) -> None:
@@ -328,6 +353,29 @@ def test_the_program_answers_a_question_a_line(
         ("Bearer key", "one", 0),
         ("Bearer key", "two", 0),
     ]
+
+
+def test_the_programs_questions_go_where_their_images_are_taken(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.play(line({"data": [{"id": "base"}]}), path="/v1/models")
+    server.play(*(b"data: " + line(event) for event in EVENTS), path="/v1/chat/completions")
+    server.play(line({"models": ["base"], "images": True}), path="/chat/info")
+    url, calls = server.play(line({"delta": "Hi"}), line(LAST)), []
+    monkeypatch.setattr("console.run", lambda *args: calls.append(args) or 0)
+    assert main(["--url", url]) == 0
+    [(ask, title, _, info)] = calls
+    assert title == f"base at {url}"
+    assert info().images
+    text, image, settings = Question("one"), Question("two", ["data:image/png;base64,AA"]), Sampling(model="poet")
+    assert [part for part in ask(text, [], "S", settings) if isinstance(part, str)] == ["Hi"]
+    for query, history in ((image, []), (text, [(image, "a")])):
+        assert [part for part in ask(query, history, "S", settings) if isinstance(part, str)] == ["你", "好"]
+    asked = [(path, body) for path, _, body in server.requests if body]
+    assert [path for path, _ in asked] == ["/chat", "/v1/chat/completions", "/v1/chat/completions"]
+    assert asked[0][1]["history"] == []
+    assert [len(body["messages"]) for _, body in asked[1:]] == [2, 4]
+    assert {body["model"] for _, body in asked} == {"poet"}
 
 
 def test_the_program_says_that_no_server_answers(

@@ -74,6 +74,7 @@ def test_how_a_run_ends(files, run, capsys, model, status, message):
         (["--ordered"], "need --input"),
         (["--prompt", "Hi", "--reference", "answer"], "need --input"),
         (["--prompt", "Hi", "--temperature", "hot"], "temperature"),
+        (["--prompt", "Hi", "--lora-modules", "poet"], "has the form NAME=FOLDER"),
     ],
 )
 def test_wrong_usage_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, flags, message):
@@ -88,6 +89,13 @@ def test_wrong_usage_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, cap
     assert not list(tmp_path.iterdir())
 
 
+def test_adapters_are_named_with_their_folders(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    args, engine_flags = vllm_offline.parse_args(["--lora-modules", "poet=./poet", "b=~/a=b", "--max-lora-rank", "32"])
+    assert args.lora_modules == [("poet", "poet"), ("b", "/home/ada/a=b")]
+    assert engine_flags == ["--max-lora-rank", "32"]
+
+
 def test_a_chat_template_reaches_the_model(monkeypatch, tmp_path):
     loaded = []
     monkeypatch.setattr(vllm_offline, "LOG", tmp_path / "log")
@@ -97,4 +105,4 @@ def test_a_chat_template_reaches_the_model(monkeypatch, tmp_path):
     monkeypatch.setattr(ScriptedModel, "no_chat", None, raising=False)
     args, flags = vllm_offline.parse_args(["--model", "m", "--chat-template", "mine.jinja", "--max-model-len", "9"])
     vllm_offline._load(args, flags)
-    assert loaded == [{"model": "m", "flags": ["--max-model-len", "9"], "chat_template": "mine.jinja"}]
+    assert loaded == [{"model": "m", "flags": ["--max-model-len", "9"], "chat_template": "mine.jinja", "adapters": {}}]

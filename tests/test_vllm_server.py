@@ -14,6 +14,7 @@ import httpx
 import pytest
 from conftest import MAX_BODY, guard_args, write_model
 from fastapi import FastAPI
+from tiny_checkpoints import TEXT, write_adapter
 from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -143,7 +144,13 @@ def test_the_reasoning_parser_suits_the_model(
 def test_the_server_tells_of_itself(scripted_engine: Engines) -> None:
     told = ask(scripted_engine(context=512, configured={"top_k": 20}), "GET", "/chat/info").json()
     defaults = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "max_tokens": 128}
-    assert told == {"models": ["base", "poet"], "context": 512, "images": False, "defaults": defaults}
+    assert told == {
+        "models": ["base", "poet"],
+        "context": 512,
+        "images": False,
+        "defaults": defaults,
+        "max_body_size": MAX_BODY,
+    }
 
 
 def test_headers_of_a_stream(scripted_engine: Engines) -> None:
@@ -543,6 +550,35 @@ def test_the_names_of_the_model_flag(model: str, flags: list[str]) -> None:
 def test_vllms_own_flags_are_taken(model: str) -> None:
     args = parse_args(["--model", model, "--port=0", "--max_model_len=512", "--served-model-name", "a", "b"])
     assert (args.max_model_len, args.served_model_name) == (512, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (
+            ["poet=/no/such/folder", "--enable-lora"],
+            "adapter poet cannot be used: /no/such/folder: there is no ",
+        ),
+        (["poet={adapter}"], "--lora-modules needs --enable-lora"),
+        (["base={adapter}", "--enable-lora"], "two of these have the same name: base, base; "),
+        (["poet={adapter}", "poet={adapter}", "--enable-lora"], "two of these have the same name: base, poet, poet; "),
+    ],
+)
+def test_adapters_that_cannot_be_served(tmp_path: Path, flags: list[str], reason: str) -> None:
+    model = write_model(tmp_path / "base", hidden_size=TEXT["hidden_size"], num_hidden_layers=2)
+    adapter = write_adapter(tmp_path / "adapter")
+    flags = [flag.format(adapter=adapter) for flag in flags]
+    with pytest.raises(ModelUnavailable, match=reason):
+        parse_args(["--model", str(model), "--port", "0", "--lora-modules", *flags])
+
+
+def test_one_request_has_a_few_images_at_most_and_remote_ones_only_where_allowed(model: str) -> None:
+    args = parse_args(["--model", model, "--port", "0"])
+    assert args.limit_mm_per_prompt == {"image": 16, "video": 1, "audio": 1}
+    assert not any("." in domain for domain in args.allowed_media_domains)
+    flags = ["--limit-mm-per-prompt", '{"image": 2}', "--allowed-media-domains", "example.com"]
+    args = parse_args(["--model", model, "--port", "0", *flags])
+    assert (args.limit_mm_per_prompt, args.allowed_media_domains) == ({"image": 2}, ["example.com"])
 
 
 def test_the_users_dtype_goes_over_ours(model: str) -> None:

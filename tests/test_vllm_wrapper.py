@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import write_model
+from tiny_checkpoints import write_adapter
 
 import vllm_wrapper
 from model_utils import ModelUnavailable
@@ -35,11 +36,11 @@ class ScriptedLLM:
     def get_tokenizer(self) -> Any:
         return self._tokenizer
 
-    def add_request(self, request_id: str, prompt: dict[str, Any], params: Any) -> None:
+    def add_request(self, request_id: str, prompt: dict[str, Any], params: Any, lora_request: Any) -> None:
         text = self._tokenizer.decode(prompt["prompt_token_ids"])
         if "too strange" in text:
             raise ValueError("too strange for the ")
-        self.requests[request_id] = SimpleNamespace(prompt=text, params=params, tokens=[])
+        self.requests[request_id] = SimpleNamespace(prompt=text, params=params, tokens=[], adapter=lora_request)
         self.queue.append(request_id)
 
     def abort_request(self, request_ids: list[str]) -> None:
@@ -74,11 +75,15 @@ def load(monkeypatch, tmp_path, qwen3_tokenizer) -> Callable[..., tuple[ChatMode
     monkeypatch.setattr(vllm_wrapper, "set_environment", lambda: None)
 
     def load(
-        tokenizer: Any = qwen3_tokenizer, chat_template: str | None = None, **kwargs: Any
+        tokenizer: Any = qwen3_tokenizer,
+        chat_template: str | None = None,
+        adapters: dict[str, str] | None = None,
+        **kwargs: Any,
     ) -> tuple[ChatModel, ScriptedLLM]:
         llm = ScriptedLLM(tokenizer, **kwargs)
         monkeypatch.setattr("vllm.LLM", lambda **_: llm)
-        return ChatModel(str(write_model(tmp_path)), chat_template=chat_template), llm
+        folder = write_model(tmp_path, hidden_size=64, num_hidden_layers=2)
+        return ChatModel(str(folder), chat_template=chat_template, adapters=adapters), llm
 
     return load
 
@@ -175,7 +180,7 @@ def test_a_bad_row_has_its_error_and_the_others_their_answers(load):
         "not a request: Objec",
         "max_tokens: must be ",
         "system and query tak",
-        "model: only vllm_ser",
+        "model: there is no s",
         "too strange for the ",
         "the engine gave this",
     ]
@@ -188,6 +193,17 @@ def test_a_whole_batch_with_a_bad_row_is_refused_before_anything_runs(load):
         model.chat_batch([row(), row("")])
     assert not llm.requests
     assert model.chat_batch([]) == []
+
+
+def test_a_row_chooses_its_adapter(load, tmp_path):
+    model, llm = load(adapters={"poet": str(write_adapter(tmp_path / "poet"))})
+    results = dict(model.stream_batch([row(model="poet"), row(), row(model="lawyer")], deltas=False))
+    adapters = [request.adapter for request in llm.requests.values()]
+    assert [adapter and (adapter.lora_name, adapter.lora_path) for adapter in adapters] == [
+        ("poet", str(tmp_path / "poet")),
+        None,
+    ]
+    assert results[2].message == "model: there is no such LoRA adapter (poet)"
 
 
 def test_sampling_of_the_row_goes_before_that_of_the_batch(load):

@@ -437,6 +437,23 @@ def test_a_hundred_people_are_answered_at_once(server):
             time.sleep(0.05)
 
 
+def test_a_model_is_chosen_where_there_are_several(server, page, person):
+    tab = person(page)
+    assert tab.run("return document.querySelector('#model input')") is None
+    server.play(line(INFO | {"models": ["base", "poet"]}), path="/chat/info")
+    server.play(line({"delta": "A rose."}), line(LAST))
+    tab.driver.refresh()
+    tab.until(lambda: tab.run("return document.querySelector('#model input')"))
+    tab.press("#settings .toggle-button")
+    tab.until(lambda: tab.driver.find_element(By.CSS_SELECTOR, "#model input").is_displayed())
+    tab.driver.find_element(By.CSS_SELECTOR, "#model input").click()
+    tab.until(lambda: tab.run("return document.querySelectorAll('#model [role=option]').length") == 2)
+    tab.driver.find_element(By.CSS_SELECTOR, "#model [role=option]:nth-child(2)").click()
+    tab.press("#settings .toggle-button")
+    assert tab.ask("A poem?") == "A rose."
+    assert questions(server)[0]["model"] == "poet"
+
+
 def test_images_are_taken_where_the_model_takes_them(server, page, person, tmp_path):
     tab = person(page)
     assert tab.run("return document.querySelectorAll('#box .upload-button').length") == 0

@@ -17,6 +17,7 @@ from vllm_client import server_info, stream_chat
 from vllm_wrapper import ChatModel
 from with_server import running_server
 
+pytestmark = pytest.mark.long
 MODELS = ["base", "poet", "lawyer"]
 SYSTEM, TOKENS = "Be brief.", 8
 

@@ -103,7 +103,6 @@ def answers_offline(base: Path, adapters: dict[str, str], merged: Path) -> tuple
     return said, ChatModel(str(merged)).chat(sampling=sampling, **query).text
 
 
-@pytest.mark.long
 def test_adapters_offline(folders: SimpleNamespace) -> None:
     adapters = {"poet": str(folders.poet), "lawyer": str(folders.lawyer)}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:

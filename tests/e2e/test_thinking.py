@@ -13,7 +13,7 @@ import openai
 import pytest
 import requests
 from conftest import QWEN3_TEMPLATE
-from tiny_models import write_reciter
+from tiny_reciter import write_reciter
 from transformers import PreTrainedTokenizerBase
 
 from protocol import ChatResult, Part, Reasoning, Sampling

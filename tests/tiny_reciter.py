@@ -1,4 +1,4 @@
-"""Checkpoints of a few megabytes, made for tests, that the real engine loads in seconds."""
+"""A model that says what a test wants it to say, on the real engine."""
 
 from itertools import pairwise
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
@@ -47,6 +48,11 @@ QWEN3_TEMPLATE = """\
     {%- endif %}
 {%- endif %}
 """
+
+
+def pytest_configure() -> None:
+    # A runner in the background has Ctrl-C ignored, and so would have what the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

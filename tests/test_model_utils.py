@@ -3,7 +3,6 @@
 import errno
 import importlib.util
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -433,22 +432,8 @@ def test_an_answer_as_long_as_the_context_is_refused(requests: RequestBuilder, m
     assert refused.value.param == "max_tokens"
 
 
-def child_of_a_killed_process() -> None:
-    """Runs in a process of its own: starts a child that waits for ever, and is killed."""
-    context = multiprocessing.get_context("spawn")
-    child = context.Process(target=wait_for_ever)
-    child.start()
-    print(child.pid, flush=True)
-    child.join()
-
-
-def wait_for_ever() -> None:
-    model_utils.end_with_parent()
-    threading.Event().wait()
-
-
 def test_a_process_of_the_engine_ends_with_the_one_that_started_it() -> None:
-    code = "import test_model_utils; test_model_utils.child_of_a_killed_process()"
+    code = "import orphan; orphan.child_of_a_killed_process()"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as parent:
         child = psutil.Process(int(parent.stdout.readline()))

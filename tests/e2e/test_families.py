@@ -20,6 +20,7 @@ from model_utils import ModelUnavailable
 from protocol import ChatError, Sampling
 from vllm_wrapper import ChatModel
 
+pytestmark = pytest.mark.long
 GREEDY = Sampling(temperature=0, repetition_penalty=1, max_tokens=12)
 CONVERSATIONS = [
     ("Be brief. ", [], "你好"),
@@ -28,8 +29,6 @@ CONVERSATIONS = [
 ]
 TEXT = "The capital of France is Paris. 法国的首都是巴黎。" * 3
 FEW_SHOT = "Q: 1 + 1?\nA: 2\n\nQ: 2 + 2?\nA: 4\n\nQ: 3 + 3?\nA:"
-QUICK = ("Qwen3-MoE", "ChatGLM3", "Mistral 0.3")
-"""Beside Qwen2, as the base model; the others in long runs."""
 WIDE = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -118,17 +117,11 @@ def check(said: Said) -> None:
     assert "".join(said.texts)
 
 
-def cases() -> list[object]:
-    """Families with a network: the quick ones with a small vocabulary, in long runs all with their real one."""
-    long = [pytest.param(name, False, marks=pytest.mark.long) for name, family in FAMILIES.items() if family.config]
-    return [*((name, True) for name in QUICK), *long]
-
-
-@pytest.mark.parametrize(("name", "small"), cases())
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.config])
 def test_a_chat_is_what_the_models_own_template_makes_of_it(
-    process: ProcessPoolExecutor, tmp_path: Path, name: str, small: bool
+    process: ProcessPoolExecutor, tmp_path: Path, name: str
 ) -> None:
-    folder = str(FAMILIES[name].write(tmp_path, small))
+    folder = str(FAMILIES[name].write(tmp_path))
     check(process.submit(with_model, partial(chats, FAMILIES[name]), folder).result())
 
 
@@ -145,7 +138,6 @@ def test_a_base_model_completes_texts_and_chats_with_a_template_that_is_named(
     check(process.submit(with_model, partial(chats, FAMILIES["Qwen1.5"]), str(folder), chat_template=named).result())
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_a_checkpoint_in_four_bits_says_what_its_bits_stand_for(
     process: ProcessPoolExecutor, tmp_path: Path, method: str

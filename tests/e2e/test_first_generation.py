@@ -13,6 +13,7 @@ from model_utils import CACHE
 from protocol import ChatResult, Sampling
 from vllm_wrapper import ChatModel
 
+pytestmark = pytest.mark.long
 TEXT = "The capital of France is Paris. 法国的首都是巴黎，👩‍👩‍👧‍👦 lives there since 1987!\n\n" * 4
 CHAT = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 ANSWER = 20

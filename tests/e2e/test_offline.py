@@ -157,6 +157,7 @@ def test_a_prompt_on_the_command_line(model, monkeypatch, capsys):
     assert vllm_offline.main(["--prompt", " "]) == 1
 
 
+@pytest.mark.long
 def test_a_file_whose_run_is_killed_is_completed(model, tmp_path, monkeypatch, capsys):
     source, target = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
     rows = [{"id": f"r{i}", "query": f"Tell me {i} things about the sea.", "max_tokens": 3 * i} for i in range(1, 10)]
@@ -225,6 +226,7 @@ def test_the_repl_in_a_terminal(tmp_path):
     assert chat.exitstatus == 0
 
 
+@pytest.mark.long
 def test_an_unknown_flag_is_named():
     command = [sys.executable, "vllm_offline.py", "--no-such-flag"]
     done = subprocess.run(command, cwd=ROOT, input="Hi\n", capture_output=True, text=True, timeout=120)

@@ -21,6 +21,7 @@ from vllm_client import stream_messages_async
 from vllm_wrapper import ChatModel
 from with_server import running_server
 
+pytestmark = pytest.mark.long
 THOUGHT, TEXT = "Hm, two and three 是五，👩‍🚀 knows that.", "It is five 朋友！🎉"
 ANSWER = f"{THOUGHT}\n\n\n</think>\n\n{TEXT}<|im_end|>"
 THOUGHT_TOKENS, ALL_TOKENS = 16, 27
@@ -159,7 +160,6 @@ def test_offline_thoughts_stand_apart_too(said):
     check(said.result(), ALL_TOKENS)
 
 
-@pytest.mark.long
 def test_a_thought_that_the_prompt_begins(tmp_path, qwen_tokenizer):
     template = QWEN3_TEMPLATE.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
     qwq = write(tmp_path / "QwQ-Tiny", qwen_tokenizer, template, "\n")

@@ -31,7 +31,7 @@ offline: setup  ## chat without a server
 test: setup lint  ## all tests, on the real engine too
 	$(PY) -m pytest $(ARGS)
 
-test-long: setup  ## what takes longer: servers of several processes that live and die
+test-long: setup  ## what takes longer: servers of several processes, families of models, adapters, thoughts
 	$(PY) -m pytest -m long $(ARGS)
 
 soak: setup  ## load, faults and poison on this machine, as a table; ARGS="--minutes 30" for a long mix

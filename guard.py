@@ -19,6 +19,7 @@ from PIL import Image
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hardware import MAX_PIXELS
 from protocol import INT32_MAX, INT64_MAX, ChatError
 
 OPEN_PATHS = {"/health", "/ready", "/ping"}
@@ -32,8 +33,6 @@ MAX_GRAMMAR = 2**15
 """Bytes of what tells the form of an answer: the work that a schema makes grows with it."""
 CONVERSATIONS = {"messages", "input"}
 MEDIA = {"image_url", "audio_url", "video_url"}
-MAX_PIXELS = 2**26
-"""Of all images in one request: decoded they take 200 MB, and a file of a few kilobytes can hold that many."""
 GRAMMARS = {"structured_outputs", "response_format", "text"}
 COUNTS = {f"{bound}{what}" for bound in ("min", "max") for what in ("Items", "Contains", "Properties", "Length")}
 MAX_COUNT = 10_000

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 CORES_PER_FRONT_END = FRONT_ENDS_PER_ENGINE = 4
 """More take the engine's time, for it talks to each of them at each step: see benchmarks/NOTES.md."""
+MAX_PIXELS = 2**26
+"""Of all images in one request: decoded they take 200 MB, and a file of a few kilobytes can hold that many."""
 GRAPHS_BY_DEFAULT = 512
 """The largest batch that vLLM captures in a CUDA graph by default."""
 
@@ -28,7 +30,7 @@ def environment_defaults() -> list[Default]:
     chosen = [
         Default("VLLM_NO_USAGE_STATS", "1", "nothing is sent to vLLM's makers"),
         Default("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0", "an allowed host must not lead to one that is not"),
-        Default("VLLM_MAX_IMAGE_PIXELS", str(2**26), "decoded, such an image takes 200 MB"),
+        Default("VLLM_MAX_IMAGE_PIXELS", str(MAX_PIXELS), "decoded, such an image takes 200 MB"),
         Default("TOKENIZERS_PARALLELISM", "false", "one prompt is encoded faster on one thread"),
     ]
     if on_cpu():

@@ -148,7 +148,7 @@ def check_loadable(args: Any) -> None:
             f"{folder} brings Python code as its tokenizer: read it, then add --trust-remote-code (/chat stays "
             "off), or put a tokenizer.json there"
         )
-    config = json.loads((folder / "config.json").read_bytes())
+    config = _config(args)
     architectures = config.get("architectures") or []
     trained = config.get("max_position_embeddings")
     if qwen_v1.VLLM_ARCHITECTURE in architectures and (args.max_model_len or 0) > trained:
@@ -188,7 +188,7 @@ def check_adapters(adapters: Mapping[str, str], args: Any) -> None:
     Raises:
         ModelUnavailable: naming the adapter.
     """
-    config = json.loads((Path(args.model) / "config.json").read_bytes())
+    config = _config(args)
     for name, folder in adapters.items():
         try:
             lora.check(Path(folder), config.get("text_config") or config, args)
@@ -223,8 +223,12 @@ def number_format(args: Any) -> str:
     """The dtype to load with: that of `args`, as in `check_loadable`; a checkpoint of 4 bits is only for formats of 16,
     so there float32, our default on some processors, gives way to the checkpoint's own.
     """
-    config = json.loads((Path(args.model) / "config.json").read_bytes())
+    config = _config(args)
     return "auto" if args.dtype == "float32" and _four_bits(config) else args.dtype
+
+
+def _config(args: Any) -> dict[str, Any]:
+    return json.loads((Path(args.model) / "config.json").read_bytes())
 
 
 def _four_bits(config: Mapping[str, Any]) -> bool:

@@ -95,6 +95,10 @@ class PromptBuilder:
         self._system_ids, self._turn_ids = _cached(self._encode_system), _cached(self._encode_turn)
         self._learn_control_tokens()
         self._learn_marks()
+        self._ends = {
+            thinking: (*mark.token_ids, *self._plain_ids(self._answers, mark.after))
+            for thinking, mark in self._generate.items()
+        }
         self._openings = {
             thinking: self.render(SYSTEM, [], QUERY, thinking).rpartition(QUERY)[2] for thinking in self._generate
         }
@@ -115,10 +119,10 @@ class PromptBuilder:
         """
         system = system.strip() if self._joins_system else system
         layout, generate = self._layouts[bool(system)], self._generate[enable_thinking]
+        end = self._ends[enable_thinking]
         system = layout.trim_system(system)
         first, last = layout.first.replace(SYSTEM, system), layout.last.replace(SYSTEM, system)
         start = [*layout.start.token_ids, *(self._system_ids(system) if layout.end else ())]
-        end = [*generate.token_ids, *self._plain_ids(self._answers, generate.after)]
         later = query_ids = self._text_ids(self._user, last + layout.trim_last(query), generate)
         if first:
             query_ids = self._text_ids(self._user, self._led(first, layout, last + query), generate)

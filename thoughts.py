@@ -55,6 +55,8 @@ class ThoughtSplitter:
 
         What may be the start of a mark is held back until more has come; nothing is with the `last` piece.
         """
+        if self.ended:
+            return "", text
         if not self._counted:
             self._counted = self._marks.end_id in token_ids
             self.tokens += token_ids.index(self._marks.end_id) if self._counted else len(token_ids)

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -58,7 +58,7 @@ def stream_chat(
         ChatError: the server refused the request, failed, cannot be reached, or the answer broke off.
     """
     body = _body(query, history, system, sampling)
-    yield from _stream(url, "/chat", body, _Answer(query, history), api_key, timeout)
+    return _stream(url, "/chat", body, _Answer(query, history), api_key, timeout)
 
 
 def stream_messages(
@@ -75,10 +75,10 @@ def stream_messages(
     Raises:
         ChatError: as in `stream_chat`.
     """
-    yield from _stream(url, OPENAI_CHAT, _openai_body(messages, sampling), _OpenAIAnswer(), api_key, timeout)
+    return _stream(url, OPENAI_CHAT, _openai_body(messages, sampling), _OpenAIAnswer(), api_key, timeout)
 
 
-async def stream_chat_async(
+def stream_chat_async(
     url: str,
     query: str,
     history: Sequence[Turn] = (),
@@ -93,12 +93,10 @@ async def stream_chat_async(
         ChatError: as in `stream_chat`.
     """
     body = _body(query, history, system, sampling)
-    async with aclosing(_stream_async(url, "/chat", body, _Answer(query, history), api_key, timeout)) as parts:
-        async for part in parts:
-            yield part
+    return _stream_async(url, "/chat", body, _Answer(query, history), api_key, timeout)
 
 
-async def stream_messages_async(
+def stream_messages_async(
     url: str,
     messages: Sequence[dict[str, Any]],
     sampling: Sampling | None = None,
@@ -110,11 +108,7 @@ async def stream_messages_async(
     Raises:
         ChatError: as in `stream_chat`.
     """
-    body = _openai_body(messages, sampling)
-    parts = _stream_async(url, OPENAI_CHAT, body, _OpenAIAnswer(), api_key, timeout)
-    async with aclosing(parts):
-        async for part in parts:
-            yield part
+    return _stream_async(url, OPENAI_CHAT, _openai_body(messages, sampling), _OpenAIAnswer(), api_key, timeout)
 
 
 async def server_info_async(url: str, api_key: str | None = None) -> ServerInfo:
@@ -137,11 +131,8 @@ def server_info(url: str, api_key: str | None = None) -> ServerInfo:
     Raises:
         ChatError: as in `stream_chat`.
     """
-    with _told_as_chat_errors(url, MODELS_TIMEOUT), _session(url, api_key) as session:
-        response = session.get(f"{url}/chat/info", timeout=MODELS_TIMEOUT)
-        if response.status_code != 200:
-            raise _refusal(response)
-        return ServerInfo(**response.json())
+    with _told(url, "/chat/info", api_key) as told:
+        return ServerInfo(**told)
 
 
 def served_model(url: str, api_key: str | None = None) -> str:
@@ -150,11 +141,18 @@ def served_model(url: str, api_key: str | None = None) -> str:
     Raises:
         ChatError: as in `stream_chat`.
     """
+    with _told(url, "/v1/models", api_key) as told:
+        return told["data"][0]["id"]
+
+
+@contextmanager
+def _told(url: str, path: str, api_key: str | None) -> Iterator[Any]:
+    """What the server says at `path`. That it lacks what the block reads from it is told as a ChatError, too."""
     with _told_as_chat_errors(url, MODELS_TIMEOUT), _session(url, api_key) as session:
-        response = session.get(f"{url}/v1/models", timeout=MODELS_TIMEOUT)
+        response = session.get(url + path, timeout=MODELS_TIMEOUT)
         if response.status_code != 200:
             raise _refusal(response)
-        return response.json()["data"][0]["id"]
+        yield response.json()
 
 
 def _body(query: str, history: Sequence[Turn], system: str, sampling: Sampling | None) -> dict[str, Any]:

@@ -232,8 +232,6 @@ class Answer(Response):
         """(what is new of the thought, what is new of the text)"""
         completion = output.outputs[0]
         self._completion_tokens += len(completion.token_ids)
-        if self._splitter.ended:
-            return "", completion.text
         return self._splitter.split(completion.text, completion.token_ids, output.finished)
 
     def _ending(self, output: "RequestOutput") -> dict[str, Any]:
@@ -366,11 +364,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     check_loadable(args)
     _check_adapters(args)
     args.dtype = number_format(args)
-    read_chat_template(args.chat_template)
+    template = read_chat_template(args.chat_template)
     validate_parsed_serve_args(args)
     args.reasoning_parser = args.reasoning_parser or parser_for_folder(
         Path(args.tokenizer or args.model),
-        read_chat_template(args.chat_template),
+        template,
         args.default_chat_template_kwargs or {},
         args.trust_remote_code,
     )

@@ -60,6 +60,7 @@ class ChatModel:
         chat_template: str | None = None,
         **engine_args: Any,
     ) -> None:
+        adapters = adapters or {}
         folder = resolve_model(model, hub)
         set_environment()
         from vllm import LLM, EngineArgs
@@ -69,10 +70,8 @@ class ChatModel:
         engine_args |= {"enable_lora": True} if adapters else {}
         args = EngineArgs(**engine_args)
         check_loadable(args)
-        check_adapters(adapters or {}, args)
-        self.adapters = {
-            name: LoRARequest(name, i, path) for i, (name, path) in enumerate((adapters or {}).items(), start=1)
-        }
+        check_adapters(adapters, args)
+        self.adapters = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(adapters.items(), start=1)}
         engine_args["dtype"] = number_format(args)
         template = read_chat_template(chat_template)
         engine_args |= values(graph_defaults(args))
@@ -300,10 +299,8 @@ class Answer:
 
     def add(self, completion: "CompletionOutput") -> tuple[str, str]:
         """Takes in what the engine says is new, and returns what that is of the thought, and of the text."""
-        reasoning, text = "", completion.text
-        if not self.splitter.ended:
-            last = completion.finish_reason is not None
-            reasoning, text = self.splitter.split(completion.text, completion.token_ids, last)
+        last = completion.finish_reason is not None
+        reasoning, text = self.splitter.split(completion.text, completion.token_ids, last)
         self.reasoning += reasoning
         self.text += text
         self.completion_tokens += len(completion.token_ids)

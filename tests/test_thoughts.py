@@ -29,9 +29,7 @@ def split(pieces: list[str], opening: str = "assistant\n", marks: Marks | None =
     other piece."""
     splitter, thought, text = ThoughtSplitter(marks, opening), "", ""
     for n, piece in enumerate(pieces, start=1):
-        new = ("", piece)
-        if not splitter.ended:
-            new = splitter.split(piece, [END_ID if piece == "</think>" else 1], n == len(pieces))
+        new = splitter.split(piece, [END_ID if piece == "</think>" else 1], n == len(pieces))
         thought, text = thought + new[0], text + new[1]
     return thought, text, splitter.tokens
 

@@ -350,8 +350,7 @@ class RequestBuilder:
         Raises:
             ChatError: system, query and answer together are longer than the context.
         """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         wanted = self.defaults | request.sampling()
         if wanted["max_tokens"] >= self.context:

@@ -195,7 +195,8 @@ class PromptBuilder:
         return self._plain_ids(encoder, opening.after + text + closing.before)
 
     def _plain_ids(self, encoder: Tokenizer, text: str) -> tuple[int, ...]:
-        return tuple(map(self._ints.__getitem__, encoder.encode(text, add_special_tokens=False).ids))
+        (encoding,) = encoder.encode_batch_fast([text], add_special_tokens=False)
+        return tuple(map(self._ints.__getitem__, encoding.ids))
 
     def _encode(self, text: str) -> list[int]:
         """Token ids of trusted text, where control tokens count."""

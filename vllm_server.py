@@ -23,6 +23,7 @@ from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from guard import Guard, error_response
@@ -85,11 +86,11 @@ class ChatEndpoint:
         self._vllm_lifespan, app.router.lifespan_context = app.router.lifespan_context, self._lifespan
         schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        app.add_api_route(
-            "/chat", self.chat, methods=["POST"], openapi_extra={"requestBody": body}, response_model=None
-        )
-        # To the front: the router and the metrics both try one route after the other, and vLLM has many.
-        app.router.routes.insert(0, app.router.routes.pop())
+        described = {"methods": ["POST"], "response_model": None, "openapi_extra": {"requestBody": body}}
+        app.add_api_route("/chat", self.chat, **described)
+        # This one answers. It goes first: the router and the metrics both try one route after the other, and vLLM has
+        # many. And it is a plain one: FastAPI's would look for parameters that there are not.
+        app.router.routes.insert(0, Route("/chat", self.chat, methods=["POST"]))
         app.add_api_route("/chat/info", self.info, methods=["GET"])
 
         app.add_api_route("/ready", lambda: self._lifecycle.readiness(), methods=["GET"], response_model=None)

@@ -7,6 +7,7 @@ What they answer is noise.
 """
 
 import argparse
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,11 +61,18 @@ SHAPES |= {name: dict(zip(SHAPES["tiny"], sizes, strict=True)) for name, sizes i
 
 def qwen_tokenizer(chat_template: str = TEMPLATE, *vision_tokens: str) -> PreTrainedTokenizerFast:
     """Qwen2.5's tokenizer: the vocabulary that the package `dashscope` carries, and the plain part of its template."""
-    package = find_spec("dashscope").submodule_search_locations[0]
-    file = str(Path(package) / "resources" / "qwen.tiktoken")
-    vocabulary = TikTokenConverter(file, PATTERN, extra_special_tokens=[*SPECIAL_TOKENS, *vision_tokens]).converted()
-    vocabulary.normalizer = normalizers.NFC()
+    vocabulary = Tokenizer.from_str(_vocabulary())
+    vocabulary.add_special_tokens([*SPECIAL_TOKENS, *vision_tokens])
     return with_control_tokens(vocabulary, chat_template)
+
+
+@cache
+def _vocabulary() -> str:
+    """The tokenizer without its control tokens, as JSON; it takes seconds to make."""
+    package = find_spec("dashscope").submodule_search_locations[0]
+    vocabulary = TikTokenConverter(str(Path(package) / "resources" / "qwen.tiktoken"), PATTERN).converted()
+    vocabulary.normalizer = normalizers.NFC()
+    return vocabulary.to_str()
 
 
 def with_control_tokens(vocabulary: Tokenizer, chat_template: str) -> PreTrainedTokenizerFast:

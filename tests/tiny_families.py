@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -263,14 +263,9 @@ TINY = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
 
 
-@cache
-def _qwen_vocabulary() -> str:
-    return qwen_tokenizer().backend_tokenizer.to_str()
-
-
 def _qwen() -> Tokenizer:
     """Qwen's real vocabulary."""
-    return Tokenizer.from_str(_qwen_vocabulary())
+    return qwen_tokenizer().backend_tokenizer
 
 
 def _readmes() -> list[str]:

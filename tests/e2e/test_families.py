@@ -29,6 +29,11 @@ CONVERSATIONS = [
 ]
 TEXT = "The capital of France is Paris. 法国的首都是巴黎。" * 3
 FEW_SHOT = "Q: 1 + 1?\nA: 2\n\nQ: 2 + 2?\nA: 4\n\nQ: 3 + 3?\nA:"
+# A GPU holds all engines of the tests: vLLM gives none of its memory back to a process that goes on.
+LOADED = {
+    "max_num_seqs": 4,
+    **({"dtype": "float32"} if on_cpu() else {"dtype": "float16", "gpu_memory_utilization": 0.05}),
+}
 WIDE = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -43,6 +48,7 @@ def process() -> Iterator[ProcessPoolExecutor]:
     """A process for one engine after the other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             yield process
 
@@ -62,7 +68,7 @@ def with_model(work: Callable[[ChatModel], Any], folder: str, **args: Any) -> An
     """What `work` returns for the model in `folder`, loaded for it alone."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    model = ChatModel(folder, **{"dtype": "float32" if on_cpu() else "float16", "max_num_seqs": 4, **args})
+    model = ChatModel(folder, **{**LOADED, **args})
     try:
         return work(model)
     finally:

@@ -1,7 +1,7 @@
 """The server's life: when it is ready, how it stops, and what ends it when its engine no longer answers."""
 
 import asyncio
-import os
+import multiprocessing
 import signal
 import sys
 import time
@@ -89,10 +89,9 @@ class Lifecycle:
 
     def _engine_seconds(self) -> float | None:
         """Processor time that the engine has taken, in seconds; None where it runs on other machines."""
-        several = self._state.vllm_config.parallel_config._api_process_rank >= 0
-        server = psutil.Process(os.getppid() if several else os.getpid())
+        main = multiprocessing.parent_process()  # of several front ends; a single one is the server itself
         times = []
-        for child in server.children(recursive=True):
+        for child in psutil.Process(main.pid if main else None).children(recursive=True):
             with suppress(psutil.Error):
                 if child.name().startswith(ENGINE_NAMES):
                     times.append(sum(child.cpu_times()[:2]))

@@ -7,6 +7,7 @@ python vllm_offline.py --input rows.jsonl --output answers.jsonl
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
@@ -36,20 +37,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     )
     # Not `model`, which is the name of a server's adapter in the console's settings.
     parser.add_argument(
-        "--model",
-        "--model-path",
-        "--model_path",
-        dest="model_path",
-        metavar="MODEL",
-        help="folder or id; default: demo",
+        "--model", "--model-path", dest="model_path", metavar="MODEL", help="folder or id; default: demo"
     )
     parser.add_argument("--hub", choices=HUBS, default="modelscope", help="where a model that is no folder comes from")
     parser.add_argument(
         "--lora-modules", nargs="+", type=_adapter, default=[], metavar="NAME=FOLDER", help="LoRA adapters"
     )
-    parser.add_argument(
-        "--chat-template", "--chat_template", metavar="FILE", help="Jinja template in place of the model's own"
-    )
+    parser.add_argument("--chat-template", metavar="FILE", help="Jinja template in place of the model's own")
     parser.add_argument("--verbose", action="store_true", help=f"show vLLM's log too, which goes to {LOG}")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this, and leave")
     group = parser.add_argument_group("a file of rows")
@@ -58,7 +52,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     group.add_argument("--ordered", action="store_true", help="at the end, put the answers into the order of the rows")
     group.add_argument("--reference", metavar="FIELD", help="the rows' field with the right answer, to score against")
     console.add_arguments(parser, [name for name in Sampling.model_fields if name != "model"])
-    args, engine_flags = parser.parse_known_args(argv)
+    # As vLLM's own parser has it, --model_path is --model-path.
+    given = sys.argv[1:] if argv is None else argv
+    flags = [re.sub("^--[^=]+", lambda flag: flag.group().replace("_", "-"), text) for text in given]
+    args, engine_flags = parser.parse_known_args(flags)
     if bool(args.input) != bool(args.output):
         parser.error("--input and --output go together")
     if args.input and args.prompt is not None:

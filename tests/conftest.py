@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import os
 import signal
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +27,14 @@ from with_server import running_server
 
 KEY = "e2e-key"
 """The key of `demo_server`."""
+ROOM, DEADLINE = 8, 2
+"""How many requests `narrow_server` admits, and its deadlines in seconds."""
+SERVERS = {
+    "narrow_server": f"""--max-num-seqs 4 --max-num-queued-reqs {ROOM}
+    --max-model-len 512 --block-size 32 --num-gpu-blocks-override 18
+    --header-timeout {DEADLINE} --body-timeout {DEADLINE} --write-timeout {DEADLINE}""",
+    "demo_server": f"--api-key {KEY}",
+}
 
 # The parts of the model's own template that deal with plain conversations.
 QWEN3_TEMPLATE = """\
@@ -53,17 +64,41 @@ QWEN3_TEMPLATE = """\
 def pytest_configure() -> None:
     # A runner in the background has Ctrl-C ignored, and so would have what the tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # To fill a larger cache with zeros takes seconds of each start.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
+    # What needs no server goes first: meanwhile the servers start.
+    items.sort(key=lambda item: ("e2e" in item.path.parts, item.get_closest_marker("last") is not None))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def starting(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[SimpleNamespace]]]:
+    """Those of SERVERS that the selected tests want, started one after the other beside the first tests."""
+    wanted = {name for item in request.session.items for name in item.fixturenames}
+    folder = tmp_path_factory.mktemp("servers")
+    with ExitStack() as running, ThreadPoolExecutor(1) as starter:
+
+        def start(name: str) -> SimpleNamespace:
+            log = folder / name
+            return SimpleNamespace(url=running.enter_context(running_server(SERVERS[name].split(), log)), log=log)
+
+        yield {name: starter.submit(start, name) for name in SERVERS if name in wanted}
 
 
 @pytest.fixture(scope="session")
-def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def narrow_server(starting: dict[str, Future[SimpleNamespace]]) -> SimpleNamespace:
+    """The address and the log of a real server with the demo model, little room and short deadlines."""
+    return starting["narrow_server"].result()
+
+
+@pytest.fixture(scope="session")
+def demo_server(starting: dict[str, Future[SimpleNamespace]]) -> str:
     """The address of one real server with the demo model for all tests that need no flags; the last one stops it."""
-    with running_server(["--api-key", KEY], tmp_path_factory.mktemp("server") / "log") as url:
-        yield url
+    return starting["demo_server"].result().url
 
 
 @pytest.fixture(scope="session")

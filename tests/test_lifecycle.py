@@ -20,7 +20,7 @@ class ScriptedEngine:
         self.hangs, self.unfinished, self.errored = hangs, unfinished, False
         self.aborted: list[str] = []
         self.failures: list[Exception] = []
-        self.vllm_config = SimpleNamespace(shutdown_timeout=7, parallel_config=SimpleNamespace(_api_process_rank=-1))
+        self.vllm_config = SimpleNamespace(shutdown_timeout=7)
         self.output_handler = SimpleNamespace(cancel=self._end)
         self.output_processor = SimpleNamespace(request_states={"a": 1, "b": 2}, propagate_error=self.failures.append)
 

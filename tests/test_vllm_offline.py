@@ -96,6 +96,22 @@ def test_adapters_are_named_with_their_folders(monkeypatch):
     assert engine_flags == ["--max-lora-rank", "32"]
 
 
+def test_flags_may_be_spelled_with_underscores():
+    flags = [
+        "--model_path=./my_model",
+        "--max_tokens",
+        "9",
+        "--lora_modules",
+        "a_b=c_d",
+        "--max_num_seqs=4",
+        "--system",
+        "a_b",
+    ]
+    args, engine_flags = vllm_offline.parse_args(flags)
+    assert (args.model_path, args.max_tokens, args.system) == ("./my_model", "9", "a_b")
+    assert (args.lora_modules, engine_flags) == ([("a_b", "c_d")], ["--max-num-seqs=4"])
+
+
 def test_a_chat_template_reaches_the_model(monkeypatch, tmp_path):
     loaded = []
     monkeypatch.setattr(vllm_offline, "LOG", tmp_path / "log")

@@ -47,7 +47,6 @@ WIDE = {
 def process() -> Iterator[ProcessPoolExecutor]:
     """A process for one engine after the other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             yield process

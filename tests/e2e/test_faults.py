@@ -16,28 +16,22 @@ import psutil
 import pytest
 import requests
 import schemathesis
+from conftest import DEADLINE, ROOM
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
 from benchmarks.probes import gauge, server_process, unfinished
 from protocol import ChatError, Sampling
 from vllm_client import stream_chat
-from with_server import running_server
 
 MODEL = "SmolLM2-135M-Instruct"
 FRANCE, PARIS = "What is the capital of France?", "The capital of France is Paris."
-ROOM = 8
-DEADLINE = 2
-FLAGS = f"""--max-num-seqs 4 --max-num-queued-reqs {ROOM}
---max-model-len 512 --block-size 32 --num-gpu-blocks-override 18
---header-timeout {DEADLINE} --body-timeout {DEADLINE} --write-timeout {DEADLINE}""".split()
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    log = tmp_path_factory.mktemp("server") / "log"
-    with running_server(FLAGS, log) as url:
-        yield SimpleNamespace(url=url, port=int(url.rpartition(":")[2]), process=server_process(url), log=log)
+def server(narrow_server: SimpleNamespace) -> SimpleNamespace:
+    url, log = narrow_server.url, narrow_server.log
+    return SimpleNamespace(url=url, port=int(url.rpartition(":")[2]), process=server_process(url), log=log)
 
 
 @pytest.fixture
@@ -98,7 +92,7 @@ def test_answers_do_not_change_where_the_cache_is_too_small_for_all(url: str) ->
     prompts = [f"{animal} " * 110 for animal in ("dog", "cat", "hen", "owl")]
 
     def go_on(prompt: str) -> str:
-        return complete(url, prompt=prompt, max_tokens=40, temperature=0, ignore_eos=True).json()["choices"][0]["text"]
+        return complete(url, prompt=prompt, max_tokens=28, temperature=0, ignore_eos=True).json()["choices"][0]["text"]
 
     alone = [go_on(prompt) for prompt in prompts]
     preempted = gauge(url, "num_preemptions_total")
@@ -238,7 +232,7 @@ def test_whatever_the_description_of_the_api_allows_or_not_is_answered_or_refuse
     operation = schemathesis.openapi.from_url(f"{url}/openapi.json")["/chat"]["POST"]
 
     @given(operation.as_strategy(generation_mode=mode))
-    @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     def ask(case: schemathesis.Case) -> None:
         if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens", 4), int | None):
             case.body["max_tokens"] = min(case.body.get("max_tokens") or 4, 4)
@@ -262,6 +256,7 @@ def test_an_engine_that_hangs_ends_the_server_with_explicit_errors(server: Simpl
     left = [server.process, *server.process.children(recursive=True)]
     assert server.process.wait(30) != 0
     assert not psutil.wait_procs(left, timeout=10)[1]
-    assert server.log.read_text().rstrip().splitlines()[-1:] != []
+    # Before --stall-timeout, since its engine did not compute; that of another server here did.
+    assert int(re.findall(r"The engine has not answered for (\d+) s", server.log.read_text())[0]) < 60
     with socket.create_server(("127.0.0.1", server.port)):
         pass

@@ -17,13 +17,19 @@ def make(*arguments: str, typed: str) -> subprocess.CompletedProcess:
     )
 
 
+def servers() -> set[int]:
+    """The processes of this project's servers."""
+    running = psutil.process_iter(["cmdline"])
+    return {process.pid for process in running if str(ROOT / "vllm_server.py") in (process.info["cmdline"] or [])}
+
+
 def test_make_chat_answers_a_question_from_a_pipe_and_leaves_nothing_running():
+    before = servers()
     done = make("chat", typed="What is the capital of France?\n")
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
     assert len(done.stdout.splitlines()) == 1
-    running = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
-    assert not [command for command in running if str(ROOT / "vllm_server.py") in command]
+    assert servers() <= before
 
 
 def test_a_server_that_cannot_start_says_why_in_one_line():

@@ -96,11 +96,14 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
     model = parser.parse_args().model
-    args = parse_args(["--model", model] if model else [])
+    args = parse_args(["--load-format", "dummy", *(["--model", model] if model else [])])
     app, endpoint = build_app(args, ("generate",)), ChatEndpoint()
     endpoint.attach_router(app)
     app.state.openai_serving_models = SimpleNamespace(is_base_model=bool, lora_requests={})
     await endpoint.init_state(InstantEngine(args.model), app.state, args)
+
+    async def answer(body: bytes) -> None:
+        await send_request(app, body)
 
     async def check(body: bytes) -> None:
         check_json(body)
@@ -110,8 +113,8 @@ async def main() -> None:
 
     print(f"{'turns':>6} {'request':>8} {'check':>8} {'prompt':>8}")
     for turns in (0, 10, 100):
-        parts = (lambda body: send_request(app, body), check, build)
-        print(f"{turns:6}", *(f"{await microseconds(part, turns):8.0f}" for part in parts), flush=True)
+        parts = [await microseconds(part, turns) for part in (answer, check, build)]
+        print(f"{turns:6} {parts[0]:8.0f} {parts[1]:8.0f} {parts[2]:8.0f}", flush=True)
 
 
 if __name__ == "__main__":

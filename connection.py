@@ -14,6 +14,9 @@ from protocol import ChatError
 SEND_BUFFER = 2**17
 """Bytes that the system holds for a reader that lags: more would hide for long that it has stopped."""
 
+LAST_CALL = 0.5
+"""Seconds for the request of a connection that was made just before the server ended."""
+
 
 class Connection(HttpToolsProtocol):
     """Finds its limits in uvicorn's configuration: `header_timeout` and `write_timeout` in seconds, and vLLM's
@@ -73,6 +76,13 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         if self.cycle.response_complete and self.cycle.more_body:
             self._set_deadline()
+
+    def shutdown(self) -> None:
+        """The server ends: a new connection, whose request may be on its way, still has a moment to get an answer."""
+        if self.cycle is None:
+            self.loop.call_later(LAST_CALL, super().shutdown)
+        else:
+            super().shutdown()
 
     def send_400_response(self, msg: str) -> None:
         """Answers what cannot be read as a request in the server's shape of errors, and ends the connection."""

@@ -30,10 +30,8 @@ class InstantEngine:
         from transformers import AutoTokenizer
         from vllm import EngineArgs
 
-        self._tokenizer, self.model_config = (
-            AutoTokenizer.from_pretrained(folder),
-            EngineArgs(folder).create_model_config(),
-        )
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model_config = EngineArgs(folder).create_model_config()
 
     def get_tokenizer(self) -> Any:
         """The model's tokenizer."""
@@ -62,16 +60,9 @@ async def send_request(app: Any, body: bytes) -> None:
     async def send(message: dict) -> None:
         sent.append(message)
 
-    scope = {
-        "type": "http",
-        "http_version": "1.1",
-        "method": "POST",
-        "path": "/chat",
-        "raw_path": b"/chat",
-        "scheme": "http",
-    }
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "path": "/chat"}
     headers = [(b"host", b"server"), (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await app({**scope, "query_string": b"", "root_path": "", "headers": headers, "state": {}}, receive, send)
+    await app({**scope, "query_string": b"", "headers": headers, "state": {}}, receive, send)
     assert sent[0]["status"] == 200 and b'"finish_reason"' in sent[-1]["body"]
 
 

@@ -147,6 +147,24 @@ def test_what_is_still_sent_after_the_answer_is_taken_for_a_while() -> None:
     assert seconds >= SHORT
 
 
+def test_a_request_that_comes_as_the_server_ends_is_answered() -> None:
+    async def ask() -> bytes:
+        async with serving() as (server, address):
+            reader, writer = await asyncio.open_connection(*address)
+            while not server.server_state.connections:
+                await asyncio.sleep(0.01)
+            server.should_exit = True
+            with contextlib.suppress(ConnectionError):
+                while True:  # until no other is let in: the server is ending
+                    (await asyncio.open_connection(*address))[1].close()
+            writer.write(HEAD + b"content-length: 0\r\n\r\n")
+            answer = await reader.read()
+            writer.close()
+            return answer
+
+    assert asyncio.run(asyncio.wait_for(ask(), 20)).startswith(b"HTTP/1.1 200")
+
+
 def test_a_reader_that_stops_is_cut_off() -> None:
     async def stall() -> None:
         async with serving(write_timeout=SHORT) as (server, address):

@@ -17,7 +17,7 @@ from tiny_families import CHATML, FAMILIES, Family, write_quantized
 
 from hardware import computes_four_bits, on_cpu
 from model_utils import ModelUnavailable
-from protocol import ChatError, Sampling
+from protocol import ChatError, Reasoning, Sampling
 from vllm_wrapper import ChatModel
 
 pytestmark = pytest.mark.long
@@ -54,7 +54,9 @@ def process() -> Iterator[ProcessPoolExecutor]:
 
 @dataclass
 class Said:
-    """What a model said to the CONVERSATIONS: the prompts and greedy answers of vLLM's `LLM.chat`, and ours."""
+    """What a model said to the CONVERSATIONS: the prompts and greedy answers of vLLM's `LLM.chat`, and ours; thoughts
+    are a part of them.
+    """
 
     prompts: list[list[int]]
     texts: list[str]
@@ -84,7 +86,8 @@ def chats(family: Family, model: ChatModel) -> Said:
         rows.append({"system": system, "history": history, "query": query})
         whole = model.chat(query, history, system, GREEDY)
         *deltas, _ = model.stream_chat(query, history, system, GREEDY)
-        ours.append((whole.text, "".join(deltas), whole.dropped_turns))
+        streamed = "".join(delta.text if isinstance(delta, Reasoning) else delta for delta in deltas)
+        ours.append((whole.reasoning + whole.text, streamed, whole.dropped_turns))
     batch = model.chat_batch(rows, GREEDY)
     kept = [(system, history[ours[i][2] :], query) for i, (system, history, query) in enumerate(CONVERSATIONS)]
     params = SamplingParams(temperature=0, max_tokens=GREEDY.max_tokens, stop_token_ids=[builder.stop_token_id])
@@ -94,7 +97,10 @@ def chats(family: Family, model: ChatModel) -> Said:
         prompts=[output.prompt_token_ids for output in outputs],
         texts=[output.outputs[0].text for output in outputs],
         our_prompts=[builder.build(*conversation, 2**20).token_ids for conversation in kept],
-        our_texts=[(whole, streamed, result.text) for (whole, streamed, _), result in zip(ours, batch, strict=True)],
+        our_texts=[
+            (whole, streamed, result.reasoning + result.text)
+            for (whole, streamed, _), result in zip(ours, batch, strict=True)
+        ],
         dropped=batch[-1].dropped_turns,
     )
 

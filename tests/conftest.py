@@ -4,11 +4,12 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from benchmarks import shapes
 from model_utils import demo_model
 from qwen_v1 import SPECIAL_TOKENS
-from with_server import running_server
 
 KEY = "e2e-key"
 """The key of `demo_server`."""
@@ -74,31 +74,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def starting(
+def started(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[SimpleNamespace]]]:
-    """Those of SERVERS that the selected tests want, started one after the other beside the first tests."""
+) -> Iterator[Callable[[str], SimpleNamespace]]:
+    """Starts those of SERVERS that the selected tests want, beside the first tests; waits for the one that is named."""
     wanted = {name for item in request.session.items for name in item.fixturenames}
-    folder = tmp_path_factory.mktemp("servers")
-    with ExitStack() as running, ThreadPoolExecutor(1) as starter:
+    folder, urls = tmp_path_factory.mktemp("servers"), {}
+    servers = chain.from_iterable(item for item in SERVERS.items() if item[0] in wanted)
+    command = [sys.executable, Path(__file__).with_name("serving.py"), folder, *servers]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
-        def start(name: str) -> SimpleNamespace:
-            log = folder / name
-            return SimpleNamespace(url=running.enter_context(running_server(SERVERS[name].split(), log)), log=log)
+        def server(name: str) -> SimpleNamespace:
+            while name not in urls:
+                line = process.stdout.readline()
+                assert line, f"{name} did not start: see {folder / name}"
+                urls.update([line.split()])
+            return SimpleNamespace(url=urls[name], log=folder / name)
 
-        yield {name: starter.submit(start, name) for name in SERVERS if name in wanted}
+        yield server
 
 
 @pytest.fixture(scope="session")
-def narrow_server(starting: dict[str, Future[SimpleNamespace]]) -> SimpleNamespace:
+def narrow_server(started: Callable[[str], SimpleNamespace]) -> SimpleNamespace:
     """The address and the log of a real server with the demo model, little room and short deadlines."""
-    return starting["narrow_server"].result()
+    return started("narrow_server")
 
 
 @pytest.fixture(scope="session")
-def demo_server(starting: dict[str, Future[SimpleNamespace]]) -> str:
+def demo_server(started: Callable[[str], SimpleNamespace]) -> str:
     """The address of one real server with the demo model for all tests that need no flags; the last one stops it."""
-    return starting["demo_server"].result().url
+    return started("demo_server").url
 
 
 @pytest.fixture(scope="session")

@@ -4,18 +4,20 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
-import sys
+import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import requests
 from safetensors.numpy import save_file
 from scripted_server import Server, scripted
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -24,17 +26,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from benchmarks import shapes
 from model_utils import demo_model
 from qwen_v1 import SPECIAL_TOKENS
+from with_server import SERVER
 
 KEY = "e2e-key"
 """The key of `demo_server`."""
-ROOM, DEADLINE = 8, 2
-"""How many requests `narrow_server` admits, and its deadlines in seconds."""
-SERVERS = {
-    "narrow_server": f"""--max-num-seqs 4 --max-num-queued-reqs {ROOM}
-    --max-model-len 512 --block-size 32 --num-gpu-blocks-override 18
-    --header-timeout {DEADLINE} --body-timeout {DEADLINE} --write-timeout {DEADLINE}""",
-    "demo_server": f"--api-key {KEY}",
-}
 
 # The parts of the model's own template that deal with plain conversations.
 QWEN3_TEMPLATE = """\
@@ -69,41 +64,38 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # What needs no server goes first: meanwhile the servers start.
+    # What needs no server goes first: meanwhile one starts.
     items.sort(key=lambda item: ("e2e" in item.path.parts, item.get_closest_marker("last") is not None))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def started(
+def starting_server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[str], SimpleNamespace]]:
-    """Starts those of SERVERS that the selected tests want, beside the first tests; waits for the one that is named."""
-    wanted = {name for item in request.session.items for name in item.fixturenames}
-    folder, urls = tmp_path_factory.mktemp("servers"), {}
-    servers = chain.from_iterable(item for item in SERVERS.items() if item[0] in wanted)
-    command = [sys.executable, Path(__file__).with_name("serving.py"), folder, *servers]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-
-        def server(name: str) -> SimpleNamespace:
-            while name not in urls:
-                line = process.stdout.readline()
-                assert line, f"{name} did not start: see {folder / name}"
-                urls.update([line.split()])
-            return SimpleNamespace(url=urls[name], log=folder / name)
-
-        yield server
+) -> Iterator[tuple[subprocess.Popen, str] | None]:
+    """`demo_server` and its address, where a selected test wants it: it starts beside the first tests."""
+    if not any("demo_server" in item.fixturenames for item in request.session.items):
+        yield None
+        return
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    with (tmp_path_factory.mktemp("server") / "log").open("wb") as log:
+        command = [*SERVER, "--api-key", KEY, "--port", port]
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    yield server, f"http://127.0.0.1:{port}"
+    server.terminate()
+    server.wait(30)
 
 
 @pytest.fixture(scope="session")
-def narrow_server(started: Callable[[str], SimpleNamespace]) -> SimpleNamespace:
-    """The address and the log of a real server with the demo model, little room and short deadlines."""
-    return started("narrow_server")
-
-
-@pytest.fixture(scope="session")
-def demo_server(started: Callable[[str], SimpleNamespace]) -> str:
+def demo_server(starting_server: tuple[subprocess.Popen, str]) -> str:
     """The address of one real server with the demo model for all tests that need no flags; the last one stops it."""
-    return started("demo_server").url
+    server, url = starting_server
+    while True:
+        with suppress(requests.ConnectionError):
+            if requests.get(f"{url}/ready", timeout=10).ok:
+                return url
+        assert server.poll() is None, "the server did not start: see its log in pytest's folder"
+        time.sleep(0.2)
 
 
 @pytest.fixture(scope="session")

@@ -16,22 +16,30 @@ import psutil
 import pytest
 import requests
 import schemathesis
-from conftest import DEADLINE, ROOM
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
 from benchmarks.probes import gauge, server_process, unfinished
 from protocol import ChatError, Sampling
 from vllm_client import stream_chat
+from with_server import running_server
 
 MODEL = "SmolLM2-135M-Instruct"
 FRANCE, PARIS = "What is the capital of France?", "The capital of France is Paris."
 
+ROOM = 8
+DEADLINE = 2
+FLAGS = f"""--max-num-seqs 4 --max-num-queued-reqs {ROOM}
+--max-model-len 512 --block-size 32 --num-gpu-blocks-override 18
+--header-timeout {DEADLINE} --body-timeout {DEADLINE} --write-timeout {DEADLINE}""".split()
+
 
 @pytest.fixture(scope="module")
-def server(narrow_server: SimpleNamespace) -> SimpleNamespace:
-    url, log = narrow_server.url, narrow_server.log
-    return SimpleNamespace(url=url, port=int(url.rpartition(":")[2]), process=server_process(url), log=log)
+def server(tmp_path_factory: pytest.TempPathFactory, demo_server: str) -> Iterator[SimpleNamespace]:
+    """Beside another server, which is to change nothing for this one."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with running_server(FLAGS, log) as url:
+        yield SimpleNamespace(url=url, port=int(url.rpartition(":")[2]), process=server_process(url), log=log)
 
 
 @pytest.fixture

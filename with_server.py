@@ -58,7 +58,7 @@ def running_server(
         ServerFailed: the server ended before it was ready.
     """
     known = _known(flags)
-    port = known.port or _free_port()
+    port = known.port or free_port()
     if known.uds or known.ssl_certfile:
         raise ServerFailed("with TLS or a socket file, start the server by itself: make serve")
     host = "127.0.0.1" if known.host in ("0.0.0.0", "::") else known.host
@@ -132,7 +132,8 @@ def _taken(host: str, port: int) -> bool:
     return False
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

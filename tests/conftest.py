@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from argparse import Namespace
@@ -26,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from benchmarks import shapes
 from model_utils import demo_model
 from qwen_v1 import SPECIAL_TOKENS
-from with_server import SERVER
+from with_server import SERVER, free_port
 
 KEY = "e2e-key"
 """The key of `demo_server`."""
@@ -76,8 +75,7 @@ def starting_server(
     if not any("demo_server" in item.fixturenames for item in request.session.items):
         yield None
         return
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     with (tmp_path_factory.mktemp("server") / "log").open("wb") as log:
         command = [*SERVER, "--api-key", KEY, "--port", port]
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)

@@ -26,7 +26,6 @@ from with_server import running_server
 
 MODEL = "SmolLM2-135M-Instruct"
 FRANCE, PARIS = "What is the capital of France?", "The capital of France is Paris."
-
 ROOM = 8
 DEADLINE = 2
 FLAGS = f"""--max-num-seqs 4 --max-num-queued-reqs {ROOM}
@@ -240,7 +239,7 @@ def test_whatever_the_description_of_the_api_allows_or_not_is_answered_or_refuse
     operation = schemathesis.openapi.from_url(f"{url}/openapi.json")["/chat"]["POST"]
 
     @given(operation.as_strategy(generation_mode=mode))
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     def ask(case: schemathesis.Case) -> None:
         if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens", 4), int | None):
             case.body["max_tokens"] = min(case.body.get("max_tokens") or 4, 4)

@@ -18,7 +18,7 @@ import requests
 from benchmarks.probes import server_process
 from protocol import ChatError, Sampling
 from vllm_client import stream_chat
-from with_server import ServerFailed, running_server
+from with_server import ServerFailed, free_port, running_server
 
 pytestmark = pytest.mark.long
 
@@ -30,8 +30,7 @@ FLAGS = f"--api-server-count 2 --max-num-seqs 2 --max-num-queued-reqs {ROOM} --s
 
 @pytest.fixture(scope="module")
 def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
+    return free_port()
 
 
 @pytest.fixture

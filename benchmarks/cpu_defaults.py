@@ -6,10 +6,12 @@ Both sides are asked through `/v1/completions` for exactly 64 tokens a request; 
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import patch
 
 import requests
 
@@ -60,7 +62,8 @@ def main() -> None:
     print(f"{'':29} {f'{REQUESTS} at once':>7} {'one':>6} {'start':>8}")
     # vLLM wants 92 % of the memory to be free, which it is not on a machine in use.
     flags = ["--model", str(demo_model()), "--gpu-memory-utilization", "0.5"]
-    theirs = measure("vLLM", VLLM, flags, {"/v1/completions": completion})
+    with patch.dict(os.environ, {"VLLM_PLUGINS": ""}):
+        theirs = measure("vLLM", VLLM, flags, {"/v1/completions": completion})
     ours = measure("this project", SERVER, [], {"/v1/completions": completion, "/chat": chat})
     print(f"ratio at {REQUESTS}: {ours['/v1/completions'] / theirs['/v1/completions']:.1f}")
 

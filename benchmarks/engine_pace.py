@@ -2,10 +2,11 @@
 
     python -m benchmarks.engine_pace --model FOLDER [--streams 1 64 256 1024] [any flag of vLLM's engine]
 
-Settings are those that the server chooses for this hardware.
+Settings are those that the server chooses for this hardware; the scheduler is vLLM's own.
 """
 
 import argparse
+import os
 import random
 import time
 
@@ -17,6 +18,7 @@ VOCABULARY = 100_000
 def main() -> None:
     """Prints a row for each size of batch: the best of three, after one to warm up."""
     set_environment()
+    os.environ["VLLM_PLUGINS"] = ""
     from vllm import LLM, EngineArgs, SamplingParams
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.serving --model FOLDER [--streams 1 64 256 1024] [--flags=--load-format=dummy …]
 
-Sides: `vllm` (as it comes), `rust` (its Rust front end), `ours` (as it comes: /chat, and /v1/chat/completions), and
-`NAME:FLAG,FLAG…` for ours with flags. `--flags` go to all. Ends with status 1 where an answer was not whole.
+Sides: `vllm` (as it comes, without our plugins), `rust` (the same with its Rust front end), `ours` (as it comes: /chat,
+and /v1/chat/completions), and `NAME:FLAG,FLAG…` for ours with flags. `--flags` go to all. Ends with status 1 where an
+answer was not whole.
 """
 
 import argparse
@@ -25,7 +26,7 @@ def measure(side: str, flags: list[str], streams: list[int], options: dict) -> d
     environment, program, routes = {}, SERVER, ["chat"] if own else ["chat", "openai"]
     if name in ("vllm", "rust"):
         program, routes = VLLM, ["openai"]
-        environment = {"VLLM_USE_RUST_FRONTEND": "1"} if name == "rust" else {}
+        environment = {"VLLM_PLUGINS": "", "VLLM_USE_RUST_FRONTEND": str(int(name == "rust"))}
     seen = {}
     began = time.monotonic()
     log = CACHE / f"benchmark-{name}.log"

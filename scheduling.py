@@ -1,0 +1,60 @@
+"""A shorter way through vLLM's scheduler.
+
+While answers grow, a step writes one token of each request into a block of the KV cache that the request already has,
+15 times out of 16. vLLM 0.32 finds that out anew each time, by all that it asks about a new request: on a GPU that is
+a fifth of the time of a step with 256 requests.
+"""
+
+from typing import Any
+
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.sched import scheduler
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import Request
+
+
+class QuickKVCacheManager(KVCacheManager):
+    """vLLM's, which returns at once where a step needs no block and fills none."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # Other layers than those of full attention give blocks back as they go.
+        groups = self.coordinator.single_type_managers
+        self._group = groups[0] if [type(group) for group in groups] == [FullAttentionManager] else None
+
+    def allocate_slots(
+        self, request: Request, num_new_tokens: int, *args: Any, num_lookahead_tokens: int = 0, **admission: Any
+    ) -> KVCacheBlocks | None:
+        """The blocks that a step of a request needs more, as in vLLM; a running request comes without `admission`."""
+        if self._group and not args and not admission:
+            num_tokens = request.num_computed_tokens + num_new_tokens
+            num_slots = min(num_tokens + num_lookahead_tokens, self.max_model_len)
+            if self._has_slots(request, num_slots) and not self._fills_block(
+                request, min(num_tokens, request.num_tokens)
+            ):
+                return self.empty_kv_cache_blocks
+        return super().allocate_slots(
+            request, num_new_tokens, *args, num_lookahead_tokens=num_lookahead_tokens, **admission
+        )
+
+    def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        """Lets later requests find the blocks that are full, as in vLLM."""
+        if not self._group or self._fills_block(request, num_computed_tokens):
+            super().cache_blocks(request, num_computed_tokens)
+
+    def _has_slots(self, request: Request, num_slots: int) -> bool:
+        group, name = self._group, request.request_id
+        has = len(group.req_to_blocks.get(name, ())) * group.block_size
+        return num_slots <= has and name not in group._partial_hit_reqs
+
+    def _fills_block(self, request: Request, num_tokens: int) -> bool:
+        """Whether by then a block is full that later requests do not find yet."""
+        if not self.enable_caching:
+            return False
+        group = self._group
+        return num_tokens // group.block_size > group.num_cached_block.get(request.request_id, 0)
+
+
+def shorten() -> None:
+    """Gives vLLM's scheduler the quick manager."""
+    scheduler.KVCacheManager = QuickKVCacheManager

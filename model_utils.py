@@ -29,7 +29,7 @@ import lora
 import qwen_v1
 import thoughts
 from prompt_utils import Prompt, PromptBuilder
-from protocol import ChatError, ChatRequest
+from protocol import ChatError, ChatRequest, reason_of
 from thoughts import ThoughtSplitter, marks_of, parser_for
 
 if TYPE_CHECKING:
@@ -255,10 +255,9 @@ def _download(name: str, hub: str) -> str:
                 _checked(Path(folder))
                 print(f"{hub} cannot be reached: using the copy of {name} fetched before.", file=sys.stderr)
                 return folder
-        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0][:200]
         raise ModelUnavailable(
-            f"{name} is not in the local cache and could not be fetched from {hub} ({reason}): check the name and "
-            "the network, pass a local folder, or choose another --hub"
+            f"{name} is not in the local cache and could not be fetched from {hub} ({reason_of(failure)}): check the "
+            "name and the network, pass a local folder, or choose another --hub"
         ) from failure
 
 

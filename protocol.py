@@ -189,7 +189,15 @@ def validated(model: type[BaseModel], data: bytes | Mapping[str, Any]) -> Any:
     try:
         return model.model_validate_json(data) if isinstance(data, bytes) else model.model_validate(data)
     except ValidationError as failure:
-        error = failure.errors(include_input=False, include_url=False, include_context=False)[0]
-        param = ".".join(str(part)[:64] for part in error["loc"]) or None
-        message = error["msg"].removeprefix("Value error, ")[:300]
+        param = ".".join(str(part)[:64] for part in failure.errors()[0]["loc"]) or None
+        message = reason_of(failure)
         raise ChatError(f"{param}: {message}" if param else message, param=param) from None
+
+
+def reason_of(error: Exception) -> str:
+    """What an exception of a library says, in one line; of pydantic's, what is wrong with the first field."""
+    if isinstance(error, ValidationError):
+        text = error.errors()[0]["msg"]
+    else:
+        text = str(error).strip() or type(error).__name__
+    return text.removeprefix("Value error, ").splitlines()[0][:300]

@@ -19,7 +19,7 @@ import console
 from batch import Batch, BatchError
 from hardware import engine_defaults, set_environment, values
 from model_utils import CACHE, DEMO_NAME, HUBS, ModelUnavailable, resolve_model
-from protocol import ChatError, Sampling, ServerInfo
+from protocol import ChatError, Sampling, ServerInfo, reason_of
 
 if TYPE_CHECKING:
     from vllm_wrapper import ChatModel
@@ -137,8 +137,7 @@ def _load(args: argparse.Namespace, engine_flags: list[str]) -> "ChatModel":
         print(LOG.read_text().strip().splitlines()[-1], file=sys.stderr)
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:300]
-        raise ModelUnavailable(f"the engine could not start: {reason}\nDetails: {LOG}") from error
+        raise ModelUnavailable(f"the engine could not start: {reason_of(error)}\nDetails: {LOG}") from error
     if model.no_chat:
         raise ModelUnavailable(model.no_chat.message)
     return model

@@ -49,7 +49,7 @@ from model_utils import (
     resolve_model,
 )
 from prompt_utils import Prompt
-from protocol import ChatError, ChatRequest, validated
+from protocol import ChatError, ChatRequest, reason_of, validated
 from thoughts import ThoughtSplitter, parser_for_folder
 
 if TYPE_CHECKING:
@@ -434,8 +434,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         serve.ServeSubcommand.cmd(args)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        sys.exit(f"vllm_server.py: the server could not go on: {reason}")
+        sys.exit(f"vllm_server.py: the server could not go on: {reason_of(error)}")
     if not args.stopped:
         sys.exit("vllm_server.py: the engine has died; the log above says why")
 

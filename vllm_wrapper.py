@@ -23,7 +23,18 @@ from model_utils import (
     sampling_defaults,
 )
 from prompt_utils import Prompt
-from protocol import DEFAULT_SYSTEM, ChatError, ChatRequest, ChatResult, Part, Reasoning, Sampling, Turn, validated
+from protocol import (
+    DEFAULT_SYSTEM,
+    ChatError,
+    ChatRequest,
+    ChatResult,
+    Part,
+    Reasoning,
+    Sampling,
+    Turn,
+    reason_of,
+    validated,
+)
 from thoughts import ThoughtSplitter
 
 if TYPE_CHECKING:
@@ -275,8 +286,7 @@ class ChatModel:
         try:
             yield
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            message = f"the engine has died ({reason}): leave, and start again"
+            message = f"the engine has died ({reason_of(error)}): leave, and start again"
             self._death = ChatError(message, "engine_error", status=500)
             raise self._death from error
 

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError, field_validator
 
-from protocol import DEFAULT_SYSTEM, ChatError, ChatRequest, ChatResult, Sampling, validated
+from protocol import DEFAULT_SYSTEM, ChatError, ChatRequest, ChatResult, Sampling, reason_of, validated
 
 SECRET = "do-not-echo-me"
 
@@ -229,3 +230,20 @@ def test_any_json_is_taken_or_refused(value: Any) -> None:
 @given(st.binary(max_size=64))
 def test_any_bytes_are_refused(data: bytes) -> None:
     assert refused(data).message
+
+
+def test_what_a_library_says_is_told_in_one_line() -> None:
+    class Config(BaseModel):
+        heads: int
+
+        @field_validator("heads")
+        @classmethod
+        def _even(cls, heads: int) -> int:
+            raise ValueError(f"{heads} heads cannot be divided by 2\nSee the manual.")
+
+    with pytest.raises(ValidationError) as caught:
+        Config(heads=9)
+    assert reason_of(caught.value) == "9 heads cannot be divided by 2"
+    assert reason_of(OSError("the first line\nthe second")) == "the first line"
+    assert reason_of(RuntimeError()) == "RuntimeError"
+    assert len(reason_of(RuntimeError("x" * 10_000))) == 300

@@ -1,5 +1,6 @@
 """What a request to /chat takes of a front end's processor, in microseconds, with an engine that answers at once: from
-the parsed head to the last line, the guard's check of the body, and the prompt with its sampling parameters.
+the parsed head to the last line, the guard's check of the body, and the prompt with its sampling parameters. Then how
+long nothing else goes on while 256 requests come at once.
 
     python -m benchmarks.front_end [--model FOLDER]
 
@@ -10,6 +11,7 @@ import argparse
 import asyncio
 import json
 import random
+import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ from benchmarks.load import WORDS
 from guard import check_json
 from protocol import ChatRequest, validated
 
-ROUNDS, REQUESTS = 6, 300
+ROUNDS, REQUESTS, BURST = 6, 300, 256
 TURN = ["And what about that other thing, if I may ask?", "Here is what I can tell you about it. " * 12]
 
 
@@ -78,8 +80,28 @@ async def microseconds(work: Callable[[bytes], Awaitable[Any]], turns: int) -> f
     return best
 
 
+async def burst(app: Any) -> tuple[float, float]:
+    """(the longest that another task had to wait while requests came at once, until all were answered), in ms."""
+    waits, bodies = [], [request_body(0) for _ in range(BURST)]
+
+    async def other_task() -> None:
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(0.002)
+            waits.append(time.perf_counter() - before)
+
+    other = asyncio.create_task(other_task())
+    await asyncio.sleep(0)
+    began = time.perf_counter()
+    await asyncio.gather(*(send_request(app, body) for body in bodies))
+    took = time.perf_counter() - began
+    await asyncio.sleep(0.01)
+    other.cancel()
+    return max(waits) * 1e3, took * 1e3
+
+
 async def main() -> None:
-    """Prints a row a length of history."""
+    """Prints a row a length of history, and one for the burst."""
     from vllm.entrypoints.launchers.app import build_app
 
     from vllm_server import ChatEndpoint, parse_args
@@ -106,6 +128,10 @@ async def main() -> None:
     for turns in (0, 10, 100):
         parts = [await microseconds(part, turns) for part in (answer, check, build)]
         print(f"{turns:6} {parts[0]:8.0f} {parts[1]:8.0f} {parts[2]:8.0f}", flush=True)
+    waited, took = (
+        statistics.median(column) for column in zip(*[await burst(app) for _ in range(ROUNDS)], strict=True)
+    )
+    print(f"{BURST} at once: another task waits for {waited:.0f} ms, all are answered after {took:.0f} ms (medians)")
 
 
 if __name__ == "__main__":

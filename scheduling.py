@@ -18,20 +18,20 @@ class QuickKVCacheManager(KVCacheManager):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        # Other layers than those of full attention give blocks back as they go.
+        # Layers without full attention give blocks back as they go, and blocks of several hashes can be found in part.
         groups = self.coordinator.single_type_managers
-        self._group = groups[0] if [type(group) for group in groups] == [FullAttentionManager] else None
+        full = len(groups) == 1 and type(groups[0]) is FullAttentionManager
+        self._group = groups[0] if full and groups[0].block_size == self.block_pool.hash_block_size else None
 
     def allocate_slots(
         self, request: Request, num_new_tokens: int, *args: Any, num_lookahead_tokens: int = 0, **admission: Any
     ) -> KVCacheBlocks | None:
-        """The blocks that a step of a request needs more, as in vLLM; a running request comes without `admission`."""
+        """The new blocks for a step of a request, as in vLLM, which hands over no `admission` where it runs already."""
         if self._group and not args and not admission:
             num_tokens = request.num_computed_tokens + num_new_tokens
-            num_slots = min(num_tokens + num_lookahead_tokens, self.max_model_len)
-            if self._has_slots(request, num_slots) and not self._fills_block(
-                request, min(num_tokens, request.num_tokens)
-            ):
+            num_slots = len(self._group.req_to_blocks.get(request.request_id, ())) * self._group.block_size
+            has_slots = min(num_tokens + num_lookahead_tokens, self.max_model_len) <= num_slots
+            if has_slots and not self._fills_block(request, min(num_tokens, request.num_tokens)):
                 return self.empty_kv_cache_blocks
         return super().allocate_slots(
             request, num_new_tokens, *args, num_lookahead_tokens=num_lookahead_tokens, **admission
@@ -42,13 +42,8 @@ class QuickKVCacheManager(KVCacheManager):
         if not self._group or self._fills_block(request, num_computed_tokens):
             super().cache_blocks(request, num_computed_tokens)
 
-    def _has_slots(self, request: Request, num_slots: int) -> bool:
-        group, name = self._group, request.request_id
-        has = len(group.req_to_blocks.get(name, ())) * group.block_size
-        return num_slots <= has and name not in group._partial_hit_reqs
-
     def _fills_block(self, request: Request, num_tokens: int) -> bool:
-        """Whether by then a block is full that later requests do not find yet."""
+        """Whether with so many tokens a block is full that later requests do not find yet."""
         if not self.enable_caching:
             return False
         group = self._group

@@ -1,7 +1,7 @@
 """What planning a step and taking its results cost vLLM's scheduler, in microseconds a request, without any model: with
 vLLM's own KV cache manager and with ours, by turns.
 
-    python -m benchmarks.scheduling [--requests 256 1024] [--rounds 3]
+    python -m benchmarks.scheduler_steps [--requests 256 1024] [--rounds 3]
 """
 
 import argparse

@@ -49,7 +49,7 @@ def day_of(manager: type[KVCacheManager], seed: int, caching: bool, specs: tuple
 @pytest.mark.parametrize("specs", [(SPEC,), (WINDOW,), (SPEC, WINDOW)], ids=["full", "window", "both"])
 def test_steps_are_planned_as_by_vllm(specs: tuple, caching: bool) -> None:
     preempted = 0
-    for seed in range(3):
+    for seed in range(2):
         seen = day_of(QuickKVCacheManager, seed, caching, specs)
         assert seen == day_of(KVCacheManager, seed, caching, specs)
         preempted += sum(len(preempted or ()) for _, preempted, _ in seen[::5])

@@ -29,6 +29,15 @@ from with_server import SERVER, free_port
 
 KEY = "e2e-key"
 """The key of `demo_server`."""
+ROOM, DEADLINE = 8, 2
+"""Of `small_server`: requests at a time, and seconds that slow clients have."""
+SERVERS = {
+    "demo_server": ["--api-key", KEY],
+    "small_server": f"""--max-num-seqs 4 --max-num-queued-reqs {ROOM}
+        --max-model-len 512 --block-size 32 --num-gpu-blocks-override 18
+        --header-timeout {DEADLINE} --body-timeout {DEADLINE} --write-timeout {DEADLINE}""".split(),
+}
+"""Flags of the servers, by the fixtures."""
 
 # The parts of the model's own template that deal with plain conversations.
 QWEN3_TEMPLATE = """\
@@ -63,36 +72,49 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # What needs no server goes first: meanwhile one starts.
+    # What needs no server goes first: meanwhile they start.
     items.sort(key=lambda item: ("e2e" in item.path.parts, item.get_closest_marker("last") is not None))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def starting_server(
+def starting_servers(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[subprocess.Popen, str] | None]:
-    """`demo_server` and its address, where a selected test wants it: it starts beside the first tests."""
-    if not any("demo_server" in item.fixturenames for item in request.session.items):
-        yield None
-        return
-    port = str(free_port())
-    with (tmp_path_factory.mktemp("server") / "log").open("wb") as log:
-        command = [*SERVER, "--api-key", KEY, "--port", port]
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    yield server, f"http://127.0.0.1:{port}"
-    server.terminate()
-    server.wait(30)
+) -> Iterator[dict[str, SimpleNamespace]]:
+    """The real servers with the demo model that selected tests want; they start beside the first tests."""
+    wanted = {name for item in request.session.items for name in item.fixturenames}
+    servers = {}
+    for name in [name for name in SERVERS if name in wanted]:
+        demo_model()  # once, before each of them would make it
+        port, path = free_port(), tmp_path_factory.mktemp(name) / "log"
+        with path.open("wb") as log:
+            command = [*SERVER, *SERVERS[name], "--port", str(port)]
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        servers[name] = SimpleNamespace(process=process, url=f"http://127.0.0.1:{port}", port=port, log=path)
+    yield servers
+    for server in servers.values():
+        server.process.terminate()
+    for server in servers.values():
+        server.process.wait(30)
 
 
 @pytest.fixture(scope="session")
-def demo_server(starting_server: tuple[subprocess.Popen, str]) -> str:
-    """The address of one real server with the demo model for all tests that need no flags; the last one stops it."""
-    server, url = starting_server
+def demo_server(starting_servers: dict[str, SimpleNamespace]) -> str:
+    """The address of one server for all tests that need no flags; the last one stops it."""
+    return _ready(starting_servers["demo_server"]).url
+
+
+@pytest.fixture(scope="session")
+def small_server(starting_servers: dict[str, SimpleNamespace]) -> SimpleNamespace:
+    """A server with little room and short deadlines; the last test stops its engine."""
+    return _ready(starting_servers["small_server"])
+
+
+def _ready(server: SimpleNamespace) -> SimpleNamespace:
     while True:
         with suppress(requests.ConnectionError):
-            if requests.get(f"{url}/ready", timeout=10).ok:
-                return url
-        assert server.poll() is None, "the server did not start: see its log in pytest's folder"
+            if requests.get(f"{server.url}/ready", timeout=10).ok:
+                return server
+        assert server.process.poll() is None, f"the server did not start: see {server.log}"
         time.sleep(0.2)
 
 

@@ -16,37 +16,26 @@ import psutil
 import pytest
 import requests
 import schemathesis
+from conftest import DEADLINE, ROOM
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
 from benchmarks.probes import gauge, server_process, unfinished
 from protocol import ChatError, Sampling
 from vllm_client import stream_chat
-from with_server import running_server
 
 MODEL = "SmolLM2-135M-Instruct"
 FRANCE, PARIS = "What is the capital of France?", "The capital of France is Paris."
-ROOM = 8
-DEADLINE = 2
-FLAGS = f"""--max-num-seqs 4 --max-num-queued-reqs {ROOM}
---max-model-len 512 --block-size 32 --num-gpu-blocks-override 18
---header-timeout {DEADLINE} --body-timeout {DEADLINE} --write-timeout {DEADLINE}""".split()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, demo_server: str) -> Iterator[SimpleNamespace]:
-    """Beside another server, which is to change nothing for this one."""
-    log = tmp_path_factory.mktemp("server") / "log"
-    with running_server(FLAGS, log) as url:
-        yield SimpleNamespace(url=url, port=int(url.rpartition(":")[2]), process=server_process(url), log=log)
 
 
 @pytest.fixture
-def url(server: SimpleNamespace) -> Iterator[str]:
-    """The address; after each test the engine has nothing left to do and a normal request is answered."""
-    yield server.url
-    wait_until(lambda: unfinished(server.url) == 0)
-    assert chat(server.url, query=FRANCE).json()["text"] == PARIS
+def url(small_server: SimpleNamespace, demo_server: str) -> Iterator[str]:
+    """The address, beside another server, which is to change nothing for this one; after each test the engine has
+    nothing left to do and a normal request is answered.
+    """
+    yield small_server.url
+    wait_until(lambda: unfinished(small_server.url) == 0)
+    assert chat(small_server.url, query=FRANCE).json()["text"] == PARIS
 
 
 def chat(url: str, **fields: object) -> requests.Response:
@@ -122,9 +111,11 @@ def request_of(size: int) -> bytes:
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /chat HT", request_of(100) + b'{"query": '])
-def test_silent_clients_are_closed_and_others_notice_nothing(server: SimpleNamespace, url: str, sent: bytes) -> None:
+def test_silent_clients_are_closed_and_others_notice_nothing(
+    small_server: SimpleNamespace, url: str, sent: bytes
+) -> None:
     with ExitStack() as stack:
-        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(100)]
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", small_server.port))) for _ in range(100)]
         for client in silent:
             client.sendall(sent)
         assert chat(url, query=FRANCE).json()["text"] == PARIS
@@ -134,9 +125,9 @@ def test_silent_clients_are_closed_and_others_notice_nothing(server: SimpleNames
                 pass
 
 
-def test_clients_that_send_byte_by_byte_are_closed(server: SimpleNamespace, url: str) -> None:
+def test_clients_that_send_byte_by_byte_are_closed(small_server: SimpleNamespace, url: str) -> None:
     with ExitStack() as stack:
-        slow = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(50)]
+        slow = [stack.enter_context(socket.create_connection(("127.0.0.1", small_server.port))) for _ in range(50)]
 
         def all_closed() -> bool:
             for client in slow[:]:
@@ -150,13 +141,15 @@ def test_clients_that_send_byte_by_byte_are_closed(server: SimpleNamespace, url:
         wait_until(all_closed)
 
 
-def test_a_client_that_stops_reading_is_cut_off_and_its_request_with_it(server: SimpleNamespace, url: str) -> None:
+def test_a_client_that_stops_reading_is_cut_off_and_its_request_with_it(
+    small_server: SimpleNamespace, url: str
+) -> None:
     # The prompt comes back with each of many answers: far more than the buffers between the two hold.
     fields = {"model": MODEL, "prompt": "word " * 400, "echo": True, "n": ROOM, "max_tokens": 100, "stream": True}
     body = json.dumps({**fields, "ignore_eos": True, "logprobs": 1, "return_token_ids": True}).encode()
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        client.connect(("127.0.0.1", server.port))
+        client.connect(("127.0.0.1", small_server.port))
         client.sendall(request_of(len(body)).replace(b"/chat", b"/v1/completions") + body)
         wait_until(lambda: unfinished(url) > 0)
         wait_until(lambda: unfinished(url) == 0, 60)
@@ -164,9 +157,9 @@ def test_a_client_that_stops_reading_is_cut_off_and_its_request_with_it(server: 
 
 @pytest.mark.parametrize("end", ["close", "reset", "half-close"])
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_the_engine(server: SimpleNamespace, url: str, end: str, stream: bool) -> None:
+def test_a_client_that_leaves_frees_the_engine(small_server: SimpleNamespace, url: str, end: str, stream: bool) -> None:
     body = json.dumps({"query": "Count to 1000.", "max_tokens": 250, "stream": stream, "min_p": 0.0}).encode()
-    with socket.create_connection(("127.0.0.1", server.port)) as client:
+    with socket.create_connection(("127.0.0.1", small_server.port)) as client:
         client.sendall(request_of(len(body)) + body)
         wait_until(lambda: unfinished(url) == 1)
         if end == "reset":
@@ -252,18 +245,19 @@ def test_whatever_the_description_of_the_api_allows_or_not_is_answered_or_refuse
     ask()
 
 
-def test_an_engine_that_hangs_ends_the_server_with_explicit_errors(server: SimpleNamespace) -> None:
-    answer = stream_chat(server.url, "Count to 1000.", sampling=Sampling(max_tokens=250, temperature=0))
+def test_an_engine_that_hangs_ends_the_server_with_explicit_errors(small_server: SimpleNamespace) -> None:
+    server = server_process(small_server.url)
+    answer = stream_chat(small_server.url, "Count to 1000.", sampling=Sampling(max_tokens=250, temperature=0))
     next(answer)
-    [engine] = [p for p in server.process.children(recursive=True) if "EngineCor" in p.name()]
+    [engine] = [p for p in server.children(recursive=True) if "EngineCor" in p.name()]
     os.kill(engine.pid, signal.SIGSTOP)
-    wait_until(lambda: requests.get(f"{server.url}/ready", timeout=10).status_code == 503)
+    wait_until(lambda: requests.get(f"{small_server.url}/ready", timeout=10).status_code == 503)
     with pytest.raises(ChatError, match="the engine has died"):
         list(answer)
-    left = [server.process, *server.process.children(recursive=True)]
-    assert server.process.wait(30) != 0
+    left = [server, *server.children(recursive=True)]
+    assert server.wait(30) != 0
     assert not psutil.wait_procs(left, timeout=10)[1]
     # Before --stall-timeout, since its engine did not compute; that of another server here did.
-    assert int(re.findall(r"The engine has not answered for (\d+) s", server.log.read_text())[0]) < 60
-    with socket.create_server(("127.0.0.1", server.port)):
+    assert int(re.findall(r"The engine has not answered for (\d+) s", small_server.log.read_text())[0]) < 60
+    with socket.create_server(("127.0.0.1", small_server.port)):
         pass

@@ -9,7 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
@@ -91,7 +100,7 @@ class ChatRequest(Sampling):
 
     query: str
     """what the user says now"""
-    history: list[Turn] = []
+    history: Annotated[list[Turn], FailFast()] = []
     """earlier turns, oldest first: [[user, assistant], …]"""
     system: str = DEFAULT_SYSTEM
     """how the model should behave"""
@@ -189,15 +198,17 @@ def validated(model: type[BaseModel], data: bytes | Mapping[str, Any]) -> Any:
     try:
         return model.model_validate_json(data) if isinstance(data, bytes) else model.model_validate(data)
     except ValidationError as failure:
-        param = ".".join(str(part)[:64] for part in failure.errors()[0]["loc"]) or None
-        message = reason_of(failure)
-        raise ChatError(f"{param}: {message}" if param else message, param=param) from None
+        param, message = _first_error(failure)
+        raise ChatError(f"{param}: {message[:300]}" if param else message[:300], param=param) from None
 
 
 def reason_of(error: Exception) -> str:
     """What an exception of a library says, in one line; of pydantic's, what is wrong with the first field."""
-    if isinstance(error, ValidationError):
-        text = error.errors()[0]["msg"]
-    else:
-        text = str(error).strip() or type(error).__name__
-    return text.removeprefix("Value error, ").splitlines()[0][:300]
+    text = _first_error(error)[1] if isinstance(error, ValidationError) else str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+def _first_error(failure: ValidationError) -> tuple[str | None, str]:
+    """(the field, what is wrong with it)"""
+    error = failure.errors(include_input=False, include_url=False, include_context=False)[0]
+    return ".".join(str(part)[:64] for part in error["loc"]) or None, error["msg"].removeprefix("Value error, ")

@@ -83,11 +83,13 @@ def starting_servers(
     """The real servers with the demo model that selected tests want; they start beside the first tests."""
     wanted = {name for item in request.session.items for name in item.fixturenames}
     servers = {}
-    for name in [name for name in SERVERS if name in wanted]:
+    for name, flags in SERVERS.items():
+        if name not in wanted:
+            continue
         demo_model()  # once, before each of them would make it
         port, path = free_port(), tmp_path_factory.mktemp(name) / "log"
         with path.open("wb") as log:
-            command = [*SERVER, *SERVERS[name], "--port", str(port)]
+            command = [*SERVER, *flags, "--port", str(port)]
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         servers[name] = SimpleNamespace(process=process, url=f"http://127.0.0.1:{port}", port=port, log=path)
     yield servers

@@ -247,3 +247,10 @@ def test_what_a_library_says_is_told_in_one_line() -> None:
     assert reason_of(OSError("the first line\nthe second")) == "the first line"
     assert reason_of(RuntimeError()) == "RuntimeError"
     assert len(reason_of(RuntimeError("x" * 10_000))) == 300
+
+
+def test_behind_a_bad_turn_no_other_is_looked_at() -> None:
+    """A body of 1 MiB holds hundreds of thousands, which would take the server's only thread for a second."""
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate_json(request(history=[["q", "a"], 1, 2, 3]))
+    assert [error["loc"] for error in caught.value.errors()] == [("history", 1)]

@@ -1,67 +1,90 @@
-"""This server against `vllm serve`, one after the other in one run: tokens/s and time to first token.
+"""This server against `vllm serve`, all on one GPU and asked by turns: tokens/s and time to first token.
 
-    python -m benchmarks.serving --model FOLDER [--streams 1 64 256 1024] [--flags=--load-format=dummy …]
+    python -m benchmarks.serving --model FOLDER [--turns 3] [--streams 1 64 256 1024] [--flags=--load-format=dummy …]
 
 Sides: `vllm` (as it comes, without our plugins), `rust` (the same with its Rust front end), `ours` (as it comes: /chat,
-and /v1/chat/completions), and `NAME:FLAG,FLAG…` for ours with flags. `--flags` go to all. Ends with status 1 where an
-answer was not whole.
+and /v1/chat/completions), and `NAME:FLAG,FLAG…` for ours with flags. `--flags` go to all. They share the GPU's memory,
+and one waits while another is asked. Figures are medians of the turns, with the lowest and the highest. Ends with
+status 1 where an answer was not whole.
 """
 
 import argparse
-import os
+import math
+import statistics
 import sys
 import time
-from unittest.mock import patch
+from contextlib import ExitStack
 
 from benchmarks.load import HEAD, PATHS, Seen, add_flags, load, rate, row
 from model_utils import CACHE
 from with_server import SERVER, running_server
 
-VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")
+VLLM = ("env", "VLLM_PLUGINS=", sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")
+PROGRAMS = {"vllm": VLLM, "rust": ("env", "VLLM_USE_RUST_FRONTEND=1", *VLLM[1:])}
 
 
-def measure(side: str, flags: list[str], streams: list[int], options: dict) -> dict[tuple[str, int], Seen]:
-    """Starts a side's server and puts load on it, warmed up; prints a row for each route and number of streams."""
-    name, _, own = side.partition(":")
-    environment, program, routes = {}, SERVER, ["chat"] if own else ["chat", "openai"]
-    if name in ("vllm", "rust"):
-        program, routes = VLLM, ["openai"]
-        environment = {"VLLM_PLUGINS": "", "VLLM_USE_RUST_FRONTEND": str(int(name == "rust"))}
-    seen = {}
+def start(stack: ExitStack, number: int, side: str, flags: list[str]) -> str:
+    """Starts a side's server, which ends with the stack; returns its address."""
     began = time.monotonic()
-    log = CACHE / f"benchmark-{name}.log"
-    with (
-        patch.dict(os.environ, environment),
-        running_server([*flags, *own.split(",")] if own else flags, log, program=program) as url,
-    ):
-        print(f"{side}: up after {time.monotonic() - began:.0f} s", flush=True)
-        for api in routes:
-            load(url, api, max(streams), **{**options, "rounds": 1, "tokens": 32})
-            for number in streams:
-                rounds = max(options["rounds"], 16 // number)
-                seen[api, number] = load(url, api, number, **{**options, "rounds": rounds})
-                print(f"{side[:24]:24} {PATHS[api]:20} {row(number, seen[api, number])}", flush=True)
-    return seen
+    own = side.partition(":")[2]
+    flags = [*flags, *own.split(",")] if own else flags
+    log = CACHE / f"benchmark-{number}.log"
+    url = stack.enter_context(running_server(flags, log, program=PROGRAMS.get(side, SERVER)))
+    print(f"{side}: up after {time.monotonic() - began:.0f} s", flush=True)
+    return url
+
+
+def routes(side: str) -> list[str]:
+    """What of a side is measured."""
+    return ["openai"] if side in PROGRAMS else ["chat"] if ":" in side else ["chat", "openai"]
+
+
+def first(seen: Seen) -> float:
+    """Median time to first token in ms."""
+    return statistics.median(seen.first or [math.nan]) * 1000
+
+
+def spread(values: list[float], digits: int = 0) -> str:
+    """The median, and the lowest and highest where there are several."""
+    low, high = (f"{value:,.{digits}f}" for value in (min(values), max(values)))
+    return f"{statistics.median(values):,.{digits}f}" + (f" ({low} to {high})" if len(values) > 1 else "")
 
 
 def main() -> int:
-    """Prints the tables and the ratios to `vllm` and `rust`."""
+    """Prints a row a turn, then the medians, then the ratios to `vllm` and `rust`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--flags", action="append", default=[], help="of the server, on all sides; repeatable")
     parser.add_argument("--sides", nargs="+", default=["vllm", "rust", "ours"])
+    parser.add_argument("--turns", type=int, default=3, help="how often each side is asked (default: 3)")
     add_flags(parser)
     args = vars(parser.parse_args())
-    sides, streams = args.pop("sides"), args.pop("streams")
-    flags = ["--model", args.pop("model"), *args.pop("flags")]
-    print(f"{'':45} {HEAD}")
-    seen = {side: measure(side, flags, streams, args) for side in sides}
-    for other in {"vllm", "rust"} & set(sides):
-        for side in set(sides) - {"vllm", "rust"}:
-            for (api, number), ours in seen[side].items():
-                ratio = rate(ours) / rate(seen[other]["openai", number])
-                print(f"{side[:24]} {PATHS[api]} at {number}: {ratio:.2f} x {other}")
-    return 1 if any(one.failed for routes in seen.values() for one in routes.values()) else 0
+    sides, streams, turns = args.pop("sides"), args.pop("streams"), args.pop("turns")
+    share = f"--gpu-memory-utilization={0.9 / len(sides):.2f}"
+    flags = ["--model", args.pop("model"), share, *args.pop("flags")]
+    seen: dict[tuple[str, str, int], list[Seen]] = {}
+    with ExitStack() as stack:
+        urls = {side: start(stack, number, side, flags) for number, side in enumerate(sides)}
+        for side, url in urls.items():
+            for api in routes(side):
+                load(url, api, max(streams), **{**args, "rounds": 1, "tokens": 32})
+        print(f"{'':45} {HEAD}")
+        for _ in range(turns):
+            for number in streams:
+                for side, url in urls.items():
+                    for api in routes(side):
+                        one = load(url, api, number, **{**args, "rounds": max(args["rounds"], 16 // number)})
+                        seen.setdefault((side, api, number), []).append(one)
+                        print(f"{side[:24]:24} {PATHS[api]:20} {row(number, one)}", flush=True)
+    for (side, api, number), ours in seen.items():
+        name = f"{side[:24]} {PATHS[api]} at {number}"
+        print(f"{name}: {spread([*map(rate, ours)])} tokens/s, first token after {spread([*map(first, ours)])} ms")
+        for other in PROGRAMS.keys() & set(sides) - {side} if side not in PROGRAMS else ():
+            theirs = seen[other, "openai", number]
+            faster = [rate(one) / rate(two) for one, two in zip(ours, theirs, strict=True)]
+            later = [first(one) / first(two) for one, two in zip(ours, theirs, strict=True)]
+            print(f"{name}: {spread(faster, 2)} x {other}, first token {spread(later, 2)} x")
+    return 1 if any(one.failed for each in seen.values() for one in each) else 0
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp) -> None:
-        self._app, self._turns = app, asyncio.Lock()
+        self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -68,9 +68,6 @@ class Guard:
                     message = "the server is stopping: try again in a moment"
                     raise ChatError(message, "overloaded", status=503, retry_after=5)
                 body = await _read(receive, args.max_body_size, args.body_timeout)
-                # One request a turn of the event loop: where many come at once, answers under way go on between them.
-                async with self._turns:
-                    await asyncio.sleep(0)
                 if b"json" in _header(scope, b"content-type").lower():
                     check_json(body)
                 receive = _replayed(body, receive)

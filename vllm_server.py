@@ -97,6 +97,9 @@ class ChatEndpoint:
 
     async def init_state(self, engine_client: "EngineClient", state: State, args: Namespace) -> None:
         """Takes hold of the running engine; called by vLLM before the server listens."""
+        from vllm.envs import enable_envs_cache
+
+        enable_envs_cache()  # as the engine's process does: else a variable is looked up for each token
         self._engine = engine_client
         self._models = state.openai_serving_models
         self._requests, self._no_chat = None, None

@@ -1,55 +1,77 @@
-"""What a request to /chat takes of a front end's processor, in microseconds, with an engine that answers at once: from
-the parsed head to the last line, the guard's check of the body, and the prompt with its sampling parameters. Then how
-long nothing else goes on while 256 requests come at once.
+"""What /chat takes of a front end's processor, in microseconds, with vLLM's own client and a scripted engine: a request
+from its parsed head to its first piece of text, the guard's check of its body, its prompt with the sampling
+parameters, and each further piece of text.
 
     python -m benchmarks.front_end [--model FOLDER]
 
-Each history is asked for again and again, with questions of 50 words that were not seen before.
+64 requests at once. Each history is asked for again and again, with questions of 50 words that were not seen before.
 """
 
 import argparse
 import asyncio
 import json
 import random
-import statistics
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.load import WORDS
 from guard import check_json
 from protocol import ChatRequest, validated
 
-ROUNDS, REQUESTS, BURST = 6, 300, 256
+ROUNDS, REQUESTS, AT_ONCE, PIECES = 6, 320, 64, 32
 TURN = ["And what about that other thing, if I may ask?", "Here is what I can tell you about it. " * 12]
 
 
-class InstantEngine:
-    """Stands in for vLLM's AsyncLLM: each answer is one piece, and its end."""
+class ScriptedCore:
+    """Stands in for vLLM's engine process: all requests get one token a step, and as many as they want."""
 
-    def __init__(self, folder: str) -> None:
-        from transformers import AutoTokenizer
-        from vllm import EngineArgs
+    engine_ranks_managed, resources = (0,), SimpleNamespace(engine_dead=False)
 
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model_config = EngineArgs(folder).create_model_config()
+    def __init__(self, **config: Any) -> None:
+        from vllm.v1.serial_utils import MsgpackEncoder
 
-    def get_tokenizer(self) -> Any:
-        """The model's tokenizer."""
-        return self._tokenizer
+        self._encoder, self._waiting, self._left = MsgpackEncoder(), asyncio.Event(), {}
 
-    async def generate(self, *prompt: Any, **options: Any) -> AsyncIterator[SimpleNamespace]:
-        """Two outputs, of a token each."""
-        for text, finish_reason in (("a", None), ("b", "length")):
-            completion = SimpleNamespace(text=text, token_ids=[1], finish_reason=finish_reason, stop_reason=None)
-            yield SimpleNamespace(outputs=[completion], finished=finish_reason is not None)
+    async def get_supported_tasks_async(self) -> tuple[str]:
+        """It can only chat."""
+        return ("generate",)
+
+    async def add_request_async(self, request: Any) -> None:
+        """Takes a request, encoded for another process."""
+        self._encoder.encode(request)
+        self._left[request.request_id] = request.sampling_params.max_tokens
+        self._waiting.set()
+
+    async def get_output_async(self) -> Any:
+        """One step."""
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+        from vllm.v1.metrics.stats import PrefillStats
+
+        await self._waiting.wait()
+        self._left = {name: left - 1 for name, left in self._left.items()}
+        outputs = [
+            EngineCoreOutput(
+                name, [1000], finish_reason=None if left else FinishReason.LENGTH, prefill_stats=PrefillStats()
+            )
+            for name, left in self._left.items()
+        ]
+        self._left = {name: left for name, left in self._left.items() if left}
+        if not self._left:
+            self._waiting.clear()
+        return EngineCoreOutputs(outputs=outputs, timestamp=time.monotonic())
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """There is nothing to stop."""
 
 
-def request_body(turns: int) -> bytes:
-    """A request after that many turns."""
+def request_body(turns: int, tokens: int) -> bytes:
+    """A request after that many turns, for so many tokens."""
     query = " ".join(random.choices(WORDS, k=50))
-    return json.dumps({"query": query, "history": [TURN] * turns, "stream": True, "temperature": 0}).encode()
+    fields = {"query": query, "history": [TURN] * turns, "stream": True, "temperature": 0, "max_tokens": tokens}
+    return json.dumps(fields).encode()
 
 
 async def send_request(app: Any, body: bytes) -> None:
@@ -68,41 +90,23 @@ async def send_request(app: Any, body: bytes) -> None:
     assert sent[0]["status"] == 200 and b'"finish_reason"' in sent[-1]["body"]
 
 
-async def microseconds(work: Callable[[bytes], Awaitable[Any]], turns: int) -> float:
+async def microseconds(work: Callable[[bytes], Awaitable[Any]], turns: int, tokens: int) -> float:
     """Processor time of one request, in the best of several rounds: others on the machine only make it longer."""
     best = float("inf")
     for _ in range(ROUNDS):
-        bodies = [request_body(turns) for _ in range(REQUESTS)]
+        bodies = [request_body(turns, tokens) for _ in range(REQUESTS)]
         began = time.process_time()
-        for body in bodies:
-            await work(body)
+        for number in range(0, REQUESTS, AT_ONCE):
+            await asyncio.gather(*map(work, bodies[number : number + AT_ONCE]))
         best = min(best, (time.process_time() - began) / REQUESTS * 1e6)
     return best
 
 
-async def burst(app: Any) -> tuple[float, float]:
-    """(the longest that another task had to wait while requests came at once, until all were answered), in ms."""
-    waits, bodies = [], [request_body(0) for _ in range(BURST)]
-
-    async def other_task() -> None:
-        while True:
-            before = time.perf_counter()
-            await asyncio.sleep(0.002)
-            waits.append(time.perf_counter() - before)
-
-    other = asyncio.create_task(other_task())
-    await asyncio.sleep(0)
-    began = time.perf_counter()
-    await asyncio.gather(*(send_request(app, body) for body in bodies))
-    took = time.perf_counter() - began
-    await asyncio.sleep(0.01)
-    other.cancel()
-    return max(waits) * 1e3, took * 1e3
-
-
 async def main() -> None:
-    """Prints a row a length of history, and one for the burst."""
+    """Prints a row a length of history."""
+    from vllm import AsyncEngineArgs
     from vllm.entrypoints.launchers.app import build_app
+    from vllm.v1.engine.async_llm import AsyncLLM, EngineCoreClient
 
     from vllm_server import ChatEndpoint, parse_args
 
@@ -110,10 +114,12 @@ async def main() -> None:
     parser.add_argument("--model")
     model = parser.parse_args().model
     args = parse_args(["--load-format", "dummy", *(["--model", model] if model else [])])
+    with patch.object(EngineCoreClient, "make_async_mp_client", ScriptedCore):
+        engine = AsyncLLM(AsyncEngineArgs.from_cli_args(args).create_engine_config(), None, True, log_requests=False)
     app, endpoint = build_app(args, ("generate",)), ChatEndpoint()
     endpoint.attach_router(app)
     app.state.openai_serving_models = SimpleNamespace(is_base_model=bool, lora_requests={})
-    await endpoint.init_state(InstantEngine(args.model), app.state, args)
+    await endpoint.init_state(engine, app.state, args)
 
     async def answer(body: bytes) -> None:
         await send_request(app, body)
@@ -124,14 +130,11 @@ async def main() -> None:
     async def build(body: bytes) -> None:
         endpoint._requests.build(validated(ChatRequest, body), True)
 
-    print(f"{'turns':>6} {'request':>8} {'check':>8} {'prompt':>8}")
+    print(f"{'turns':>6} {'request':>8} {'check':>8} {'prompt':>8} {'piece':>8}")
     for turns in (0, 10, 100):
-        parts = [await microseconds(part, turns) for part in (answer, check, build)]
-        print(f"{turns:6} {parts[0]:8.0f} {parts[1]:8.0f} {parts[2]:8.0f}", flush=True)
-    waited, took = (
-        statistics.median(column) for column in zip(*[await burst(app) for _ in range(ROUNDS)], strict=True)
-    )
-    print(f"{BURST} at once: another task waits for {waited:.0f} ms, all are answered after {took:.0f} ms (medians)")
+        request, checked, prompt = [await microseconds(part, turns, 1) for part in (answer, check, build)]
+        piece = (await microseconds(answer, turns, 1 + PIECES) - request) / PIECES
+        print(f"{turns:6} {request:8.0f} {checked:8.0f} {prompt:8.0f} {piece:8.1f}", flush=True)
 
 
 if __name__ == "__main__":

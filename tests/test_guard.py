@@ -4,7 +4,6 @@ import asyncio
 import base64
 import json
 import struct
-from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
@@ -12,8 +11,6 @@ import httpx
 import pytest
 from conftest import guard_args
 from fastapi import FastAPI, Request
-from starlette.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
 
 from guard import MAX_ANSWERS, MAX_DEPTH, Guard, check_json
 from protocol import INT32_MAX, INT64_MAX, ChatError
@@ -241,31 +238,3 @@ def test_the_body_reaches_the_route_as_it_was_sent(body: bytes) -> None:
             return await client.post("/echo", content=body, headers={"Content-Type": "application/json"})
 
     assert asyncio.run(post()).json() == body.hex()
-
-
-def test_many_requests_at_once_leave_turns_to_what_is_under_way() -> None:
-    turns, begun = 0, []
-
-    async def begin(scope: Scope, receive: Receive, send: Send) -> None:
-        begun.append(turns)
-        await JSONResponse((await receive())["body"].decode())(scope, receive, send)
-
-    async def answer_of_another(done: asyncio.Event) -> None:
-        nonlocal turns
-        while not done.is_set():
-            turns += 1
-            await asyncio.sleep(0)
-
-    async def burst() -> list[httpx.Response]:
-        guard, done = Guard(begin), asyncio.Event()
-        app = SimpleNamespace(state=SimpleNamespace(args=guard_args()))
-        transport = httpx.ASGITransport(lambda scope, *ends: guard({**scope, "app": app}, *ends))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            other = asyncio.create_task(answer_of_another(done))
-            answers = await asyncio.gather(*(client.post("/chat", content=f"{i}") for i in range(50)))
-            done.set()
-            await other
-        return answers
-
-    assert [answer.json() for answer in asyncio.run(burst())] == [f"{i}" for i in range(50)]
-    assert len(set(begun)) == len(begun) == 50

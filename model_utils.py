@@ -390,13 +390,13 @@ def sampling_defaults(context: int, configured: Mapping[str, Any]) -> dict[str, 
 
 def begin_process() -> None:
     """What each process of vLLM has to begin with; vLLM calls it there, as a general plugin."""
-    import scheduling
+    import shortcuts
 
     end_with_parent()
     qwen_v1.register()
     thoughts.register()
     lora.repair()
-    scheduling.shorten()
+    shortcuts.shorten()
 
 
 def end_with_parent() -> None:

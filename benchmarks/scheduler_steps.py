@@ -25,7 +25,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from model_utils import demo_model
-from scheduling import QuickKVCacheManager
+from shortcuts import QuickKVCacheManager
 
 BLOCK, TOKEN = 16, 5
 GREEDY = SamplingParams(max_tokens=256, temperature=0, ignore_eos=True)

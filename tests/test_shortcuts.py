@@ -1,4 +1,4 @@
-"""The quick KV cache manager: vLLM's scheduler plans the same steps with it, and asks for blocks less often."""
+"""The shorter ways: steps are planned and tokens become text as in vLLM, with less work."""
 
 import random
 from typing import Any
@@ -6,14 +6,18 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from test_templates import PIECES, tokenizer_of
+from tiny_families import FAMILIES
 from vllm import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
+import shortcuts
 from benchmarks.scheduler_steps import BLOCK, SPEC, Steps
-from scheduling import QuickKVCacheManager
+from shortcuts import PROMPT_END, QuickDetokenizer, QuickKVCacheManager
 
 WINDOW = SlidingWindowSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=40)
 TIGHT = {"max_num_seqs": 32, "max_model_len": 400, "max_num_batched_tokens": 100}
@@ -68,3 +72,19 @@ def test_a_growing_answer_asks_for_a_block_when_its_last_is_full(caching: bool) 
             tokens += sum(len(output.new_token_ids) for answers in outputs.values() for output in answers.outputs)
     assert tokens == 160
     assert asked.call_count <= 2 * 160 / BLOCK + 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_become_text_as_by_vllm_without_all_of_the_prompt(name: str) -> None:
+    tokenizer, chance = tokenizer_of(name), random.Random(name)
+    params = SamplingParams(max_tokens=1)
+    for _ in range(20):
+        prompt, answer = ("".join(chance.choices(PIECES, k=count)) for count in (chance.choice((1, 100)), 20))
+        ids = tokenizer.encode(prompt + "a", add_special_tokens=False)
+        cut, ids = len(ids), ids + tokenizer.encode(answer, add_special_tokens=False)
+        request = EngineCoreRequest("", ids[:cut], None, params, None, 0.0, None, None, None)
+        with patch.object(shortcuts, "DecodeStream", side_effect=shortcuts.DecodeStream) as streams:
+            quick, vllms = (kind(tokenizer, request) for kind in (QuickDetokenizer, QuickDetokenizer.__base__))
+        texts = [[detokenizer.decode_next(token) for token in ids[cut:]] for detokenizer in (quick, vllms)]
+        assert texts[0] == texts[1]
+        assert cut <= PROMPT_END or len(streams.call_args.kwargs["ids"]) == PROMPT_END

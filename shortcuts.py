@@ -1,16 +1,25 @@
-"""A shorter way through vLLM's scheduler.
+"""Shorter ways through vLLM 0.32, with the same results.
 
 While answers grow, a step writes one token of each request into a block of the KV cache that the request already has,
-15 times out of 16. vLLM 0.32 finds that out anew each time, by all that it asks about a new request: on a GPU that is
-a fifth of the time of a step with 256 requests.
+15 times out of 16. vLLM's scheduler finds that out anew each time, by all that it asks about a new request: on a GPU
+that is a fifth of the time of a step with 256 requests.
+
+And before the first token of an answer becomes text, all of its prompt does, while the other answers wait: for 4 ms
+where the prompt has 8,000 tokens.
 """
 
 from typing import Any
 
+from tokenizers.decoders import DecodeStream
+from transformers import TokenizersBackend
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.sched import scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.engine import EngineCoreRequest, detokenizer
 from vllm.v1.request import Request
+
+PROMPT_END = 64
+"""Tokens of a prompt that the text of an answer can depend on: its characters may begin in them."""
 
 
 class QuickKVCacheManager(KVCacheManager):
@@ -50,6 +59,17 @@ class QuickKVCacheManager(KVCacheManager):
         return num_tokens // group.block_size > group.num_cached_block.get(request.request_id, 0)
 
 
+class QuickDetokenizer(detokenizer.FastIncrementalDetokenizer):
+    """vLLM's, which goes by the end of the prompt."""
+
+    def __init__(self, tokenizer: TokenizersBackend, request: EngineCoreRequest) -> None:
+        super().__init__(tokenizer, request)
+        if len(request.prompt_token_ids or ()) > PROMPT_END:
+            end = request.prompt_token_ids[-PROMPT_END:]
+            self.stream = DecodeStream(ids=end, skip_special_tokens=self.skip_special_tokens)
+
+
 def shorten() -> None:
-    """Gives vLLM's scheduler the quick manager."""
+    """Gives vLLM's scheduler the quick manager, and its answers the quick detokenizer."""
     scheduler.KVCacheManager = QuickKVCacheManager
+    detokenizer.FastIncrementalDetokenizer = QuickDetokenizer

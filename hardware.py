@@ -9,8 +9,9 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, NamedTuple
 
-CORES_PER_FRONT_END = FRONT_ENDS_PER_ENGINE = 4
+FRONT_ENDS_PER_ENGINE = 6
 """More take the engine's time, for it talks to each of them at each step: see benchmarks/NOTES.md."""
+FRONT_ENDS_PER_CORE = 3 / 8
 MAX_PIXELS = 2**26
 """Of all images in one request: decoded they take 200 MB, and a file of a few kilobytes can hold that many."""
 GRAPHS_BY_DEFAULT = 512
@@ -96,7 +97,7 @@ def server_defaults(args: Any) -> list[Default]:
         os.environ.get(f"VLLM_{name}", "0") != "0" for name in ("USE_RUST_FRONTEND", "ALLOW_RUNTIME_LORA_UPDATING")
     )
     if not (on_cpu() or elsewhere or balanced or single or args.enable_elastic_ep or args.grpc):
-        processes = max(1, min(FRONT_ENDS_PER_ENGINE * engines, _cores() // CORES_PER_FRONT_END))
+        processes = max(1, min(FRONT_ENDS_PER_ENGINE * engines, int(_cores() * FRONT_ENDS_PER_CORE)))
         reason = f"processes that talk to clients, for {_cores()} cores and {engines} engine{'s' * (engines > 1)}"
         chosen.append(Default("api_server_count", processes, reason))
     return chosen

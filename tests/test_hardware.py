@@ -91,7 +91,7 @@ def test_graphs_reach_as_far_as_requests_run_unless_the_user_says_how_far(gpu: N
     assert chosen.get("max_cudagraph_capture_size") == size
 
 
-@pytest.mark.parametrize(("cores", "engines", "processes"), [(1, 1, 1), (8, 1, 2), (16, 1, 4), (64, 1, 4), (64, 2, 8)])
+@pytest.mark.parametrize(("cores", "engines", "processes"), [(1, 1, 1), (8, 1, 3), (16, 1, 6), (64, 1, 6), (64, 2, 12)])
 def test_front_ends_follow_the_cores_and_the_engines(
     gpu: None, monkeypatch: pytest.MonkeyPatch, cores: int, engines: int, processes: int
 ) -> None:
@@ -131,4 +131,4 @@ def test_what_the_user_says_goes_over_the_defaults_and_the_table_shows_it(gpu: N
     queue, front_ends = hardware.table(args, chosen).splitlines()
     assert queue.split()[:2] == ["max_num_queued_reqs", "2048"]
     assert front_ends.split()[:2] == ["api_server_count", "2"]
-    assert "as you set it; else 4" in front_ends
+    assert "as you set it; else 6" in front_ends

@@ -5,16 +5,18 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pexpect
 import pytest
 import requests
 from safetensors.numpy import save_file
@@ -31,13 +33,10 @@ KEY = "e2e-key"
 """The key of `demo_server`."""
 ROOM, DEADLINE = 8, 2
 """Of `small_server`: requests at a time, and seconds that slow clients have."""
-SERVERS = {
-    "demo_server": ["--api-key", KEY],
-    "small_server": f"""--max-num-seqs 4 --max-num-queued-reqs {ROOM}
-        --max-model-len 512 --block-size 32 --num-gpu-blocks-override 18
-        --header-timeout {DEADLINE} --body-timeout {DEADLINE} --write-timeout {DEADLINE}""".split(),
-}
-"""Flags of the servers, by the fixtures."""
+ROOT = Path(__file__).parents[1]
+FRANCE = "What is the capital of France?"
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+"""As in a user's terminal, and not as under `make test`, where make tells of each folder it enters."""
 
 # The parts of the model's own template that deal with plain conversations.
 QWEN3_TEMPLATE = """\
@@ -76,39 +75,87 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ("e2e" in item.path.parts, item.get_closest_marker("last") is not None))
 
 
+@contextmanager
+def _server(flags: str, folder: Path) -> Iterator[SimpleNamespace]:
+    port, path = free_port(), folder / "log"
+    with path.open("wb") as log:
+        command = [*SERVER, *flags.split(), "--port", str(port)]
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    yield SimpleNamespace(process=process, url=f"http://127.0.0.1:{port}", port=port, log=path)
+    process.terminate()
+    process.wait(30)
+
+
+@contextmanager
+def _piped_chat(folder: Path) -> Iterator[subprocess.Popen]:
+    environment, pipe = {**ENVIRONMENT, "PIPED_CHAT": "1"}, subprocess.PIPE
+    with subprocess.Popen(
+        ["make", "chat"], cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        process.stdin.write(f"{FRANCE}\n")
+        process.stdin.close()
+        process.stdin = None
+        yield process
+
+
+@contextmanager
+def _offline_chat(folder: Path) -> Iterator[pexpect.spawn]:
+    command = ["vllm_offline.py", "--temperature", "0", "--max-model-len", "2048"]
+    environment = {**ENVIRONMENT, "XDG_STATE_HOME": str(folder), "PROMPT_TOOLKIT_NO_CPR": "1"}
+    terminal = {"encoding": "utf-8", "timeout": 120, "dimensions": (40, 100)}
+    chat = pexpect.spawn(sys.executable, command, cwd=ROOT, env=environment, **terminal)
+    yield chat
+    chat.close(force=True)
+
+
+PROGRAMS = {
+    "demo_server": partial(_server, f"--api-key {KEY}"),
+    "small_server": partial(
+        _server,
+        f"""--max-num-seqs 4 --max-num-queued-reqs {ROOM}
+        --max-model-len 512 --block-size 32 --num-gpu-blocks-override 18
+        --header-timeout {DEADLINE} --body-timeout {DEADLINE} --write-timeout {DEADLINE}""",
+    ),
+    "piped_chat": _piped_chat,
+    "offline_chat": _offline_chat,
+}
+"""By the fixtures that give them."""
+
+
 @pytest.fixture(scope="session", autouse=True)
-def starting_servers(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, SimpleNamespace]]:
-    """The real servers with the demo model that selected tests want; they start beside the first tests."""
+def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The real programs with the demo model that selected tests want; they start beside the first tests."""
     wanted = {name for item in request.session.items for name in item.fixturenames}
-    servers = {}
-    for name, flags in SERVERS.items():
-        if name not in wanted:
-            continue
-        demo_model()  # once, before each of them would make it
-        port, path = free_port(), tmp_path_factory.mktemp(name) / "log"
-        with path.open("wb") as log:
-            command = [*SERVER, *flags, "--port", str(port)]
-            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        servers[name] = SimpleNamespace(process=process, url=f"http://127.0.0.1:{port}", port=port, log=path)
-    yield servers
-    for server in servers.values():
-        server.process.terminate()
-    for server in servers.values():
-        server.process.wait(30)
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(start(tmp_path_factory.mktemp(name)))
+            for name, start in PROGRAMS.items()
+            if name in wanted
+        }
 
 
 @pytest.fixture(scope="session")
-def demo_server(starting_servers: dict[str, SimpleNamespace]) -> str:
+def demo_server(started: dict[str, Any]) -> str:
     """The address of one server for all tests that need no flags; the last one stops it."""
-    return _ready(starting_servers["demo_server"]).url
+    return _ready(started["demo_server"]).url
 
 
 @pytest.fixture(scope="session")
-def small_server(starting_servers: dict[str, SimpleNamespace]) -> SimpleNamespace:
+def small_server(started: dict[str, Any]) -> SimpleNamespace:
     """A server with little room and short deadlines; the last test stops its engine."""
-    return _ready(starting_servers["small_server"])
+    return _ready(started["small_server"])
+
+
+@pytest.fixture(scope="session")
+def piped_chat(started: dict[str, Any]) -> subprocess.Popen:
+    """`make chat`, asked FRANCE from a pipe; its processes have PIPED_CHAT in their environment."""
+    return started["piped_chat"]
+
+
+@pytest.fixture(scope="session")
+def offline_chat(started: dict[str, Any]) -> pexpect.spawn:
+    """The offline REPL in a terminal."""
+    return started["offline_chat"]
 
 
 def _ready(server: SimpleNamespace) -> SimpleNamespace:
@@ -134,12 +181,17 @@ def qwen_tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def qwen3_tokenizer() -> PreTrainedTokenizerBase:
     """Qwen3's control tokens and chat template, on a vocabulary of single bytes."""
+    return byte_tokenizer(QWEN3_TEMPLATE)
+
+
+def byte_tokenizer(chat_template: str, *further_tokens: str) -> PreTrainedTokenizerBase:
+    """Qwen's control tokens and further ones, on a vocabulary of single bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = Tokenizer(models.BPE({character: n for n, character in enumerate(alphabet)}, []))
     vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     vocabulary.decoder = decoders.ByteLevel()
-    vocabulary.add_special_tokens([*SPECIAL_TOKENS])
-    return shapes.with_control_tokens(vocabulary, QWEN3_TEMPLATE)
+    vocabulary.add_special_tokens([*SPECIAL_TOKENS, *further_tokens])
+    return shapes.with_control_tokens(vocabulary, chat_template)
 
 
 def write_model(folder: Path, **config: Any) -> Path:

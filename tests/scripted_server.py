@@ -56,7 +56,10 @@ class Handler(BaseHTTPRequestHandler):
                 case None:
                     return
                 case _:
-                    self.server.left.append(self.rfile.read(1) == b"")
+                    try:
+                        self.server.left.append(self.rfile.read(1) == b"")
+                    except ConnectionResetError:  # it left something unread
+                        self.server.left.append(True)
                     return
         self.wfile.write(b"0\r\n\r\n")
 

@@ -107,6 +107,10 @@ def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Cap
     return run
 
 
+def pasted(text: str) -> str:
+    return f"\x1b[200~{text}\x1b[201~"
+
+
 def without_remarks(shown: str) -> str:
     return "".join(line for line in shown.splitlines(keepends=True) if not line.startswith(DIM))
 
@@ -258,7 +262,7 @@ def test_the_line_of_figures(terminal: Callable) -> None:
 
 def test_keys(terminal: Callable) -> None:
     ask = ScriptedAsk(["a"], ["b"], ["c"])
-    paste = "\x1b[200~three\nfour\x1b[201~"
+    paste = pasted("three\nfour")
     terminal(ask, keys=f"one{ALT_ENTER}two\r{paste}\rdropped{CTRL_C}five\r{CTRL_D}")
     assert [call.query for call in ask.calls] == ["one\ntwo", "three\nfour", "five"]
 
@@ -398,7 +402,7 @@ def test_set_stop(terminal: Callable, typed: str, value: list[str]) -> None:
         ("temperature 3", "temperature"),
         ("temperature hot", "temperature"),
         ("seed 0.5", "seed"),
-        ("seed " + "9" * 5000, "seed"),
+        ("seed " + pasted("9" * 5000), "seed"),
         ("temprature 1", "temprature"),
         ("temprature", "temprature"),
         ("enable_thinking maybe", "enable_thinking"),

@@ -360,6 +360,23 @@ def test_two_programs_may_make_the_demo_model_at_once(cache: Path, monkeypatch: 
     assert len(list(cache.iterdir())) == 1
 
 
+def test_a_program_waits_while_another_makes_the_demo_model(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, made = threading.Event(), []
+
+    def convert(source: Path, target: Path) -> None:
+        began.set()
+        other.join(0.2)
+        assert other.is_alive()
+        made.append(target)
+
+    monkeypatch.setattr(model_utils, "_convert_gguf", convert)
+    other = threading.Thread(target=lambda: began.wait() and demo_model())
+    other.start()
+    demo_model()
+    other.join()
+    assert len(made) == 1
+
+
 def test_a_cache_that_cannot_be_written(cache: Path, converted: list[Path]) -> None:
     cache.write_text("a file in the way")
     assert "demo" in unavailable(None).lower() or model_utils.DEMO_NAME in unavailable(None)

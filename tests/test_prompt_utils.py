@@ -3,12 +3,12 @@
 from collections import Counter
 
 import pytest
+from conftest import byte_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import VISION_TEMPLATE, VISION_TOKENS
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from benchmarks import shapes
 from prompt_utils import PromptBuilder
 from protocol import ChatError, Turn
 
@@ -145,7 +145,7 @@ def test_ids_of_the_real_vocabulary(builders: dict[str, PromptBuilder]) -> None:
 
 
 def test_a_model_that_takes_images_is_asked_in_text_as_its_template_does() -> None:
-    tokenizer = shapes.qwen_tokenizer(VISION_TEMPLATE, *VISION_TOKENS)
+    tokenizer = byte_tokenizer(VISION_TEMPLATE, *VISION_TOKENS)
     builder, turns = PromptBuilder(tokenizer), [("Hi", "Hello!"), ("你好\n", " 你好！")]
     assert builder.build("S", turns, "Q", MANY).token_ids == from_template(tokenizer, "S", turns, "Q")
     ids = builder.build("".join(VISION_TOKENS), turns, "<|vision_start|><|image_pad|><|vision_end|>", MANY).token_ids

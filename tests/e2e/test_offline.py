@@ -1,23 +1,19 @@
 """The offline half on the real engine: `ChatModel` in this process, and the REPL in a real pseudo-terminal."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pexpect
 import pytest
-from conftest import CONVERSATIONS
+from conftest import CONVERSATIONS, FRANCE, ROOT
 
 import vllm_offline
 from protocol import DEFAULT_SYSTEM, ChatError, Sampling
 from vllm_wrapper import ChatModel
 
-ROOT = Path(__file__).parents[2]
-FRANCE = "What is the capital of France?"
 GREEDY = Sampling(temperature=0, max_tokens=40)
 ROLES = ("user", "assistant")
 
@@ -195,16 +191,8 @@ def test_a_file_whose_run_is_killed_is_completed(model, tmp_path, monkeypatch, c
         assert answers[row["id"]]["usage"]["completion_tokens"] <= row["max_tokens"]
 
 
-def test_the_repl_in_a_terminal(tmp_path):
-    chat = pexpect.spawn(
-        sys.executable,
-        ["vllm_offline.py", "--temperature", "0", "--max-model-len", "2048"],
-        cwd=ROOT,
-        env={**os.environ, "XDG_STATE_HOME": str(tmp_path), "PROMPT_TOOLKIT_NO_CPR": "1"},
-        encoding="utf-8",
-        timeout=120,
-        dimensions=(40, 100),
-    )
+def test_the_repl_in_a_terminal(offline_chat: pexpect.spawn) -> None:
+    chat = offline_chat
     chat.expect_exact("Loading SmolLM2-135M-Instruct")
     chat.expect_exact("SmolLM2-135M-Instruct, offline")
     assert "INFO" not in chat.before

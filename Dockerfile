@@ -19,6 +19,7 @@ WORKDIR /app
 COPY pyproject.toml README.md requirements.txt requirements-cpu.txt setup.sh ./
 RUN UV_NO_CACHE=1 ./setup.sh && rm -rf .tools
 COPY *.py ./
+COPY qwen_vllm qwen_vllm
 
 USER 10001
 # Models, fetched or converted, and what vLLM compiles.

@@ -17,10 +17,10 @@ setup:  ## install into .venv what this machine needs
 	./setup.sh
 
 chat: setup  ## start a server, chat with it here, stop it at the end
-	$(PY) with_server.py $(SERVER_ARGS) -- $(PY) vllm_client.py
+	$(PY) -m qwen_vllm.with_server $(SERVER_ARGS) -- $(PY) vllm_client.py
 
 webui: setup  ## start a server and a page to chat with it in the browser
-	$(PY) with_server.py $(SERVER_ARGS) -- $(PY) gradio_webui.py $(WEBUI)
+	$(PY) -m qwen_vllm.with_server $(SERVER_ARGS) -- $(PY) gradio_webui.py $(WEBUI)
 
 serve: setup  ## start a server
 	exec $(PY) vllm_server.py $(SERVER_ARGS)

@@ -29,7 +29,7 @@ from fastapi import FastAPI
 from gradio.utils import get_upload_folder
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from protocol import (
+from qwen_vllm.protocol import (
     DEFAULT_SYSTEM,
     ChatError,
     ChatResult,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
-from protocol import ChatError, Turn
+from qwen_vllm.protocol import ChatError, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,8 +18,8 @@ import httpx
 import requests
 from urllib3.exceptions import NewConnectionError, ReadTimeoutError
 
-import console
-from protocol import (
+from qwen_vllm import console
+from qwen_vllm.protocol import (
     DEFAULT_SYSTEM,
     AskedTurn,
     ChatError,

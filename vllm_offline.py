@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import console
-from batch import Batch, BatchError
-from hardware import engine_defaults, set_environment, values
-from model_utils import CACHE, DEMO_NAME, HUBS, ModelUnavailable, resolve_model
-from protocol import ChatError, Sampling, ServerInfo, reason_of
+from qwen_vllm import console
+from qwen_vllm.hardware import engine_defaults, set_environment, values
+from qwen_vllm.models.resolve import CACHE, DEMO_NAME, HUBS, ModelUnavailable, resolve_model
+from qwen_vllm.offline.batch import Batch, BatchError
+from qwen_vllm.protocol import ChatError, Sampling, ServerInfo, reason_of
 
 if TYPE_CHECKING:
     from vllm_wrapper import ChatModel

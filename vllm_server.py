@@ -26,8 +26,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from guard import Guard, error_response
-from hardware import (
+from prompt_utils import Prompt
+from qwen_vllm.hardware import (
     engine_defaults,
     environment_defaults,
     fill_in,
@@ -37,8 +37,7 @@ from hardware import (
     table,
     values,
 )
-from lifecycle import Lifecycle
-from model_utils import (
+from qwen_vllm.models.resolve import (
     HUBS,
     ModelUnavailable,
     RequestBuilder,
@@ -48,9 +47,10 @@ from model_utils import (
     read_chat_template,
     resolve_model,
 )
-from prompt_utils import Prompt
-from protocol import ChatError, ChatRequest, reason_of, validated
-from thoughts import ThoughtSplitter, parser_for_folder
+from qwen_vllm.protocol import ChatError, ChatRequest, reason_of, validated
+from qwen_vllm.reasoning import ThoughtSplitter, parser_for_folder
+from qwen_vllm.server.guard import Guard, error_response
+from qwen_vllm.server.lifecycle import Lifecycle
 
 if TYPE_CHECKING:
     from vllm import RequestOutput

@@ -12,8 +12,9 @@ from itertools import chain, count
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
-from hardware import engine_defaults, graph_defaults, set_environment, values
-from model_utils import (
+from prompt_utils import Prompt
+from qwen_vllm.hardware import engine_defaults, graph_defaults, set_environment, values
+from qwen_vllm.models.resolve import (
     RequestBuilder,
     check_adapters,
     check_loadable,
@@ -22,8 +23,7 @@ from model_utils import (
     resolve_model,
     sampling_defaults,
 )
-from prompt_utils import Prompt
-from protocol import (
+from qwen_vllm.protocol import (
     DEFAULT_SYSTEM,
     ChatError,
     ChatRequest,
@@ -35,7 +35,7 @@ from protocol import (
     reason_of,
     validated,
 )
-from thoughts import ThoughtSplitter
+from qwen_vllm.reasoning import ThoughtSplitter
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput, RequestOutput, SamplingParams

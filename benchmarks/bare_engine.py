@@ -13,11 +13,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from hardware import engine_defaults, set_environment, values
-from model_utils import CACHE, RequestBuilder, demo_model
-from protocol import ChatRequest, Sampling
+from qwen_vllm.hardware import engine_defaults, set_environment, values
+from qwen_vllm.models.resolve import CACHE, RequestBuilder, demo_model
+from qwen_vllm.protocol import ChatRequest, Sampling
+from qwen_vllm.with_server import running_server
 from vllm_client import stream_chat
-from with_server import running_server
 
 REQUESTS, TOKENS, REPEATS, ROUNDS = 32, 64, 4, 2
 QUERIES = [f"Write a very long story, number {i}." for i in range(REQUESTS)]

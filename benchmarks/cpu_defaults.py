@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import requests
 
-from model_utils import CACHE, demo_model
-from with_server import SERVER, running_server
+from qwen_vllm.models.resolve import CACHE, demo_model
+from qwen_vllm.with_server import SERVER, running_server
 
 TOKENS, REQUESTS = 64, 32
 VLLM = ("env", "VLLM_PLUGINS=", sys.executable, "-m", "vllm.entrypoints.openai.api_server")

@@ -10,7 +10,7 @@ import os
 import random
 import time
 
-from hardware import engine_defaults, graph_defaults, set_environment, values
+from qwen_vllm.hardware import engine_defaults, graph_defaults, set_environment, values
 
 VOCABULARY = 100_000
 

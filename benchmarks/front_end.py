@@ -18,8 +18,8 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks.load import WORDS
-from guard import check_json
-from protocol import ChatRequest, validated
+from qwen_vllm.protocol import ChatRequest, validated
+from qwen_vllm.server.guard import check_json
 
 ROUNDS, REQUESTS, AT_ONCE, PIECES = 6, 320, 64, 128
 TURN = ["And what about that other thing, if I may ask?", "Here is what I can tell you about it. " * 12]

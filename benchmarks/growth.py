@@ -10,7 +10,7 @@ import time
 from statistics import median
 
 from prompt_utils import PromptBuilder
-from protocol import DEFAULT_SYSTEM, Sampling, Turn
+from qwen_vllm.protocol import DEFAULT_SYSTEM, Sampling, Turn
 from vllm_wrapper import ChatModel
 
 TURNS = (1, 10, 100, 1000)

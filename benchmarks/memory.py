@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import PUBLISHED, SHAPES
+from tests.support.shapes import PUBLISHED, SHAPES
 
 CARDS = (8, 12, 16, 24, 48, 80)
 """Counted as 10^9 bytes a GB: cards have up to 7 % more, some of which the driver and error correction take."""

@@ -15,9 +15,9 @@ from contextlib import closing
 from pathlib import Path
 from statistics import median
 
-from batch import Batch
-from model_utils import resolve_model
-from protocol import ChatRequest
+from qwen_vllm.models.resolve import resolve_model
+from qwen_vllm.offline.batch import Batch
+from qwen_vllm.protocol import ChatRequest
 from vllm_offline import _engine_args
 from vllm_wrapper import ChatModel
 

@@ -16,8 +16,8 @@ import time
 from contextlib import ExitStack
 
 from benchmarks.load import HEAD, PATHS, Seen, add_flags, load, rate, row
-from model_utils import CACHE
-from with_server import SERVER, running_server
+from qwen_vllm.models.resolve import CACHE
+from qwen_vllm.with_server import SERVER, running_server
 
 VLLM = ("env", "VLLM_PLUGINS=", sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")
 PROGRAMS = {"vllm": VLLM, "rust": ("env", "VLLM_USE_RUST_FRONTEND=1", *VLLM[1:])}

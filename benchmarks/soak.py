@@ -22,11 +22,11 @@ from contextlib import contextmanager
 import psutil
 import requests
 
-from benchmarks.probes import server_process, unfinished
-from model_utils import CACHE
-from protocol import ChatError, Sampling
+from qwen_vllm.models.resolve import CACHE
+from qwen_vllm.protocol import ChatError, Sampling
+from qwen_vllm.with_server import running_server
+from tests.support.probes import server_process, unfinished
 from vllm_client import stream_chat
-from with_server import running_server
 
 RUNNING, ROOM = 32, 64
 FLAGS = ["--max-num-seqs", str(RUNNING), "--max-num-queued-reqs", str(ROOM), "--write-timeout", "5"]

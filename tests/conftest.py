@@ -20,14 +20,14 @@ import pexpect
 import pytest
 import requests
 from safetensors.numpy import save_file
-from scripted_server import Server, scripted
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks import shapes
-from model_utils import demo_model
-from qwen_v1 import SPECIAL_TOKENS
-from with_server import SERVER, free_port
+from qwen_vllm.models.qwen_v1 import SPECIAL_TOKENS
+from qwen_vllm.models.resolve import demo_model
+from qwen_vllm.with_server import SERVER, free_port
+from tests.support import shapes
+from tests.support.scripted_server import Server, scripted
 
 KEY = "e2e-key"
 """The key of `demo_server`."""

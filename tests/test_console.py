@@ -14,8 +14,8 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-import console
-from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Reasoning, Sampling, ServerInfo, Turn
+from qwen_vllm import console
+from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Reasoning, Sampling, ServerInfo, Turn
 
 INFO = ServerInfo(["base", "poet", "lawyer"], images=True, max_body_size=1000)
 CTRL_C, CTRL_D, ALT_ENTER = "\x03", "\x04", "\x1b\r"
@@ -299,7 +299,7 @@ def test_ctrl_c_before_the_first_token_keeps_nothing(terminal: Callable) -> None
 
 def test_a_busy_server_is_asked_again_until_it_has_room(terminal: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     waited = []
-    monkeypatch.setattr("console.time.sleep", waited.append)
+    monkeypatch.setattr("qwen_vllm.console.time.sleep", waited.append)
     busy = ChatError("the server is busy", "overloaded", status=503, retry_after=1)
     ask = ScriptedAsk([busy], [busy], [busy], ["a"], ["b"])
     shown = terminal(ask, "one", "two")
@@ -311,7 +311,7 @@ def test_a_busy_server_is_asked_again_until_it_has_room(terminal: Callable, monk
 
 def test_a_server_that_stays_busy_is_given_up(terminal: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     waited = []
-    monkeypatch.setattr("console.time.sleep", waited.append)
+    monkeypatch.setattr("qwen_vllm.console.time.sleep", waited.append)
     busy = ChatError("the server is busy", "overloaded", status=503, retry_after=1)
     shown = terminal(ScriptedAsk(*[[busy]] * 7), "one", "/history")
     assert "Error: the server is busy\n" in shown
@@ -323,7 +323,7 @@ def test_ctrl_c_ends_the_waiting_for_a_busy_server(terminal: Callable, monkeypat
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("console.time.sleep", interrupted)
+    monkeypatch.setattr("qwen_vllm.console.time.sleep", interrupted)
     ask = ScriptedAsk([ChatError("busy", "overloaded", status=503, retry_after=1)], ["b"])
     terminal(ask, "one", "two")
     assert [(call.query, call.history) for call in ask.calls] == [("one", []), ("two", [])]

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from scripted_server import LAST, Server, line
 
 from gradio_webui import (
     WORDS,
@@ -32,7 +31,8 @@ from gradio_webui import (
     turns,
     with_images,
 )
-from protocol import ChatError, ChatRequest, Sampling, validated
+from qwen_vllm.protocol import ChatError, ChatRequest, Sampling, validated
+from tests.support.scripted_server import LAST, Server, line
 
 UNSET = [""] * len(Sampling.model_fields)
 EN = WORDS["en"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import hardware
+from qwen_vllm import hardware
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,14 @@
 from collections import Counter
 
 import pytest
-from conftest import byte_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_checkpoints import VISION_TEMPLATE, VISION_TOKENS
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prompt_utils import PromptBuilder
-from protocol import ChatError, Turn
+from qwen_vllm.protocol import ChatError, Turn
+from tests.conftest import byte_tokenizer
+from tests.support.tiny_checkpoints import VISION_TEMPLATE, VISION_TOKENS
 
 TOKENIZERS = ["demo_tokenizer", "qwen_tokenizer", "qwen3_tokenizer"]
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError, field_validator
 
-from protocol import DEFAULT_SYSTEM, ChatError, ChatRequest, ChatResult, Sampling, reason_of, validated
+from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, ChatRequest, ChatResult, Sampling, reason_of, validated
 
 SECRET = "do-not-echo-me"
 

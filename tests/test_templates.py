@@ -5,11 +5,11 @@ import unicodedata
 from functools import cache
 
 import pytest
-from tiny_families import FAMILIES, REFUSED, Family
 from transformers import PreTrainedTokenizerBase
 
 from prompt_utils import PromptBuilder
-from protocol import DEFAULT_SYSTEM, ChatError, Turn
+from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Turn
+from tests.support.tiny_families import FAMILIES, REFUSED, Family
 
 MANY = 2**20
 PIECES = [

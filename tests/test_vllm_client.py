@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
-from scripted_server import LAST, Server, line
 
-from protocol import ChatError, ChatResult, Question, Reasoning, Sampling, ServerInfo
+from qwen_vllm.protocol import ChatError, ChatResult, Question, Reasoning, Sampling, ServerInfo
+from tests.support.scripted_server import LAST, Server, line
 from vllm_client import (
     main,
     served_model,
@@ -362,7 +362,7 @@ def test_the_programs_questions_go_where_their_images_are_taken(
     server.play(*(b"data: " + line(event) for event in EVENTS), path="/v1/chat/completions")
     server.play(line({"models": ["base"], "images": True}), path="/chat/info")
     url, calls = server.play(line({"delta": "Hi"}), line(LAST)), []
-    monkeypatch.setattr("console.run", lambda *args: calls.append(args) or 0)
+    monkeypatch.setattr("qwen_vllm.console.run", lambda *args: calls.append(args) or 0)
     assert main(["--url", url]) == 0
     [(ask, title, _, info)] = calls
     assert title == f"base at {url}"

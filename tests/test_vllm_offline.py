@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from test_batch import ScriptedModel, texts, write
 
 import vllm_offline
-from model_utils import ModelUnavailable
-from protocol import ChatError
+from qwen_vllm.models.resolve import ModelUnavailable
+from qwen_vllm.protocol import ChatError
+from tests.offline.test_batch import ScriptedModel, texts, write
 
 
 @pytest.fixture

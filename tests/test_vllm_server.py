@@ -12,14 +12,14 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import MAX_BODY, guard_args, write_model
 from fastapi import FastAPI
-from tiny_checkpoints import TEXT, write_adapter
 from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from guard import Guard
-from model_utils import ModelUnavailable
+from qwen_vllm.models.resolve import ModelUnavailable
+from qwen_vllm.server.guard import Guard
+from tests.conftest import MAX_BODY, guard_args, write_model
+from tests.support.tiny_checkpoints import TEXT, write_adapter
 from vllm_server import ChatEndpoint, announce, parse_args
 
 Engines = Callable[..., Any]

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import write_model
-from tiny_checkpoints import write_adapter
 
 import vllm_wrapper
-from model_utils import ModelUnavailable
-from protocol import ChatError, Reasoning, Sampling
+from qwen_vllm.models.resolve import ModelUnavailable
+from qwen_vllm.protocol import ChatError, Reasoning, Sampling
+from tests.conftest import write_model
+from tests.support.tiny_checkpoints import write_adapter
 from vllm_wrapper import ChatModel
 
 

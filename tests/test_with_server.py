@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import requests
 
-import with_server
-from with_server import ServerFailed, main, running_server
+from qwen_vllm import with_server
+from qwen_vllm.with_server import ServerFailed, main, running_server
 
 SERVER = """
 import http.server, os, subprocess, sys

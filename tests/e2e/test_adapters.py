@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import requests
 import torch
-from tiny_checkpoints import write_adapter, write_merged, write_text_model
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-from protocol import ChatError, Sampling
+from qwen_vllm.protocol import ChatError, Sampling
+from qwen_vllm.with_server import running_server
+from tests.support.tiny_checkpoints import write_adapter, write_merged, write_text_model
 from vllm_client import server_info, stream_chat
 from vllm_wrapper import ChatModel
-from with_server import running_server
 
 pytestmark = pytest.mark.long
 MODELS = ["base", "poet", "lawyer"]

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import CHATML, FAMILIES, Family, write_quantized
 
-from hardware import computes_four_bits, on_cpu
-from model_utils import ModelUnavailable
-from protocol import ChatError, Reasoning, Sampling
+from qwen_vllm.hardware import computes_four_bits, on_cpu
+from qwen_vllm.models.resolve import ModelUnavailable
+from qwen_vllm.protocol import ChatError, Reasoning, Sampling
+from tests.support.tiny_families import CHATML, FAMILIES, Family, write_quantized
 from vllm_wrapper import ChatModel
 
 pytestmark = pytest.mark.long

@@ -16,12 +16,12 @@ import psutil
 import pytest
 import requests
 import schemathesis
-from conftest import DEADLINE, ROOM
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
-from benchmarks.probes import gauge, server_process, unfinished
-from protocol import ChatError, Sampling
+from qwen_vllm.protocol import ChatError, Sampling
+from tests.conftest import DEADLINE, ROOM
+from tests.support.probes import gauge, server_process, unfinished
 from vllm_client import stream_chat
 
 MODEL = "SmolLM2-135M-Instruct"

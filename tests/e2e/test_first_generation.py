@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from qwen_v1_reference import CONFIG, logits, random_weights, write_checkpoint
 
-from model_utils import CACHE
-from protocol import ChatResult, Sampling
+from qwen_vllm.models.resolve import CACHE
+from qwen_vllm.protocol import ChatResult, Sampling
+from tests.support.qwen_v1_reference import CONFIG, logits, random_weights, write_checkpoint
 from vllm_wrapper import ChatModel
 
 pytestmark = pytest.mark.long

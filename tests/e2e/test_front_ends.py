@@ -15,10 +15,10 @@ import psutil
 import pytest
 import requests
 
-from benchmarks.probes import server_process
-from protocol import ChatError, Sampling
+from qwen_vllm.protocol import ChatError, Sampling
+from qwen_vllm.with_server import ServerFailed, free_port, running_server
+from tests.support.probes import server_process
 from vllm_client import stream_chat
-from with_server import ServerFailed, free_port, running_server
 
 pytestmark = pytest.mark.long
 

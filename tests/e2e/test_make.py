@@ -3,7 +3,8 @@
 import subprocess
 
 import psutil
-from conftest import ENVIRONMENT, ROOT
+
+from tests.conftest import ENVIRONMENT, ROOT
 
 
 def test_make_chat_answers_a_question_from_a_pipe_and_leaves_nothing_running(piped_chat: subprocess.Popen) -> None:

@@ -8,10 +8,10 @@ from copy import deepcopy
 
 import pexpect
 import pytest
-from conftest import CONVERSATIONS, FRANCE, ROOT
 
 import vllm_offline
-from protocol import DEFAULT_SYSTEM, ChatError, Sampling
+from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling
+from tests.conftest import CONVERSATIONS, FRANCE, ROOT
 from vllm_wrapper import ChatModel
 
 GREEDY = Sampling(temperature=0, max_tokens=40)

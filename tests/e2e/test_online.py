@@ -16,10 +16,10 @@ import pexpect
 import psutil
 import pytest
 import requests
-from conftest import CONVERSATIONS, KEY
 
-from benchmarks.probes import server_process, unfinished
-from protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Sampling
+from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Sampling
+from tests.conftest import CONVERSATIONS, KEY
+from tests.support.probes import server_process, unfinished
 from vllm_client import stream_chat
 
 ROOT = Path(__file__).parents[2]

@@ -12,14 +12,14 @@ from typing import Any
 import openai
 import pytest
 import requests
-from conftest import QWEN3_TEMPLATE
-from tiny_reciter import write_reciter
 from transformers import PreTrainedTokenizerBase
 
-from protocol import ChatResult, Part, Reasoning, Sampling
+from qwen_vllm.protocol import ChatResult, Part, Reasoning, Sampling
+from qwen_vllm.with_server import running_server
+from tests.conftest import QWEN3_TEMPLATE
+from tests.support.tiny_reciter import write_reciter
 from vllm_client import stream_messages_async
 from vllm_wrapper import ChatModel
-from with_server import running_server
 
 pytestmark = pytest.mark.long
 THOUGHT, TEXT = "Hm, two and three 是五，👩‍🚀 knows that.", "It is five 朋友！🎉"

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import requests
 from PIL import Image
-from tiny_checkpoints import write_vision_model
 
 from gradio_webui import Line, Page, text_of
-from protocol import ChatError, ChatResult, Question, Sampling
+from qwen_vllm.protocol import ChatError, ChatResult, Question, Sampling
+from qwen_vllm.with_server import running_server
+from tests.support.tiny_checkpoints import write_vision_model
 from vllm_client import server_info, stream_chat, stream_messages, with_images
-from with_server import running_server
 
 pytestmark = pytest.mark.vision
 GREEDY = Sampling(temperature=0, max_tokens=16)

@@ -17,9 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 import uvicorn
-from conftest import KEY
 from PIL import Image
-from scripted_server import LAST, Server, line, scripted
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -27,9 +25,11 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.expected_conditions import alert_is_present
 from selenium.webdriver.support.ui import WebDriverWait
 
-from benchmarks.probes import unfinished
 from gradio_webui import MARK, Line, Page, PageServer, build_app, parse_args, text_of
-from protocol import Sampling
+from qwen_vllm.protocol import Sampling
+from tests.conftest import KEY
+from tests.support.probes import unfinished
+from tests.support.scripted_server import LAST, Server, line, scripted
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

@@ -1,0 +1,317 @@
+"""Answers the rows of a JSONL file, each in a line of another, so that what is done stays done: a run that was cut goes
+on where it ended. Knows files; the model is handed to it.
+"""
+
+import fcntl
+import json
+import os
+import stat
+import time
+from array import array
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, suppress
+from io import BufferedReader, FileIO
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from pydantic_core import from_json
+from tqdm import tqdm
+
+from qwen_vllm.offline.rows import Row, digest, read_lines, read_rows
+from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Part, Sampling
+
+BAR = "{n_fmt}/{total_fmt} rows |{bar}| {elapsed}, {remaining} left{postfix}"
+BAR_OF_PIPE = "{n_fmt} rows, {elapsed}{postfix}"
+
+
+class BatchError(Exception):
+    """The files cannot be used as asked; the message says why and what to do, in one line."""
+
+
+class Model(Protocol):
+    """What is needed of a `vllm_wrapper.ChatModel`."""
+
+    def stream_batch(
+        self, rows: Iterable[dict[str, Any]], sampling: Sampling | None, deltas: bool
+    ) -> Generator[tuple[int, Part | ChatError], None, None]: ...
+
+
+class Batch:
+    """A file of rows and the file of their answers.
+
+    Opening it checks both, mends what a cut run left of the answers, and takes failed rows out of them to try again.
+
+    Args:
+        source: JSONL, rows as `read_rows` takes them.
+        target: JSONL, where answers are added; made where there is none.
+        reference: name of the rows' field that holds the right answer, to score against.
+
+    Raises:
+        BatchError: one of the files cannot be used.
+    """
+
+    def __init__(self, source: Path, target: Path, reference: str | None = None) -> None:
+        self._reference, self._rows, self._scores = reference, None, None
+        try:
+            self._source = source.open("rb")
+            if self._source.seekable():
+                self._rows = sum(1 for _ in read_lines(self._source))
+                self._source.seek(0)
+            if target.exists() and target.samefile(source):
+                raise BatchError(f"{target} is the input too: name another file for the answers")
+        except OSError as error:
+            raise BatchError(f"cannot read {source}: {error.strerror}") from error
+        if reference:
+            from qwen_vllm.offline.scores import Scores
+
+            self._scores = Scores()
+        self._answers = AnswerFile(target)
+        # By the input's lines: where the line for it begins in the output; -1: there is none.
+        self._offsets = array("q")
+        self._answered = self._answered_before = self._failed = 0
+        self._prompt_tokens = self._completion_tokens = 0
+        self._seconds = 0.0
+
+    def run(self, load: Callable[[], Model], system: str = DEFAULT_SYSTEM, sampling: Sampling | None = None) -> None:
+        """Answers the rows that are not finished; `load` is called only if there are any.
+
+        A line is handed to the operating system as soon as its row has finished, so it outlives this process; all are
+        forced to the disk at the end.
+
+        Args:
+            system, sampling: for rows that do not say.
+
+        Raises:
+            ChatError: the engine has failed.
+            OSError: a file cannot be read or written any more.
+        """
+        unfinished = self._unfinished()
+        first = next(unfinished, None)
+        if first:
+            self._answer(load(), chain([first], unfinished), system, sampling)
+        self._answers.sync()
+
+    def order(self) -> None:
+        """Puts the answers into the order of the rows; those whose row is not in the input any more come last."""
+        offsets = (offset for offset in self._offsets if offset >= 0)
+        self._answers.rewrite(chain(offsets, self._answers.finished.values()))
+
+    def summary(self) -> dict[str, Any]:
+        """Numbers of rows: answered by this run, answered before, failed; `stale` answers are to rows that are not in
+        the input any more. The tokens and seconds are this run's, the scores those of all answers.
+        """
+        summary = {
+            "answered": self._answered,
+            "answered_before": self._answered_before,
+            "failed": self._failed,
+            "stale": len(self._answers.finished),
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "seconds": round(self._seconds, 1),
+        }
+        return summary | ({"scores": self._scores.summary()} if self._scores else {})
+
+    def close(self) -> None:
+        """Lets go of both files."""
+        self._source.close()
+        self._answers.close()
+
+    def _unfinished(self) -> Iterator[Row]:
+        """The rows to be answered. Those answered before are counted, and those that cannot be answered fail."""
+        lines: dict[bytes, int] = {}
+        for row in read_rows(self._source, self._reference):
+            self._offsets.extend([-1] * (row.line + 1 - len(self._offsets)))
+            if row.id is not None and (first := lines.setdefault(digest(row.id), row.line)) != row.line:
+                row.error = ChatError(f"id: line {first} has the same one; give each row its own", param="id")
+            if row.error:
+                self._fail(row, row.error)
+            elif row.key in self._answers.finished:
+                self._skip(row)
+            else:
+                yield row
+
+    def _answer(self, model: Model, rows: Iterator[Row], system: str, sampling: Sampling | None) -> None:
+        running: dict[int, Row] = {}
+
+        def requests() -> Iterator[dict[str, Any]]:
+            for i, row in enumerate(rows):
+                running[i] = row
+                yield {"system": system, **row.request}
+
+        began = time.monotonic()
+        bar = tqdm(
+            total=self._rows,
+            initial=self._answered_before,
+            bar_format=BAR if self._rows else BAR_OF_PIPE,
+            smoothing=0,
+            disable=None,
+        )
+        with bar, closing(model.stream_batch(requests(), sampling, deltas=False)) as results:
+            for i, result in results:
+                row = running.pop(i)
+                if isinstance(result, ChatError):
+                    self._fail(row, result)
+                else:
+                    self._finish(row, result)
+                self._seconds = time.monotonic() - began
+                self._show(bar)
+
+    def _show(self, bar: tqdm) -> None:
+        bar.initial = self._answered_before  # these took no time
+        bar.set_postfix_str(f"{self._completion_tokens / self._seconds:.0f} tokens/s", refresh=False)
+        bar.update(self._answered + self._answered_before + self._failed - bar.n)
+
+    def _skip(self, row: Row) -> None:
+        offset = self._answers.finished.pop(row.key)
+        self._offsets[row.line] = offset
+        self._answered_before += 1
+        if row.reference is not None:
+            self._scores.add(self._answers.read(offset)["text"], row.reference)
+
+    def _finish(self, row: Row, result: ChatResult) -> None:
+        record = {
+            "id": row.id,
+            "line": row.line,
+            "text": result.text,
+            **({"reasoning": result.reasoning} if result.reasoning else {}),
+            "finish_reason": result.finish_reason,
+            "stop_reason": result.stop_reason,
+            "usage": result.usage,
+            "dropped_turns": result.dropped_turns,
+            "history": result.history,
+            "key": row.key.hex(),
+        }
+        self._offsets[row.line] = self._answers.append(record)
+        self._answered += 1
+        self._prompt_tokens += result.prompt_tokens
+        self._completion_tokens += result.completion_tokens
+        if row.reference is not None:
+            self._scores.add(result.text, row.reference)
+
+    def _fail(self, row: Row, error: ChatError) -> None:
+        self._offsets[row.line] = self._answers.append({"id": row.id, "line": row.line, **error.as_dict()})
+        self._failed += 1
+
+
+class AnswerFile:
+    """The output: a line for each answer or failed row, written by one run at a time.
+
+    Attributes:
+        finished: where the line of an answer begins, by the key of its row.
+
+    Raises:
+        BatchError: it cannot be written, another run writes it, or it holds something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.resolve()
+        try:
+            self._file = self._path.open("ab+", buffering=0)
+            self._lock()
+            self.finished, failed = self._scan()
+            if failed:
+                self.rewrite(self.finished.values())
+                self.finished, _ = self._scan()
+        except OSError as error:
+            raise BatchError(f"cannot write {path}: {error.strerror}") from error
+
+    def append(self, record: dict[str, Any]) -> int:
+        """Adds a line and returns where it begins."""
+        offset = self._file.seek(0, os.SEEK_END)
+        self._write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        return offset
+
+    def read(self, offset: int) -> dict[str, Any]:
+        """The record whose line begins at `offset`."""
+        with self._lines() as lines:
+            lines.seek(offset)
+            return from_json(lines.readline())
+
+    def rewrite(self, offsets: Iterable[int]) -> None:
+        """Leaves only the lines that begin at `offsets`, in their order; until that is done, all stay."""
+        temporary = self._path.with_name(f".{self._path.name}.new")
+        file = temporary.open("wb+")
+        try:
+            # Before it gets its name, so that no other run can lock it in between.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with self._lines() as lines:
+                for offset in offsets:
+                    lines.seek(offset)
+                    file.write(lines.readline())
+            file.flush()
+            os.fchmod(file.fileno(), stat.S_IMODE(os.fstat(self._file.fileno()).st_mode))
+            os.fsync(file.fileno())
+            temporary.rename(self._path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        self._file.close()
+        self._file = file.detach()
+
+    def sync(self) -> None:
+        """Forces all lines to the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Lets go of the file, for other runs to write it."""
+        self._file.close()
+
+    def _lines(self) -> BinaryIO:
+        """The whole file, to read; the lock would be lost if it were opened and closed a second time."""
+        lines = BufferedReader(FileIO(self._file.fileno(), closefd=False))
+        lines.seek(0)
+        return lines
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            data = data[self._file.write(data) :]
+
+    def _lock(self) -> None:
+        if not self._path.is_file():
+            raise BatchError(f"{self._path} is not a file: name one for the answers")
+        with suppress(BlockingIOError, PermissionError):
+            # Unlike `flock`, not shared with the engine's processes, which may outlive a killed run.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+                return
+        raise BatchError(f"another run writes {self._path}: wait for its end, or name another file")
+
+    def _scan(self) -> tuple[dict[bytes, int], int]:
+        """Where the answers begin, and the number of failed rows. Mends the last line where its end is missing."""
+        finished, failed, offset = {}, 0, 0
+        with self._lines() as lines:
+            for number, line in enumerate(lines, start=1):
+                key = _key(line)
+                if key is None and _is_torn(line):
+                    self._file.truncate(offset)
+                    break
+                if key is None:
+                    raise BatchError(
+                        f"{self._path} holds other things (line {number}): name a new file for the answers"
+                    )
+                if not line.endswith(b"\n"):
+                    self._write(b"\n")
+                if key:
+                    finished[key] = offset
+                failed += not key
+                offset += len(line)
+        return finished, failed
+
+
+def _key(line: bytes) -> bytes | None:
+    """The key that stands in an answer's line; empty in a failed row's; None: the line is neither."""
+    try:
+        record = from_json(line)
+        return b"" if record.keys() == {"id", "line", "error"} else bytes.fromhex(record["key"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether this is the start of a line of ours, the rest of which was never written."""
+    start = b'{"id": '
+    with suppress(ValueError):
+        from_json(line)
+        return False
+    return not line.endswith(b"\n") and (line.startswith(start) or start.startswith(line))

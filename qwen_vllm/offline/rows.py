@@ -1,0 +1,149 @@
+"""Reads the rows of a JSONL file of questions: ours and OpenAI's. Knows no models and no output."""
+
+import codecs
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any, BinaryIO, Literal
+
+from pydantic import BaseModel, ConfigDict
+from pydantic_core import from_json
+
+from qwen_vllm.protocol import ChatError, validated
+
+MAX_LINE = 8 * 2**20
+"""Bytes in the longest row that is read."""
+
+
+@dataclass
+class Row:
+    """One row. `request` has the fields of a `ChatRequest`, not yet checked; `error` says why there is none."""
+
+    line: int
+    id: str | int | None = None
+    request: dict[str, Any] = field(default_factory=dict)
+    reference: str | None = None
+    error: ChatError | None = None
+
+    @cached_property
+    def key(self) -> bytes:
+        """16 bytes that tell the row from others: of its request, and of its id or, where it has none, its line."""
+        return digest([self.line if self.id is None else {"id": self.id}, self.request])
+
+
+def digest(value: object) -> bytes:
+    """16 bytes that stand for a JSON value."""
+    return blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def read_rows(file: BinaryIO, reference: str | None = None) -> Iterator[Row]:
+    """The rows of a JSONL file, bad ones with their error; only one is in memory at a time.
+
+    A row is `{"query", "history"?, "system"?, "id"?}`, or has OpenAI's `messages` instead, and any sampling parameters;
+    or it is a line of OpenAI's batch files, `{"custom_id", "body": {"messages", …}}`. A byte order mark, blank lines
+    and both kinds of line ends are fine. The field named `reference` is the right answer, no part of the request.
+    """
+    for number, line in read_lines(file):
+        row = Row(number)
+        try:
+            _parse(row, line, reference)
+        except ChatError as error:
+            row.error = error
+        yield row
+
+
+def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank and their numbers, from 1; of a line longer than MAX_LINE only the start."""
+    number = 0
+    while line := file.readline(MAX_LINE + 1):
+        number += 1
+        end = line
+        while end and not end.endswith(b"\n"):
+            end = file.readline(MAX_LINE)
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
+            yield number, line
+
+
+def _parse(row: Row, line: bytes, reference: str | None) -> None:
+    """Fills in a row; what was read before an error stays."""
+    fields = _fields(line)
+    row.id = _id(fields)
+    if reference:
+        row.reference = _reference(fields.pop(reference, None), reference)
+    if "body" in fields:
+        fields = dict(validated(_BatchLine, fields).body)
+    if "messages" in fields:
+        fields = _from_openai(fields)
+    row.request = {name: value for name, value in fields.items() if value is not None}
+
+
+def _fields(line: bytes) -> dict[str, Any]:
+    if len(line) > MAX_LINE:
+        raise ChatError(f"the row is longer than {MAX_LINE} bytes")
+    try:
+        fields = from_json(line.decode(), allow_inf_nan=False)
+    except UnicodeDecodeError:
+        raise ChatError("the row is not UTF-8: save the file as UTF-8") from None
+    except ValueError as error:
+        raise ChatError(f"the row is not JSON: {str(error).replace(' at line 1 column', ' at column')}") from None
+    if not isinstance(fields, dict):
+        raise ChatError('the row is not an object such as {"query": "…"}')
+    return fields
+
+
+def _id(fields: dict[str, Any]) -> str | int | None:
+    name = "custom_id" if "custom_id" in fields else "id"
+    value = fields.pop(name, None)
+    if value is not None and type(value) not in (str, int):
+        raise ChatError(f"{name}: must be text or a whole number", param=name)
+    return value
+
+
+def _reference(value: Any, name: str) -> str | None:
+    if value is not None and type(value) not in (str, int, float):
+        raise ChatError(f"{name}: must be text or a number", param=name)
+    return None if value is None else str(value)
+
+
+class _BatchLine(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    method: Literal["POST"] = "POST"
+    url: Literal["/v1/chat/completions"] = "/v1/chat/completions"
+    body: dict[str, Any]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class _Messages(BaseModel):
+    messages: list[_Message]
+
+
+def _from_openai(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `ChatRequest` for those of OpenAI. `model` is not looked at: the one that is loaded answers."""
+    for name in ("query", "history", "system"):
+        if name in fields:
+            raise ChatError(f"{name}: cannot stand beside messages", param=name)
+    messages = validated(_Messages, {"messages": fields["messages"]}).messages
+    ours = {name: value for name, value in fields.items() if name not in ("messages", "model")}
+    if messages and messages[0].role == "system":
+        ours["system"] = messages.pop(0).content
+    texts = [message.content for message in messages]
+    if [message.role for message in messages] != [("user", "assistant")[i % 2] for i in range(len(texts) // 2 * 2 + 1)]:
+        raise ChatError(
+            "messages: after at most one of the system, user and assistant must take turns, the user first and last",
+            param="messages",
+        )
+    ours["history"], ours["query"] = list(zip(texts[:-1:2], texts[1::2], strict=True)), texts[-1]
+    if "max_completion_tokens" in ours:
+        ours["max_tokens"] = ours.pop("max_completion_tokens")
+    if isinstance(ours.get("stop"), str):
+        ours["stop"] = [ours["stop"]]
+    return ours

@@ -1,0 +1,112 @@
+"""One HTTP connection: uvicorn's, with limits on the head of a request and deadlines for slow and silent peers.
+
+It knows nothing of routes or models. The deadline for the body of a request is in `guard.py`, which reads it.
+"""
+
+import asyncio
+import json
+import socket
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from qwen_vllm.protocol import ChatError
+
+SEND_BUFFER = 2**17
+"""Bytes that the system holds for a reader that lags: more would hide for long that it has stopped."""
+
+LAST_CALL = 0.5
+"""Seconds for the request of a connection that was made just before the server ended."""
+
+
+class Connection(HttpToolsProtocol):
+    """Finds its limits in uvicorn's configuration: `header_timeout` and `write_timeout` in seconds, and vLLM's
+    `h11_max_incomplete_event_size` (bytes) and `h11_max_header_count`, which this parser by itself does not heed.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+    _in_head = _refused = False
+    _refusal = ChatError("this is no HTTP request")
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """A new connection has to send the head of a request in time."""
+        super().connection_made(transport)
+        connection = transport.get_extra_info("socket")
+        if connection.family != socket.AF_UNIX:
+            # The system resets a connection whose peer takes nothing, or is gone, for so many milliseconds.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.config.write_timeout * 1000))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        self._set_deadline()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Ends the deadline with the connection."""
+        self._cancel_deadline()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Refuses a head that comes in many pieces before it has filled the memory."""
+        if self._refused:
+            return
+        super().data_received(data)
+        if self._in_head and not self._refused:
+            self._head_size += len(data)
+            if self._head_size > self._limit:
+                self._refusal = self._too_large()
+                self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        """The first byte of a request: from here on its head has to come in time."""
+        super().on_message_begin()
+        self._in_head, self._head_size = True, 0
+        self._set_deadline()
+
+    def on_headers_complete(self) -> None:
+        """Refuses a head that is too large; what is raised here makes the parser call `send_400_response`."""
+        self._in_head = False
+        self._cancel_deadline()
+        if len(self.headers) > self.config.h11_max_header_count:
+            self._refusal = ChatError(f"more than {self.config.h11_max_header_count} headers", status=431)
+            raise self._refusal
+        if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > self._limit:
+            self._refusal = self._too_large()
+            raise self._refusal
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        """Where the answer is sent before the request has ended, its rest is waited for as long as for a head."""
+        super().on_response_complete()
+        if self.cycle.response_complete and self.cycle.more_body:
+            self._set_deadline()
+
+    def shutdown(self) -> None:
+        """The server ends: a new connection, whose request may be on its way, still has a moment to get an answer."""
+        if self.cycle is None:
+            self.loop.call_later(LAST_CALL, super().shutdown)
+        else:
+            super().shutdown()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what cannot be read as a request in the server's shape of errors, and ends the connection."""
+        body = json.dumps(self._refusal.as_dict()).encode()
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        self.transport.write(STATUS_LINE[self._refusal.status] + head + body)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        # Not closed at once: what is still on its way would make the system drop the answer.
+        self._refused = True
+        self._set_deadline()
+
+    @property
+    def _limit(self) -> int:
+        return self.config.h11_max_incomplete_event_size
+
+    def _too_large(self) -> ChatError:
+        return ChatError(f"the head of the request is over the limit of {self._limit} bytes", status=431)
+
+    def _set_deadline(self) -> None:
+        self._cancel_deadline()
+        self._deadline = self.loop.call_later(self.config.header_timeout, self.transport.close)
+
+    def _cancel_deadline(self) -> None:
+        if self._deadline:
+            self._deadline.cancel()
+            self._deadline = None

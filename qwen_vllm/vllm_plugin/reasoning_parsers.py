@@ -1,0 +1,38 @@
+"""vLLM's parser of Qwen3's thoughts, for models that are otherwise: they need not think, or cannot be told not to."""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from vllm.parser.engine.adapters import make_adapters
+from vllm.parser.engine.events import EventType
+from vllm.parser.engine.parser_engine_config import ParserEngineConfig, ParserState, Transition
+from vllm.parser.qwen3 import CHATML_TURN_BOUNDARIES, Qwen3Parser, qwen3_config
+
+from qwen_vllm.reasoning import PARSER
+
+
+class QwenParser(Qwen3Parser):
+    """Starts outside the thought, which only its mark begins: an answer without marks is text."""
+
+    def __init__(self, tokenizer: Any, tools: Any = None, **kwargs: Any) -> None:
+        super().__init__(tokenizer, tools, parser_engine_config=_config(), **kwargs)
+
+
+@cache
+def _config() -> ParserEngineConfig:
+    theirs = qwen3_config(thinking=False, name=PARSER, turn_boundary_tokens=CHATML_TURN_BOUNDARIES)
+    begins = Transition(ParserState.REASONING, (EventType.REASONING_START,))
+    transitions = theirs.transitions | {(ParserState.CONTENT, "THINK_START"): begins}
+    return replace(theirs, wait_for_reasoning=True, transitions=transitions)
+
+
+class AlwaysParser(Qwen3Parser):
+    """Starts in the thought, which the prompt has begun, whatever the request says of thinking."""
+
+    def __init__(self, tokenizer: Any, tools: Any = None, **kwargs: Any) -> None:
+        super().__init__(tokenizer, tools, **{**kwargs, "chat_template_kwargs": {}})
+
+
+QwenReasoningParser, _ = make_adapters(QwenParser)
+AlwaysReasoningParser, _ = make_adapters(AlwaysParser)

@@ -1,0 +1,197 @@
+"""Runs a command while a server is up: starts the server, waits for it, runs the command, stops the server.
+
+    python -m qwen_vllm.with_server [SERVER FLAGS …] -- COMMAND …
+
+The command finds the server's address in $QWEN_URL and its key in $QWEN_API_KEY. The server's output goes to a log
+file, with --verbose to the terminal too.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import requests
+
+from qwen_vllm.console import open_log
+from qwen_vllm.models.resolve import CACHE, HUBS, ModelUnavailable, resolve_model
+
+LOG = CACHE / "server.log"
+SERVER = (sys.executable, str(Path(__file__).parents[1] / "vllm_server.py"))
+CLEAR_LINE = "\r\x1b[K" if sys.stderr.isatty() else ""
+STOP_TIMEOUT = 30
+"""Seconds that a server has to stop, before it is killed."""
+
+STAGES = (
+    ("", "importing vLLM"),
+    ("EngineCore pid=", "starting the engine"),
+    ("Starting to load model", "loading the weights"),
+    ("KV cache size", "warming up"),
+    ("Starting vLLM server", "opening the port"),
+)
+
+
+class ServerFailed(Exception):
+    """The server did not start; the message says why."""
+
+
+@contextmanager
+def running_server(
+    flags: Sequence[str] = (),
+    log: Path = LOG,
+    progress: Callable[[str, float], None] = lambda stage, seconds: None,
+    program: Sequence[str] = SERVER,
+) -> Iterator[str]:
+    """A server with these flags, on a free port unless they name one; yields its address, and stops it at the end.
+
+    `progress` is told several times a second what the server is doing, and for how many seconds it has been starting.
+    `program` is the command that runs it; any that answers /health and takes --port will do.
+
+    Raises:
+        ServerFailed: the server ended before it was ready.
+    """
+    known = _known(flags)
+    port = known.port or free_port()
+    if known.uds or known.ssl_certfile:
+        raise ServerFailed("with TLS or a socket file, start the server by itself: make serve")
+    host = "127.0.0.1" if known.host in ("0.0.0.0", "::") else known.host
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    if _taken(host, port):
+        raise ServerFailed(f"port {port} is taken by another program: name another --port")
+    command = [*program, *(flag for flag in flags if flag != "--verbose"), "--port", str(port)]
+    # A session of its own: Ctrl-C in the terminal is for the command.
+    with open_log(log, "--verbose" in flags) as output:
+        server = subprocess.Popen(
+            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    try:
+        _wait(server, url, log, progress)
+        yield url
+    finally:
+        _stop(server)
+
+
+def _wait(server: subprocess.Popen, url: str, log: Path, progress: Callable[[str, float], None]) -> None:
+    began = time.monotonic()
+    session = requests.Session()
+    session.trust_env = False
+    while True:
+        ended = server.poll() is not None
+        text = log.read_text(errors="replace")
+        if ended:
+            raise ServerFailed(f"the server did not start: {_reason(text)}\nIts log: {log}")
+        progress([stage for mark, stage in STAGES if mark in text][-1], time.monotonic() - began)
+        with suppress(requests.RequestException):
+            if session.get(f"{url}/health", timeout=1).ok:
+                return
+        time.sleep(0.25)
+
+
+def _reason(log: str) -> str:
+    """The last line of a log that says what went wrong."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    telling = [line for line in lines if "Error" in line or line.startswith("vllm_server.py:")]
+    return (telling or lines or ["it printed nothing"])[-1][:300]
+
+
+def _stop(server: subprocess.Popen) -> None:
+    """Ends the server and all that it has started."""
+    server.terminate()
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(STOP_TIMEOUT)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def _known(flags: Sequence[str]) -> argparse.Namespace:
+    """What of the server's flags matters here."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", "--model-path", "--model_path")
+    parser.add_argument("--hub", default=HUBS[0])
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--api-key", "--api_key", nargs="+", default=[os.environ.get("VLLM_API_KEY", "")])
+    parser.add_argument("--uds")
+    parser.add_argument("--ssl-certfile", "--ssl_certfile")
+    return parser.parse_known_args(flags)[0]
+
+
+def _taken(host: str, port: int) -> bool:
+    with suppress(OSError), socket.create_connection((host, port), timeout=1):
+        return True
+    return False
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _show(stage: str, seconds: float) -> None:
+    if sys.stderr.isatty():
+        print(f"{CLEAR_LINE}Starting the server: {stage} … {seconds:.0f} s", end="", file=sys.stderr, flush=True)
+
+
+def _run(command: Sequence[str], **environment: str) -> int:
+    """Runs the command in the terminal's foreground, alone, so that Ctrl-C reaches it and not us."""
+
+    def start() -> None:
+        os.setpgid(0, 0)
+        _to_foreground()
+        # No shell waits for this group: stopped, it would never be continued.
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+
+    try:
+        return subprocess.run(command, env={**os.environ, **environment}, preexec_fn=start).returncode
+    finally:
+        _to_foreground()
+
+
+def _to_foreground() -> None:
+    """Makes this process's group the one that the terminal's keys reach, where there is a terminal."""
+    before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    with suppress(OSError):
+        os.tcsetpgrp(0, os.getpgrp())
+    signal.signal(signal.SIGTTOU, before)
+
+
+def main(argv: Sequence[str] = sys.argv[1:]) -> int:
+    """Returns the command's exit status."""
+    split = list(argv).index("--") if "--" in argv else len(argv)
+    command = argv[split + 1 :]
+    if not command:
+        print(__doc__, file=sys.stderr)
+        return 2
+    if not shutil.which(command[0]):
+        print(f"with_server: there is no command {command[0]}", file=sys.stderr)
+        return 127
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        known = _known(argv[:split])
+        resolve_model(known.model, known.hub)  # here, where its progress shows
+        print(f"Starting the server; its log: {LOG}", file=sys.stderr, flush=True)
+        with running_server(argv[:split], progress=_show) as url:
+            print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
+            return _run(command, QWEN_URL=url, QWEN_API_KEY=known.api_key[0] or os.environ.get("QWEN_API_KEY", ""))
+    except (ModelUnavailable, ServerFailed) as error:
+        print(f"{CLEAR_LINE}{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,240 @@
+"""The guard before every route, with an app behind it that echoes what reaches it."""
+
+import asyncio
+import base64
+import json
+import struct
+from typing import Any
+from zlib import crc32
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+
+from qwen_vllm.protocol import INT32_MAX, INT64_MAX, ChatError
+from qwen_vllm.server.guard import MAX_ANSWERS, MAX_DEPTH, Guard, check_json
+from tests.conftest import guard_args
+
+KEYS = ["right", "other"]
+PATHS = ["/chat", "/v1/models", "//v1/models", "/v1/../chat", "/docs/", "/metrics", "/tokenize", "/health/", "/"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer", "Bearer ", "right", "Basic right", "Bearer right "])
+def test_without_a_key_nothing_is_served(path: str, header: str | None) -> None:
+    headers = {"Authorization": header} if header else {}
+    response = asyncio.run(guarded(path, headers))
+    assert response.status_code == 401
+    assert response.json()["error"]["type"] == "unauthorized"
+    assert "right" not in response.text
+
+
+async def guarded(
+    path: str, headers: dict[str, str], method: str = "GET", root_path: str = "", **flags: bool
+) -> httpx.Response:
+    """The answer of an app that serves every path, behind the guard."""
+    app = FastAPI(docs_url=None, openapi_url=None, root_path=root_path)
+    app.add_middleware(Guard)
+    app.add_api_route("/{path:path}", lambda path: "served", methods=["GET", "POST"])
+    app.state.args = guard_args(api_key=KEYS, **flags)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        request = client.build_request(method, "http://server", headers=headers)
+        request.url = request.url.copy_with(raw_path=path.encode())
+        return await client.send(request)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("header", ["Bearer right", "Bearer other", "bearer right"])
+def test_with_a_key_all_is_served(path: str, header: str) -> None:
+    assert asyncio.run(guarded(path, {"Authorization": header})).json() == "served"
+
+
+@pytest.mark.parametrize(("asked", "status"), [({"Access-Control-Request-Method": "POST"}, 405), ({}, 401)])
+def test_only_a_browsers_preflight_needs_no_key(asked: dict[str, str], status: int) -> None:
+    assert asyncio.run(guarded("/metrics", asked, "OPTIONS")).status_code == status
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/ping", "/docs", "/openapi.json"])
+def test_health_and_docs_need_no_key(path: str) -> None:
+    assert asyncio.run(guarded(path, {})).json() == "served"
+
+
+def test_docs_that_are_off_need_the_key_as_any_path() -> None:
+    assert asyncio.run(guarded("/docs", {}, disable_fastapi_docs=True)).status_code == 401
+
+
+@pytest.mark.parametrize(("path", "status"), [("/api/health", 200), ("/health", 200), ("/api/chat", 401)])
+def test_open_paths_are_those_the_application_routes_on(path: str, status: int) -> None:
+    assert asyncio.run(guarded(path, {}, root_path="/api")).status_code == status
+
+
+def test_a_websocket_needs_the_key_too() -> None:
+    sent = []
+
+    async def connect() -> None:
+        app = FastAPI()
+        app.state.args = guard_args(api_key=KEYS)
+        scope = {"type": "websocket", "path": "/v1/realtime", "headers": [], "app": app}
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+
+        await Guard(app)(scope, None, send)
+
+    asyncio.run(connect())
+    assert sent[0]["type"] == "websocket.http.response.start"
+    assert sent[0]["status"] == 401
+
+
+def png(width: int, height: int) -> str:
+    """A PNG of next to no bytes that says it has this size."""
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, chunk in ((b"IHDR", head), (b"IDAT", b""), (b"IEND", b"")):
+        data += struct.pack(">I", len(chunk)) + kind + chunk + struct.pack(">I", crc32(kind + chunk))
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def images(*urls: str, **fields: str) -> dict[str, Any]:
+    """A request with these images."""
+    parts = [{"type": "image_url", "image_url": {"url": url}, **fields} for url in urls]
+    return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}]}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        images(png(8192, 8192)),
+        images(*[png(2048, 2048)] * 16),
+        images("data:image/png;base64,broken", "https://example.com/a.png", "HTTP://example.com/a.png"),
+        {"messages": [{"content": "file:///etc/passwd"}, {"content": [{"type": "text", "text": "file:///x"}]}, 1]},
+        {"tools": [{"uuid": 1}], "messages": [{"content": "uuid", "source": "a"}]},
+        {"messages": [{"content": [{"image_url": None}, {"image_url": {"url": 1}}, "text"]}], "input": "a"},
+    ],
+)
+def test_images_that_pass(body: dict) -> None:
+    check_json(encoded(body))
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (images(png(8193, 8192)), "over 67108864 pixels"),
+        (images(*[png(2048, 2048)] * 17), "over 67108864 pixels"),
+        (images(png(50_000, 50_000)), "over 67108864 pixels"),
+        ({"input": [{"content": [{"type": "input_image", "image_url": png(50_000, 50_000)}]}]}, "pixels"),
+        (images("DATA:image/png;base64" + png(50_000, 50_000)[21:]), "pixels"),
+        ({"messages": [{"content": [{"source": {"data": png(50_000, 50_000).partition(",")[2]}}]}]}, "pixels"),
+        ({"messages": [images(*[png(2048, 2048)] * 9)["messages"]] * 2}, "pixels"),  # of /v1/chat/completions/batch
+        (images("data:image/png,abc"), "as data URLs in base64"),
+        (images("file:///etc/passwd"), "as data URLs"),
+        (images("/etc/passwd"), "as data URLs"),
+        (images(png(8, 8), uuid="a"), "uuid is not taken"),
+    ],
+)
+def test_images_that_could_hurt_are_refused(body: dict, reason: str) -> None:
+    with pytest.raises(ChatError, match=reason) as caught:
+        check_json(encoded(body))
+    assert caught.value.param in body
+
+
+def encoded(body: str | dict) -> bytes:
+    return (body if isinstance(body, str) else json.dumps(body)).encode()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"n": MAX_ANSWERS},
+        {"max_tokens": INT32_MAX, "seed": INT64_MAX},
+        {"tools": [{"parameters": {"maximum": 10**15, "maxItems": 100, "minItems": {"type": "integer"}}}]},
+        {"structured_outputs": {"json": '{"maxItems": 100}'}, "messages": [{"content": "maxItems: 10000000 %json"}]},
+        {"structured_outputs": {"regex": "[0-9]+", "choice": ["{", "[1"]}},
+        '{"query": "a \\ud83d\\ude00 b \\u0000 \\uffff"}',
+        '{"a": ' + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + "}",
+        '{"temperature": 1e-300, "stop": ["<|im_end|>"], "logit_bias": {"5": 1}}',
+        '"text"',
+    ],
+)
+def test_bodies_that_pass(body: str | dict) -> None:
+    check_json(encoded(body))
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ('{"n": 16384}', "n"),
+        ({"max_tokens": 2**70}, "max_tokens"),
+        ({"max_completion_tokens": -(2**40)}, "max_completion_tokens"),
+        ({"top_k": 2**40}, "top_k"),
+        ({"top_k": str(2**70)}, "top_k"),
+        ({"stop_token_ids": [str(2**70)]}, "stop_token_ids"),
+        ({"sampling_params": {"n": 16384}}, "n"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop_token_ids": [1, 2**40]}, "stop_token_ids"),
+        ({"tools": [{"parameters": {"maximum": 2**64}}]}, "tools"),
+        ('{"seed": ' + "9" * 5000 + "}", "seed"),
+        ('{"temperature": NaN}', "temperature"),
+        ('{"temperature": 1e999}', "temperature"),
+        ('{"temperature": -Infinity}', "temperature"),
+        ('{"stop": ["a\\ud800"]}', "stop"),
+        ('{"messages": [{"content": "\\udfff"}]}', "messages"),
+        ('{"messages": [{"\\udfff": 1}]}', "messages"),
+        ({"structured_outputs": {"json": {"items": {"maxItems": 10**9}}}}, "structured_outputs"),
+        ({"structured_outputs": {"json": {"items": {"maxItems": 1e9}}}}, "structured_outputs"),
+        ({"structured_outputs": {"json": '{"\\u006daxItems": 1000000000}'}}, "structured_outputs"),
+        ({"structured_outputs": {"json": "[" * 100 + "]" * 100}}, None),
+        ({"structured_outputs": {"json": "[" * 10_000 + "]" * 10_000}}, None),
+        ({"structured_outputs": {"grammar": 'start: %json {"maxItems": 1000000000}'}}, "structured_outputs"),
+        ({"tools": [{"function": {"parameters": {"minLength": 10**6}}}]}, "tools"),
+        ({"structured_outputs": {"choice": ["word"] * 5000}}, "structured_outputs"),
+        ({"response_format": {"json_schema": {"enum": ["x" * 40_000]}}}, "response_format"),
+        ("[" * 100_000, None),
+        ('{"schema": ' + '{"a":' * 65 + "1" + "}" * 66, None),
+        ('{"query": ', None),
+        ("", None),
+    ],
+)
+def test_bodies_that_are_refused(body: str | dict, field: str | None) -> None:
+    with pytest.raises(ChatError) as refused:
+        check_json(encoded(body))
+    assert (refused.value.status, refused.value.param) == (400, field)
+    assert len(refused.value.message) < 300
+
+
+def test_text_that_is_no_utf8_is_refused() -> None:
+    with pytest.raises(ChatError, match="utf-8"):
+        check_json(b'{"query": "\xff"}')
+
+
+def test_a_server_that_is_stopping_takes_no_new_work_but_answers_health() -> None:
+    async def asked() -> list[httpx.Response]:
+        app = FastAPI()
+        app.add_middleware(Guard)
+        app.add_api_route("/{path:path}", lambda path: "served", methods=["GET", "POST"])
+        app.state.args, app.state.draining = guard_args(), True
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            return [await client.post("/chat", json={}), await client.get("/health")]
+
+    refused, health = asyncio.run(asked())
+    assert (refused.status_code, refused.json()["error"]["type"]) == (503, "overloaded")
+    assert int(refused.headers["Retry-After"]) > 0
+    assert health.status_code == 200
+
+
+@pytest.mark.parametrize("body", [b'{"a": 1}', b'{"a": "\xe4\xbd\xa0"}'])
+def test_the_body_reaches_the_route_as_it_was_sent(body: bytes) -> None:
+    async def post() -> httpx.Response:
+        app = FastAPI()
+        app.add_middleware(Guard)
+
+        @app.post("/echo")
+        async def echo(request: Request) -> str:
+            return (await request.body()).hex()
+
+        app.state.args = guard_args()
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            return await client.post("/echo", content=body, headers={"Content-Type": "application/json"})
+
+    assert asyncio.run(post()).json() == body.hex()

@@ -1,0 +1,176 @@
+"""The server's life on a scripted engine: the watch, readiness, and how it stops."""
+
+import asyncio
+from argparse import Namespace
+from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from qwen_vllm.server import lifecycle
+from qwen_vllm.server.lifecycle import IDLE, LATE, Lifecycle
+
+
+class ScriptedEngine:
+    """Answers every sign of life until told to hang; records what is asked of it."""
+
+    def __init__(self, hangs: bool = False, unfinished: int = 0) -> None:
+        self.hangs, self.unfinished, self.errored = hangs, unfinished, False
+        self.aborted: list[str] = []
+        self.failures: list[Exception] = []
+        self.vllm_config = SimpleNamespace(shutdown_timeout=7)
+        self.output_handler = SimpleNamespace(cancel=self._end)
+        self.output_processor = SimpleNamespace(request_states={"a": 1, "b": 2}, propagate_error=self.failures.append)
+
+    async def is_sleeping(self) -> bool:
+        if self.hangs:
+            await asyncio.Event().wait()
+        return False
+
+    def get_num_unfinished_requests(self) -> int:
+        return self.unfinished
+
+    async def abort(self, request_ids: list[str], internal: bool) -> None:
+        self.aborted += request_ids
+        self.unfinished = 0
+
+    def _end(self) -> None:
+        self.errored = True
+
+
+def living(engine: ScriptedEngine, **flags: float) -> tuple[Lifecycle, SimpleNamespace]:
+    server = SimpleNamespace(config=SimpleNamespace(), should_exit=False, force_exit=False)
+    state = SimpleNamespace(server=server, vllm_config=engine.vllm_config)
+    timeouts = {"header_timeout": 1, "write_timeout": 1, "stall_timeout": 300, "shutdown_timeout": 0, **flags}
+    return Lifecycle(engine, state, Namespace(**timeouts, stopped=False)), state
+
+
+def run(story: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(story, 20))
+
+
+@pytest.fixture
+def fast_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second of the watch lasts a millisecond."""
+    wait = asyncio.wait
+    monkeypatch.setattr(lifecycle.asyncio, "wait", lambda tasks, timeout: wait(tasks, timeout=timeout / 1000))
+    monkeypatch.setattr(lifecycle, "PING_INTERVAL", 0.001)
+
+
+def engine_time(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float | None]) -> list[int]:
+    """Makes the engine's processor time a function of how often it is read; returns the readings."""
+    readings: list[int] = []
+
+    def read(_: Lifecycle) -> float | None:
+        readings.append(1)
+        return seconds(len(readings))
+
+    monkeypatch.setattr(Lifecycle, "_engine_seconds", read)
+    return readings
+
+
+@pytest.mark.parametrize("hanging", [lambda n: 5.0, lambda n: 5.0 + n * 0.001])
+def test_an_engine_that_neither_answers_nor_computes_is_given_up(
+    fast_clock: None, monkeypatch: pytest.MonkeyPatch, hanging: Callable
+) -> None:
+    readings = engine_time(monkeypatch, hanging)
+    engine = ScriptedEngine(hangs=True)
+    life, _ = living(engine)
+    run(life._watch())
+    assert len(readings) == IDLE + 1
+    assert engine.errored
+    assert [type(error) for error in engine.failures] == [EngineDeadError]
+    assert engine.vllm_config.shutdown_timeout == 0
+    assert life.readiness().status_code == 503
+
+
+@pytest.mark.parametrize("computing", [lambda n: float(n), lambda n: None])
+def test_an_engine_that_computes_has_the_stall_timeout(
+    fast_clock: None, monkeypatch: pytest.MonkeyPatch, computing: Callable
+) -> None:
+    readings = engine_time(monkeypatch, computing)
+    engine = ScriptedEngine(hangs=True)
+    run(living(engine, stall_timeout=IDLE * 3)[0]._watch())
+    assert len(readings) == IDLE * 3 + 1
+    assert engine.errored
+
+
+def test_an_engine_that_answers_late_is_not_ready_and_then_ready_again(
+    fast_clock: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = engine_time(monkeypatch, float)
+
+    async def story() -> None:
+        engine = ScriptedEngine(hangs=True)
+        life, _ = living(engine)
+        asked: list[asyncio.Event] = []
+
+        async def answer_when_told() -> bool:
+            asked.append(asyncio.Event())
+            await asked[-1].wait()
+            return False
+
+        engine.is_sleeping = answer_when_told
+        watching = asyncio.create_task(life._watch())
+        while len(readings) <= LATE + 1:
+            await asyncio.sleep(0.001)
+        assert life.readiness().status_code == 503
+        assert b"has not answered" in life.readiness().body
+        asked[0].set()
+        while len(asked) < 2:
+            await asyncio.sleep(0.001)
+        assert life.readiness().status_code == 200
+        engine.errored = True
+        asked[1].set()
+        await watching
+
+    run(story())
+
+
+def test_a_server_that_stops_aborts_what_runs_and_ends() -> None:
+    async def story() -> None:
+        engine = ScriptedEngine(unfinished=2)
+        life, state = living(engine)
+        assert life.readiness().status_code == 200
+        life._stop()
+        assert state.draining
+        assert b"stopping" in life.readiness().body
+        await life._draining
+        assert engine.aborted == ["a", "b"]
+        assert (state.server.should_exit, state.server.force_exit) == (True, False)
+        assert engine.vllm_config.shutdown_timeout == 0
+
+    run(story())
+
+
+def test_running_answers_have_the_shutdown_timeout() -> None:
+    async def story() -> None:
+        engine = ScriptedEngine(unfinished=1)
+        life, state = living(engine, shutdown_timeout=60)
+        life._stop()
+        await asyncio.sleep(0.1)
+        assert not state.server.should_exit
+        engine.unfinished = 0
+        await life._draining
+        assert state.server.should_exit
+
+    run(story())
+
+
+def test_a_second_signal_ends_at_once_but_not_an_echo_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        now = 100.0
+        monkeypatch.setattr(lifecycle.time, "monotonic", lambda: now)
+        life, state = living(ScriptedEngine(unfinished=1), shutdown_timeout=60)
+        life._stop()
+        now = 100.5
+        life._stop()
+        assert not state.server.force_exit
+        now = 102.0
+        life._stop()
+        assert state.server.force_exit
+        life._draining.cancel()
+
+    run(story())

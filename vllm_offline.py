@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_vllm import console
-from qwen_vllm.hardware import engine_defaults, set_environment, values
-from qwen_vllm.models.resolve import CACHE, DEMO_NAME, HUBS, ModelUnavailable, resolve_model
+from qwen_vllm.cache import CACHE
+from qwen_vllm.hardware import set_environment
+from qwen_vllm.models.checks import ModelUnavailable
+from qwen_vllm.models.demo import DEMO_NAME
+from qwen_vllm.models.resolve import HUBS, resolve_model
 from qwen_vllm.offline.batch import Batch, BatchError
 from qwen_vllm.protocol import ChatError, Sampling, ServerInfo, reason_of
 
@@ -115,21 +118,22 @@ def _answer_file(args: argparse.Namespace, sampling: Sampling, load: Callable[[]
 
 
 def _load(args: argparse.Namespace, engine_flags: list[str]) -> "ChatModel":
-    """The model that is asked for.
+    """Load the model that is asked for.
 
     Raises:
         ModelUnavailable: it cannot be had, or the engine cannot start.
     """
-    folder = resolve_model(args.model_path, args.hub)
+    folder = resolve_model(args.model_path, args.hub)  # here, where its progress shows
     print(f"Loading {args.model_path or DEMO_NAME} …", file=sys.stderr, flush=True)
     try:
         with _output_to(LOG, args.verbose):
             from vllm_wrapper import ChatModel
 
             model = ChatModel(
-                **_engine_args(folder, engine_flags),
+                folder,
                 chat_template=args.chat_template,
                 adapters=dict(args.lora_modules),
+                **_engine_args(engine_flags),
             )
     except ModelUnavailable:
         raise
@@ -143,15 +147,15 @@ def _load(args: argparse.Namespace, engine_flags: list[str]) -> "ChatModel":
     return model
 
 
-def _engine_args(folder: str, flags: list[str]) -> dict[str, object]:
-    """What vLLM's own flags ask of the engine, by the names of `vllm.EngineArgs`, over our defaults."""
+def _engine_args(flags: list[str]) -> dict[str, object]:
+    """Return what vLLM's own flags say, by the names of `vllm.EngineArgs`; only what they name."""
     set_environment()
     from vllm import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm_offline.py"))
-    parser.set_defaults(model=folder, **values(engine_defaults()))
-    return vars(EngineArgs.from_cli_args(parser.parse_args(flags)))
+    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([])), argparse.SUPPRESS))
+    return vars(parser.parse_args(flags))
 
 
 @contextmanager

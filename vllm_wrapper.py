@@ -1,6 +1,5 @@
 """`ChatModel`: chat with a model in this process, on vLLM's synchronous engine, without any server."""
 
-import json
 import os
 import signal
 import threading
@@ -13,16 +12,11 @@ from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 from prompt_utils import Prompt
-from qwen_vllm.hardware import engine_defaults, graph_defaults, set_environment, values
-from qwen_vllm.models.resolve import (
-    RequestBuilder,
-    check_adapters,
-    check_loadable,
-    number_format,
-    read_chat_template,
-    resolve_model,
-    sampling_defaults,
-)
+from qwen_vllm.generation import RequestBuilder, RunningAnswer, sampling_defaults
+from qwen_vllm.hardware import engine_defaults, set_environment, values
+from qwen_vllm.models.checks import ModelUnavailable
+from qwen_vllm.models.prepare import prepare
+from qwen_vllm.models.resolve import resolve_model
 from qwen_vllm.protocol import (
     DEFAULT_SYSTEM,
     ChatError,
@@ -35,10 +29,11 @@ from qwen_vllm.protocol import (
     reason_of,
     validated,
 )
-from qwen_vllm.reasoning import ThoughtSplitter
+from qwen_vllm.reasoning import ReasoningSplitter
+from qwen_vllm.vllm_plugin import plugin
 
 if TYPE_CHECKING:
-    from vllm import CompletionOutput, RequestOutput, SamplingParams
+    from vllm import RequestOutput, SamplingParams
 
 Row = Mapping[str, Any]
 """The fields of a `ChatRequest`, by name; sampling parameters may stand apart in `sampling`."""
@@ -55,6 +50,7 @@ class ChatModel:
         engine_args: any of `vllm.EngineArgs`, over our defaults for this hardware.
 
     Attributes:
+        llm: vLLM's own `LLM`.
         adapters: the LoRA adapters by their names.
         no_chat: why the model has no chat but only `complete_batch`: it has no chat template that the prompt builder
             can follow. None where it has; else every chat raises it.
@@ -74,32 +70,30 @@ class ChatModel:
         adapters = adapters or {}
         folder = resolve_model(model, hub)
         set_environment()
-        from vllm import LLM, EngineArgs
+        from vllm import LLM, EngineArgs, envs
         from vllm.lora.request import LoRARequest
 
+        if envs.VLLM_ENABLE_V1_MULTIPROCESSING and not plugin.is_installed():
+            raise ModelUnavailable("qwen-vllm is not installed here yet: pip install --no-deps -e .")
+        plugin.begin_ours()
         engine_args = {**values(engine_defaults()), **engine_args, "model": folder}
         engine_args |= {"enable_lora": True} if adapters else {}
         args = EngineArgs(**engine_args)
-        check_loadable(args)
-        check_adapters(adapters, args)
-        self.adapters = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(adapters.items(), start=1)}
-        engine_args["dtype"] = number_format(args)
-        template = read_chat_template(chat_template)
-        engine_args |= values(graph_defaults(args))
+        template = prepare(args, adapters, chat_template)
+        engine_args |= {"dtype": args.dtype, "max_cudagraph_capture_size": args.max_cudagraph_capture_size}
         with _children_without_interrupts():
-            self._llm = LLM(**engine_args)
-        self._engine = self._llm.llm_engine
+            self.llm = LLM(**engine_args)
+        self.adapters = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(adapters.items(), start=1)}
         self.no_chat: ChatError | None = None
+        self._requests: RequestBuilder | None = None
         try:
             self._requests = RequestBuilder(
-                self._llm.model_config,
-                self._llm.get_tokenizer(),
-                template,
-                reasoning_parser=args.reasoning_parser,
+                self.llm.model_config, self.llm.get_tokenizer(), template, reasoning_parser=args.reasoning_parser
             )
         except ChatError as reason:
             self.no_chat = reason
-        # As many again as run at once wait in the engine, so that none of its places is empty while a row is prepared.
+        self._engine = self.llm.llm_engine
+        # Queue twice `max_num_seqs`, so that the engine always has a request ready.
         self._window = 2 * self._engine.vllm_config.scheduler_config.max_num_seqs
         self._ids = map(str, count())
         self._outputs: dict[str, deque[RequestOutput]] = {}
@@ -151,9 +145,9 @@ class ChatModel:
         Raises:
             ChatError: a row, which the message names, is not valid; then none is computed.
         """
-        answers = [self._answer(i, row, sampling, stream=False) for i, row in enumerate(rows)]
-        self._finish(answers)
-        return [answer.result() for answer in answers]
+        running = [self._prepare(i, row, sampling, stream=False) for i, row in enumerate(rows)]
+        self._finish(running)
+        return [row.result() for row in running]
 
     def stream_batch(
         self, rows: Iterable[Row], sampling: Sampling | None = None, deltas: bool = True
@@ -167,16 +161,16 @@ class ChatModel:
         Raises:
             ChatError: the engine has failed.
         """
-        answers = (self._answer(i, row, sampling, stream=deltas) for i, row in enumerate(rows))
-        for answer, reasoning, text in self._run(answers):
+        prepared = (self._prepare(i, row, sampling, stream=deltas) for i, row in enumerate(rows))
+        for row, reasoning, text in self._run(prepared):
             if deltas and reasoning:
-                yield answer.row, Reasoning(reasoning)
+                yield row.number, Reasoning(reasoning)
             if deltas and text:
-                yield answer.row, text
-            if answer.error:
-                yield answer.row, answer.error
-            elif answer.finish_reason:
-                yield answer.row, answer.result()
+                yield row.number, text
+            if row.error:
+                yield row.number, row.error
+            elif row.answer.finish_reason:
+                yield row.number, row.result()
 
     def complete_batch(self, prompts: Iterable[str], sampling: Sampling | None = None) -> list[str]:
         """What the model writes on after each raw text, computed together, in order; for base models.
@@ -189,98 +183,100 @@ class ChatModel:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        config, tokenizer = self._llm.model_config, self._llm.get_tokenizer()
+        config, tokenizer = self.llm.model_config, self.llm.get_tokenizer()
         wanted = sampling_defaults(config.max_model_len, config.get_diff_sampling_param())
         wanted |= sampling.model_dump(exclude={"model", "enable_thinking"}, exclude_none=True) if sampling else {}
         params = SamplingParams(**wanted, output_kind=RequestOutputKind.FINAL_ONLY)
-        answers = [
-            Answer(i, Prompt(tokenizer.encode(text), 0), params, splitter=ThoughtSplitter(None, ""))
-            for i, text in enumerate(prompts)
-        ]
-        for answer in answers:
-            if len(answer.prompt.token_ids) >= config.max_model_len:
-                answer.error = ChatError(
-                    f"prompt takes {len(answer.prompt.token_ids)} tokens, the context is {config.max_model_len}"
+        running = []
+        for i, text in enumerate(prompts):
+            prompt = Prompt(tokenizer.encode(text), 0)
+            row = _RunningRow(i, params=params, answer=RunningAnswer(prompt, ReasoningSplitter(None, "")))
+            if len(prompt.token_ids) >= config.max_model_len:
+                row.error = ChatError(
+                    f"prompt takes {len(prompt.token_ids)} tokens, the context is {config.max_model_len}"
                 )
-        self._finish(answers)
-        return [answer.text for answer in answers]
+            running.append(row)
+        self._finish(running)
+        return [row.answer.text for row in running]
 
-    def _answer(self, i: int, row: Row, sampling: Sampling | None, stream: bool) -> "Answer":
-        """The answer to a row, still to come; with its error where the row is not valid."""
+    def _prepare(self, number: int, row: Row, sampling: Sampling | None, stream: bool) -> "_RunningRow":
+        """Make ready what the engine takes for a row; or its error, where the row is not valid."""
         try:
             if self.no_chat:
                 raise self.no_chat
-            request = validated(ChatRequest, _request_body(row, sampling))
+            request = validated(ChatRequest, _fields(row, sampling))
             if request.model and request.model not in self.adapters:
                 names = ", ".join(self.adapters) or "none is loaded"
                 raise ChatError(f"model: there is no such LoRA adapter ({names})", param="model")
             prompt, params = self._requests.build(request, stream)
-            return Answer(i, prompt, params, request, self._requests.splitter(prompt))
+            return _RunningRow(number, request, params, self._requests.answer(prompt))
         except ChatError as error:
-            return Answer(i, error=error)
+            return _RunningRow(number, error=error)
 
-    def _finish(self, answers: list["Answer"]) -> None:
-        """Has all answers computed; none if one has an error already.
+    def _finish(self, rows: list["_RunningRow"]) -> None:
+        """Have all rows answered; none if one has an error already.
 
         Raises:
             ChatError: the first error; the message names the row.
         """
-        for answer in chain(answers, (answer for answer, *_ in self._run(answers))):
-            if answer.error:
-                error = answer.error
-                raise ChatError(f"row {answer.row}: {error.message}", error.type, error.param, error.status)
+        for row in chain(rows, (row for row, *_ in self._run(rows))):
+            if row.error:
+                error = row.error
+                raise ChatError(f"row {row.number}: {error.message}", error.type, error.param, error.status)
 
-    def _run(self, answers: Iterable["Answer"]) -> Iterator[tuple["Answer", str, str]]:
-        """Drives the engine until all answers have finished; yields each that has grown, with what is new of what
-        it thinks and says, and at once each that has an error. What the engine yields for others is kept for them.
+    def _run(self, rows: Iterable["_RunningRow"]) -> Iterator[tuple["_RunningRow", str, str]]:
+        """Drive the engine until all rows have finished.
+
+        Yields each row whose answer has grown, with its new reasoning and its new text, and at once each that has an
+        error. What the engine yields for others is kept for them.
         """
-        source, running = iter(answers), {}
+        source, running = iter(rows), {}
         mine: deque[RequestOutput] = deque()
         try:
             while True:
-                while len(running) < self._window and (answer := next(source, None)):
-                    if not answer.error:
-                        self._add(answer, running, mine)
-                    if answer.error:
-                        yield answer, "", ""
+                while len(running) < self._window and (row := next(source, None)):
+                    if not row.error:
+                        self._add(row, running, mine)
+                    if row.error:
+                        yield row, "", ""
                 if not running:
                     return
                 while not mine:
                     self._step()
                 while mine:
                     output = mine.popleft()
-                    answer = running[output.request_id]
+                    row = running[output.request_id]
                     if output.finished:
                         del running[output.request_id], self._outputs[output.request_id]
-                    yield answer, *answer.add(output.outputs[0])
+                    yield row, *row.add(output)
         finally:
             if running and not self._death:
                 self._engine.abort_request(list(running))
             for request_id in running:
                 del self._outputs[request_id]
 
-    def _add(self, answer: "Answer", running: dict[str, "Answer"], outputs: deque["RequestOutput"]) -> None:
-        """Hands an answer to the engine; its outputs will go to `outputs`."""
+    def _add(self, row: "_RunningRow", running: dict[str, "_RunningRow"], outputs: deque["RequestOutput"]) -> None:
+        """Hand a row to the engine; its outputs will go to `outputs`."""
         with _uninterrupted(), self._engine_errors():
             request_id = next(self._ids)
             try:
-                prompt = {"prompt_token_ids": answer.prompt.token_ids}
-                adapter = self.adapters.get(answer.request.model) if answer.request else None
-                self._engine.add_request(request_id, prompt, answer.params, lora_request=adapter)
+                prompt = {"prompt_token_ids": row.answer.prompt.token_ids}
+                adapter = self.adapters.get(row.request.model) if row.request else None
+                self._engine.add_request(request_id, prompt, row.params, lora_request=adapter)
             except ValueError as error:
-                answer.error = ChatError(str(error)[:300])
+                row.error = ChatError(str(error)[:300])
             else:
-                running[request_id], self._outputs[request_id] = answer, outputs
+                running[request_id], self._outputs[request_id] = row, outputs
 
     def _step(self) -> None:
-        """Lets the engine compute one step, and hands what came to those who wait for it."""
+        """Let the engine compute one step, and hand what came to those who wait for it."""
         with _uninterrupted(), self._engine_errors():
             for output in self._engine.step():
                 self._outputs[output.request_id].append(output)
 
     @contextmanager
     def _engine_errors(self) -> Iterator[None]:
-        """After an exception nobody knows what state the engine is in: it is not used again."""
+        """Never use the engine again after an exception: nobody knows what state it is in."""
         if self._death:
             raise self._death
         try:
@@ -292,65 +288,40 @@ class ChatModel:
 
 
 @dataclass
-class Answer:
-    """An answer while it comes. `request` is None for a raw text; with an `error` it has failed for good."""
+class _RunningRow:
+    """A row while it is answered. `request` is None for a raw text; with an `error` it has failed for good."""
 
-    row: int
-    prompt: Prompt | None = None
-    params: "SamplingParams | None" = None
+    number: int
     request: ChatRequest | None = None
-    splitter: ThoughtSplitter | None = None
+    params: "SamplingParams | None" = None
+    answer: RunningAnswer | None = None
     error: ChatError | None = None
-    reasoning: str = ""
-    text: str = ""
-    completion_tokens: int = 0
-    finish_reason: str | None = None
-    stop_reason: str | None = None
 
-    def add(self, completion: "CompletionOutput") -> tuple[str, str]:
-        """Takes in what the engine says is new, and returns what that is of the thought, and of the text."""
-        last = completion.finish_reason is not None
-        reasoning, text = self.splitter.split(completion.text, completion.token_ids, last)
-        self.reasoning += reasoning
-        self.text += text
-        self.completion_tokens += len(completion.token_ids)
-        self.finish_reason = completion.finish_reason
-        self.stop_reason = completion.stop_reason if isinstance(completion.stop_reason, str) else None
-        if self.finish_reason not in (None, "stop", "length"):
-            self.error = ChatError("the engine gave this request up: ask again", "engine_error", status=500)
-        return reasoning, text
+    def add(self, output: "RequestOutput") -> tuple[str, str]:
+        """Take in the engine's next output; return (new reasoning, new text)."""
+        try:
+            return self.answer.add(output.outputs[0])
+        except ChatError as error:
+            self.error = error
+            return "", ""
 
     def result(self) -> ChatResult:
-        """The finished answer to a chat request."""
-        return ChatResult(
-            text=self.text,
-            history=[*self.request.history, (self.request.query, self.text)],
-            finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason,
-            prompt_tokens=len(self.prompt.token_ids),
-            completion_tokens=self.completion_tokens,
-            dropped_turns=self.prompt.dropped_turns,
-            reasoning=self.reasoning,
-            reasoning_tokens=self.splitter.tokens,
-        )
+        """Return the finished answer to a chat request."""
+        return self.answer.result([*self.request.history, (self.request.query, self.answer.text)])
 
 
-def _request_body(row: Row, sampling: Sampling | None) -> bytes:
-    """A row and the sampling it is to have as JSON, which is validated more strictly than Python's objects can be."""
+def _fields(row: Row, sampling: Sampling | None) -> dict[str, Any]:
+    """Merge a row and its own sampling over the sampling for all rows."""
     fields = {**(sampling.sampling() if sampling else {}), **row}
     own = fields.pop("sampling", None)
     if not isinstance(own, Sampling | Mapping | None):
         raise ChatError("sampling: must be an object", param="sampling")
-    fields |= own.sampling() if isinstance(own, Sampling) else own or {}
-    try:
-        return json.dumps(fields).encode()
-    except (TypeError, ValueError) as error:
-        raise ChatError(f"not a request: {error}") from error
+    return fields | (own.sampling() if isinstance(own, Sampling) else dict(own or {}))
 
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back until the block has ended: one inside an engine step would leave the scheduler half updated."""
+    """Hold Ctrl-C back until the block has ended: one inside an engine step would leave the scheduler half updated."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -366,7 +337,7 @@ def _uninterrupted() -> Iterator[None]:
 
 @contextmanager
 def _children_without_interrupts() -> Iterator[None]:
-    """Engine processes started in the block never see Ctrl-C, which is meant for the answer and not for them."""
+    """Start engine processes in the block that never see Ctrl-C, which is meant for the answer."""
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
         yield
         return

@@ -13,8 +13,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from qwen_vllm.cache import CACHE
+from qwen_vllm.generation import RequestBuilder
 from qwen_vllm.hardware import engine_defaults, set_environment, values
-from qwen_vllm.models.resolve import CACHE, RequestBuilder, demo_model
+from qwen_vllm.models.demo import demo_model
 from qwen_vllm.protocol import ChatRequest, Sampling
 from qwen_vllm.with_server import running_server
 from vllm_client import stream_chat

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import requests
 
-from qwen_vllm.models.resolve import CACHE, demo_model
+from qwen_vllm.cache import CACHE
+from qwen_vllm.models.demo import demo_model
 from qwen_vllm.with_server import SERVER, running_server
 
 TOKENS, REQUESTS = 64, 32

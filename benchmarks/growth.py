@@ -49,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     model = ChatModel(args.model, max_model_len=args.max_model_len)
     model.chat("Warm up.", sampling=ONE_TOKEN)
-    tokenizer = model._llm.get_tokenizer()
+    tokenizer = model.llm.get_tokenizer()
     print(f"{'turn':>6} {'tokens':>7} {'build first':>12} {'next':>8} {'token first':>12} {'next':>8}")
     for turns in TURNS:
         built = build_times(PromptBuilder(tokenizer), conversation("a", turns - 1), args.max_model_len)

@@ -16,7 +16,7 @@ import time
 from contextlib import ExitStack
 
 from benchmarks.load import HEAD, PATHS, Seen, add_flags, load, rate, row
-from qwen_vllm.models.resolve import CACHE
+from qwen_vllm.cache import CACHE
 from qwen_vllm.with_server import SERVER, running_server
 
 VLLM = ("env", "VLLM_PLUGINS=", sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import psutil
 import requests
 
-from qwen_vllm.models.resolve import CACHE
+from qwen_vllm.cache import CACHE
 from qwen_vllm.protocol import ChatError, Sampling
 from qwen_vllm.with_server import running_server
 from tests.support.probes import server_process, unfinished

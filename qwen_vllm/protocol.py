@@ -15,6 +15,8 @@ from pydantic import (
     ConfigDict,
     FailFast,
     Field,
+    Strict,
+    StrictStr,
     StringConstraints,
     ValidationError,
     field_validator,
@@ -24,6 +26,8 @@ DEFAULT_SYSTEM = "You are a helpful assistant."
 
 Turn = tuple[str, str]
 """One finished exchange: what the user said, what the assistant answered."""
+RequestTurn = Annotated[tuple[StrictStr, StrictStr], Strict(False)]
+"""The same in a request, where it may be a list, as JSON has it."""
 
 StopWord = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
@@ -100,7 +104,7 @@ class ChatRequest(Sampling):
 
     query: str
     """what the user says now"""
-    history: Annotated[list[Turn], FailFast()] = []
+    history: Annotated[list[RequestTurn], FailFast(), Strict(False)] = []
     """earlier turns, oldest first: [[user, assistant], …]"""
     system: str = DEFAULT_SYSTEM
     """how the model should behave"""

@@ -1,6 +1,6 @@
 """What a model thinks, told from what it says: a thought stands before the answer, between two marks.
 
-`/chat` and the offline chat use `ThoughtSplitter`. vLLM's parsers take an answer without marks for a thought, some
+`/chat` and the offline chat use `ReasoningSplitter`. vLLM's parsers take an answer without marks for a thought, some
 split a streamed answer otherwise than a whole one, and some read the answer from its start for every token.
 """
 
@@ -19,7 +19,7 @@ PARSER, ALWAYS_PARSER = "qwen_thinking", "qwen_always_thinking"
 
 
 @dataclass(frozen=True)
-class Marks:
+class ThinkTags:
     """What begins and what ends a thought. Each is one token; `end_id` is the end's."""
 
     start: str
@@ -27,7 +27,7 @@ class Marks:
     end_id: int
 
 
-class ThoughtSplitter:
+class ReasoningSplitter:
     """Splits one answer, while it comes, into what the model thinks and what it says.
 
     There is a thought where the prompt has begun one, or where the answer begins with the start mark. Line breaks
@@ -42,11 +42,11 @@ class ThoughtSplitter:
         tokens: how many tokens the thought has taken, without the marks.
     """
 
-    def __init__(self, marks: Marks | None, opening: str) -> None:
-        self.ended, self.tokens = marks is None, 0
-        self._marks, self._pending = marks, ""
-        self._begun = marks is not None and opening.rfind(marks.start) > opening.rfind(marks.end)
-        self._phase = ThoughtSplitter._think if self._begun else ThoughtSplitter._begin
+    def __init__(self, tags: ThinkTags | None, opening: str) -> None:
+        self.ended, self.tokens = tags is None, 0
+        self._tags, self._pending = tags, ""
+        self._begun = tags is not None and opening.rfind(tags.start) > opening.rfind(tags.end)
+        self._phase = ReasoningSplitter._think if self._begun else ReasoningSplitter._begin
         self._counted = self._shown = False
         self._breaks = 0  # line breaks that are of the thought only if more of it comes
 
@@ -58,28 +58,28 @@ class ThoughtSplitter:
         if self.ended:
             return "", text
         if not self._counted:
-            self._counted = self._marks.end_id in token_ids
-            self.tokens += token_ids.index(self._marks.end_id) if self._counted else len(token_ids)
+            self._counted = self._tags.end_id in token_ids
+            self.tokens += token_ids.index(self._tags.end_id) if self._counted else len(token_ids)
         self._pending += text
         return self._phase(self, last)
 
     def _begin(self, last: bool) -> tuple[str, str]:
         """While it is open whether there is a thought at all."""
         written = self._pending.lstrip()
-        if written.startswith(self._marks.start):
-            self._begun, self._phase = True, ThoughtSplitter._think
-            self._pending = written.removeprefix(self._marks.start)
+        if written.startswith(self._tags.start):
+            self._begun, self._phase = True, ReasoningSplitter._think
+            self._pending = written.removeprefix(self._tags.start)
             self.tokens -= 1
             return self._think(last)
-        if last or not self._marks.start.startswith(written):
+        if last or not self._tags.start.startswith(written):
             self.tokens = 0
             return self._say(last)
         return "", ""
 
     def _think(self, last: bool) -> tuple[str, str]:
-        thought, mark, text = self._pending.partition(self._marks.end)
+        thought, mark, text = self._pending.partition(self._tags.end)
         if not (mark or last):
-            thought = thought[: len(thought) - _overlap(thought, self._marks.end)]
+            thought = thought[: len(thought) - _overlap(thought, self._tags.end)]
         self._pending = text if mark else self._pending[len(thought) :]
         shown = thought.rstrip("\n")
         breaks, self._breaks = self._breaks, len(thought) - len(shown)
@@ -91,7 +91,7 @@ class ThoughtSplitter:
             self._shown, shown = True, shown.lstrip("\n")
         if not mark:
             return shown, ""
-        self._phase = ThoughtSplitter._say
+        self._phase = ReasoningSplitter._say
         return shown, self._say(last)[1]
 
     def _say(self, last: bool) -> tuple[str, str]:
@@ -153,7 +153,7 @@ def parser_for_folder(
     return ""
 
 
-def marks_of(parser: str, tokenizer: "PreTrainedTokenizerBase") -> Marks | None:
+def think_tags(parser: str, tokenizer: "PreTrainedTokenizerBase") -> ThinkTags | None:
     """The marks of a reasoning parser of vLLM's; None where there is no parser, or its marks are no tokens."""
     if not parser:
         return None
@@ -162,7 +162,7 @@ def marks_of(parser: str, tokenizer: "PreTrainedTokenizerBase") -> Marks | None:
     register()
     found = ReasoningParserManager.get_reasoning_parser(parser)(tokenizer)
     start, end, vocabulary = found.reasoning_start_str, found.reasoning_end_str, tokenizer.get_vocab()
-    return Marks(start, end, vocabulary[end]) if start in vocabulary and end in vocabulary else None
+    return ThinkTags(start, end, vocabulary[end]) if start in vocabulary and end in vocabulary else None
 
 
 def register() -> None:

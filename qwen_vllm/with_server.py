@@ -20,8 +20,10 @@ from pathlib import Path
 
 import requests
 
+from qwen_vllm.cache import CACHE
 from qwen_vllm.console import open_log
-from qwen_vllm.models.resolve import CACHE, HUBS, ModelUnavailable, resolve_model
+from qwen_vllm.models.checks import ModelUnavailable
+from qwen_vllm.models.resolve import HUBS, resolve_model
 
 LOG = CACHE / "server.log"
 SERVER = (sys.executable, str(Path(__file__).parents[1] / "vllm_server.py"))

@@ -23,8 +23,8 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qwen_vllm.models.demo import demo_model
 from qwen_vllm.models.qwen_v1 import SPECIAL_TOKENS
-from qwen_vllm.models.resolve import demo_model
 from qwen_vllm.with_server import SERVER, free_port
 from tests.support import shapes
 from tests.support.scripted_server import Server, scripted

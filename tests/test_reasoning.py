@@ -14,17 +14,17 @@ from vllm.reasoning import ReasoningParserManager
 from qwen_vllm.reasoning import (
     ALWAYS_PARSER,
     PARSER,
-    Marks,
-    ThoughtSplitter,
-    marks_of,
+    ReasoningSplitter,
+    ThinkTags,
     parser_for,
     parser_for_folder,
     register,
+    think_tags,
 )
 from tests.conftest import QWEN3_TEMPLATE
 
 END_ID = 9
-MARKS = Marks("<think>", "</think>", END_ID)
+MARKS = ThinkTags("<think>", "</think>", END_ID)
 OPENS = "<|im_end|>\n<|im_start|>assistant\n<think>\n"
 ALWAYS_THINKS = "{% set enable_thinking = true %}" + QWEN3_TEMPLATE.replace(
     "assistant\\n' }}", "assistant\\n<think>\\n' }}"
@@ -33,10 +33,10 @@ THINKS_UNLESS_TOLD = QWEN3_TEMPLATE.replace("endif %}\n{%- endif %}", "else %}<t
 DROPS_THOUGHTS = QWEN3_TEMPLATE.replace("enable_thinking is defined", "false")
 
 
-def split(pieces: list[str], opening: str = "assistant\n", marks: Marks | None = MARKS) -> tuple[str, str, int]:
+def split(pieces: list[str], opening: str = "assistant\n", marks: ThinkTags | None = MARKS) -> tuple[str, str, int]:
     """Thought, text and the thought's tokens of an answer that comes in these pieces; a mark is a token, and so is any
     other piece."""
-    splitter, thought, text = ThoughtSplitter(marks, opening), "", ""
+    splitter, thought, text = ReasoningSplitter(marks, opening), "", ""
     for n, piece in enumerate(pieces, start=1):
         new = splitter.split(piece, [END_ID if piece == "</think>" else 1], n == len(pieces))
         thought, text = thought + new[0], text + new[1]
@@ -82,7 +82,7 @@ def test_a_streamed_answer_is_split_as_the_whole_one(pieces: list[str], opened: 
 
 
 def test_nothing_waits_that_cannot_be_a_mark() -> None:
-    splitter = ThoughtSplitter(MARKS, "")
+    splitter = ReasoningSplitter(MARKS, "")
     script = [
         ("<th", "", ""),
         ("ink>\nHm", "Hm", ""),
@@ -111,7 +111,7 @@ def test_nothing_waits_that_cannot_be_a_mark() -> None:
 )
 def test_the_tokens_of_a_thought_are_counted_without_its_marks(opening: str, pieces: list[str], tokens: int) -> None:
     assert split(pieces, opening)[2] == tokens
-    whole = ThoughtSplitter(MARKS, opening)
+    whole = ReasoningSplitter(MARKS, opening)
     whole.split("".join(pieces), [END_ID if piece == "</think>" else 1 for piece in pieces], True)
     assert whole.tokens == tokens
 
@@ -158,11 +158,11 @@ def test_a_broken_template_is_left_to_others(
 @pytest.mark.parametrize("parser", [PARSER, ALWAYS_PARSER, "qwen3", "deepseek_r1"])
 def test_the_marks_are_those_of_the_parser(qwen3_tokenizer: PreTrainedTokenizerBase, parser: str) -> None:
     end_id = qwen3_tokenizer.convert_tokens_to_ids("</think>")
-    assert marks_of(parser, qwen3_tokenizer) == Marks("<think>", "</think>", end_id)
+    assert think_tags(parser, qwen3_tokenizer) == ThinkTags("<think>", "</think>", end_id)
 
 
 def test_without_a_parser_there_are_no_marks(qwen3_tokenizer: PreTrainedTokenizerBase) -> None:
-    assert marks_of("", qwen3_tokenizer) is None
+    assert think_tags("", qwen3_tokenizer) is None
 
 
 def parsed_by_vllm(name: str, tokenizer: Any, answer: list[str]) -> list[tuple[str, str]]:

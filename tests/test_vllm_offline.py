@@ -5,7 +5,7 @@ import json
 import pytest
 
 import vllm_offline
-from qwen_vllm.models.resolve import ModelUnavailable
+from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.protocol import ChatError
 from tests.offline.test_batch import ScriptedModel, texts, write
 
@@ -116,9 +116,9 @@ def test_a_chat_template_reaches_the_model(monkeypatch, tmp_path):
     loaded = []
     monkeypatch.setattr(vllm_offline, "LOG", tmp_path / "log")
     monkeypatch.setattr(vllm_offline, "resolve_model", lambda name, _: name)
-    monkeypatch.setattr(vllm_offline, "_engine_args", lambda folder, flags: {"model": folder, "flags": flags})
-    monkeypatch.setattr("vllm_wrapper.ChatModel", lambda **args: loaded.append(args) or ScriptedModel())
+    monkeypatch.setattr(vllm_offline, "_engine_args", lambda flags: {"flags": flags})
+    monkeypatch.setattr("vllm_wrapper.ChatModel", lambda model, **args: loaded.append((model, args)) or ScriptedModel())
     monkeypatch.setattr(ScriptedModel, "no_chat", None, raising=False)
     args, flags = vllm_offline.parse_args(["--model", "m", "--chat-template", "mine.jinja", "--max-model-len", "9"])
     vllm_offline._load(args, flags)
-    assert loaded == [{"model": "m", "flags": ["--max-model-len", "9"], "chat_template": "mine.jinja", "adapters": {}}]
+    assert loaded == [("m", {"flags": ["--max-model-len", "9"], "chat_template": "mine.jinja", "adapters": {}})]

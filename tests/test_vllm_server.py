@@ -16,11 +16,12 @@ from fastapi import FastAPI
 from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from qwen_vllm.models.resolve import ModelUnavailable
+from qwen_vllm.models.checks import ModelUnavailable
+from qwen_vllm.server.endpoint import ChatEndpoint, announcement
 from qwen_vllm.server.guard import Guard
 from tests.conftest import MAX_BODY, guard_args, write_model
 from tests.support.tiny_checkpoints import TEXT, write_adapter
-from vllm_server import ChatEndpoint, announce, parse_args
+from vllm_server import parse_args
 
 Engines = Callable[..., Any]
 ADAPTER = object()
@@ -38,6 +39,7 @@ async def chat_app(engine: Any, **flags: Any) -> FastAPI:
         is_base_model=lambda name: name == "base",
         lora_requests={"poet": ADAPTER},
     )
+    app.state.lifecycle = SimpleNamespace(stopping=False)
     await endpoint.init_state(engine, app.state, app.state.args)
     return app
 
@@ -511,12 +513,8 @@ def test_a_key_from_the_environment(scripted_engine: Engines, monkeypatch: pytes
         (None, "cert.pem", "https://127.0.0.1:8123"),
     ],
 )
-def test_the_announcement(capsys: pytest.CaptureFixture, host: str, certificate: str | None, url: str) -> None:
-    state = SimpleNamespace(
-        openai_serving_models=SimpleNamespace(base_model_paths=[SimpleNamespace(name="base")]),
-    )
-    announce(state, Namespace(host=host, port=8123, ssl_certfile=certificate, api_key=None))
-    shown = capsys.readouterr().err
+def test_the_announcement(host: str, certificate: str | None, url: str) -> None:
+    shown = announcement("base", Namespace(host=host, port=8123, ssl_certfile=certificate, api_key=None))
     assert f"base is ready at {url}" in shown
     assert f"curl -N {url}/chat" in shown
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 import vllm_wrapper
-from qwen_vllm.models.resolve import ModelUnavailable
+from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.protocol import ChatError, Reasoning, Sampling
+from qwen_vllm.vllm_plugin import plugin
 from tests.conftest import write_model
 from tests.support.tiny_checkpoints import write_adapter
 from vllm_wrapper import ChatModel
@@ -73,6 +74,7 @@ class ScriptedLLM:
 @pytest.fixture
 def load(monkeypatch, tmp_path, qwen3_tokenizer) -> Callable[..., tuple[ChatModel, ScriptedLLM]]:
     monkeypatch.setattr(vllm_wrapper, "set_environment", lambda: None)
+    monkeypatch.setattr(plugin, "begin_ours", lambda: None)
 
     def load(
         tokenizer: Any = qwen3_tokenizer,
@@ -177,7 +179,7 @@ def test_a_bad_row_has_its_error_and_the_others_their_answers(load):
         "temperature: Input s",
         "unknown: Extra input",
         "sampling: must be an",
-        "not a request: Objec",
+        "history.0: Input sho",
         "max_tokens: must be ",
         "system and query tak",
         "model: there is no s",

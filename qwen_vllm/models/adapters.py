@@ -1,29 +1,41 @@
-"""LoRA adapters: which of them a model can take, and a repair of how vLLM's CPU build computes with them."""
+"""LoRA adapters: which of them a model can take."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-if TYPE_CHECKING:
-    import torch
+from qwen_vllm.models.checks import ModelArgs, ModelUnavailable, read_config
 
 SIDES = re.compile(r"\blayers\.(\d+)\..*(?:([qkv]|gate|up)_proj\.lora_A|(o|down)_proj\.lora_B)\b")
-"""The matrices of an adapter with a side as long as the model's hidden state: its second, or else its first."""
+"""Matches LoRA matrices with a dimension of `hidden_size`: dim 1 of lora_A (q, k, v, gate, up), dim 0 of lora_B (o,
+down)."""
 
 
-def check(folder: Path, config: Mapping[str, Any], args: Any) -> None:
-    """Whether the folder holds an adapter, as peft writes them, for a model of this config.
+def check_adapters(adapters: Mapping[str, str], args: ModelArgs) -> None:
+    """Refuse adapters that vLLM would refuse after it has loaded the model, and those for a model of another size.
+
+    vLLM takes an adapter whose matrices are smaller than the model's, and answers nonsense.
 
     Args:
-        config: of the model, or of its part for text.
-        args: `max_lora_rank`.
+        adapters: their folders by their names.
+        args: also has `max_lora_rank`.
 
     Raises:
-        ValueError: it does not; the message says why.
+        ModelUnavailable: naming the adapter.
     """
+    config = read_config(args.model)
+    for name, folder in adapters.items():
+        try:
+            check_adapter(Path(folder), config.get("text_config") or config, args)
+        except ValueError as reason:
+            raise ModelUnavailable(f"the LoRA adapter {name} cannot be used: {folder}: {reason}") from None
+
+
+def check_adapter(folder: Path, config: Mapping[str, Any], args: Any) -> None:
+    """Raise a ValueError that says why, unless the folder holds an adapter, as peft writes them, for this config."""
     from vllm.lora.peft_helper import PEFTHelper
 
     if not folder.is_dir():
@@ -40,7 +52,7 @@ def check(folder: Path, config: Mapping[str, Any], args: Any) -> None:
 
 
 def _check_shapes(file: Path, config: Mapping[str, Any]) -> None:
-    """Whether the matrices that read or write the hidden state have its size."""
+    """Check that the matrices that read or write the hidden state have its size."""
     hidden, layers = config.get("hidden_size"), config.get("num_hidden_layers")
     with safe_open(file, framework="numpy") as tensors:
         for key in tensors.keys():  # noqa: SIM118
@@ -54,25 +66,3 @@ def _check_shapes(file: Path, config: Mapping[str, Any]) -> None:
                     f"it is for another model: its layer {layer} has a hidden size of {size}; this model has {layers} "
                     f"layers, with {hidden}"
                 )
-
-
-def repair() -> None:
-    """Keeps adapters off the requests that name none. On a CPU vLLM 0.32 gives them slot -1, which torch takes for the
-    last one: the model itself would answer with an adapter that another request of the same step asks for.
-    """
-    from vllm.lora.ops.torch_ops import lora_ops
-    from vllm.lora.punica_wrapper import punica_cpu
-
-    shrink = lora_ops.bgmv_shrink
-
-    def shrink_own(
-        inputs: "torch.Tensor",
-        weights: "torch.Tensor",
-        outputs: "torch.Tensor",
-        slots: "torch.Tensor",
-        scaling: float = 1.0,
-    ) -> None:
-        shrink(inputs, weights, outputs, slots, scaling)
-        outputs[slots < 0] = 0
-
-    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = shrink_own

@@ -1,7 +1,7 @@
-"""What stands before every route of the server: the key, and bodies that could hurt the engine.
+"""ASGI middleware that checks the API key, and refuses bodies that the engine cannot take.
 
-vLLM validates the fields of a request, yet passes on some values that its engine cannot take: one that cannot be
-encoded holds its place in the queue for ever, one that cannot be decoded hangs all requests. They end here.
+vLLM validates the fields of a request, but passes on some values that its engine cannot take. Such a request would hold
+its place in the queue for ever, or stop the others. It is refused here.
 """
 
 import asyncio
@@ -64,7 +64,7 @@ class Guard:
         try:
             _check_key(scope, args)
             if scope.get("method") in ("POST", "PUT", "PATCH"):
-                if getattr(state, "draining", False):
+                if state.lifecycle.stopping:
                     message = "the server is stopping: try again in a moment"
                     raise ChatError(message, "overloaded", status=503, retry_after=5)
                 body = await _read(receive, args.max_body_size, args.body_timeout)

@@ -1,4 +1,4 @@
-"""One HTTP connection: uvicorn's, with limits on the head of a request and deadlines for slow and silent peers.
+"""uvicorn's HTTP protocol, with limits on the head of a request and deadlines for slow and silent peers.
 
 It knows nothing of routes or models. The deadline for the body of a request is in `guard.py`, which reads it.
 """
@@ -18,17 +18,20 @@ LAST_CALL = 0.5
 """Seconds for the request of a connection that was made just before the server ended."""
 
 
-class Connection(HttpToolsProtocol):
-    """Finds its limits in uvicorn's configuration: `header_timeout` and `write_timeout` in seconds, and vLLM's
+class HttpProtocol(HttpToolsProtocol):
+    """One HTTP connection.
+
+    It finds its limits in uvicorn's configuration: `header_timeout` and `write_timeout` in seconds, and vLLM's
     `h11_max_incomplete_event_size` (bytes) and `h11_max_header_count`, which this parser by itself does not heed.
     """
 
     _deadline: asyncio.TimerHandle | None = None
     _in_head = _refused = False
+    _head_size = 0
     _refusal = ChatError("this is no HTTP request")
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """A new connection has to send the head of a request in time."""
+        """Start the deadline for the head of the first request."""
         super().connection_made(transport)
         connection = transport.get_extra_info("socket")
         if connection.family != socket.AF_UNIX:
@@ -38,12 +41,12 @@ class Connection(HttpToolsProtocol):
         self._set_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends the deadline with the connection."""
+        """End the deadline with the connection."""
         self._cancel_deadline()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Refuses a head that comes in many pieces before it has filled the memory."""
+        """Refuse a head that comes in many pieces before it has filled the memory."""
         if self._refused:
             return
         super().data_received(data)
@@ -54,13 +57,13 @@ class Connection(HttpToolsProtocol):
                 self.send_400_response("")
 
     def on_message_begin(self) -> None:
-        """The first byte of a request: from here on its head has to come in time."""
+        """Start the deadline for the head at the first byte of a request."""
         super().on_message_begin()
         self._in_head, self._head_size = True, 0
         self._set_deadline()
 
     def on_headers_complete(self) -> None:
-        """Refuses a head that is too large; what is raised here makes the parser call `send_400_response`."""
+        """Refuse a head that is too large; what is raised here makes the parser call `send_400_response`."""
         self._in_head = False
         self._cancel_deadline()
         if len(self.headers) > self.config.h11_max_header_count:
@@ -72,20 +75,20 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
-        """Where the answer is sent before the request has ended, its rest is waited for as long as for a head."""
+        """If we answer before the whole body has arrived, give the client `header_timeout` seconds to send the rest."""
         super().on_response_complete()
         if self.cycle.response_complete and self.cycle.more_body:
             self._set_deadline()
 
     def shutdown(self) -> None:
-        """The server ends: a new connection, whose request may be on its way, still has a moment to get an answer."""
+        """End with the server; a new connection, whose request may be on its way, still has a moment."""
         if self.cycle is None:
             self.loop.call_later(LAST_CALL, super().shutdown)
         else:
             super().shutdown()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what cannot be read as a request in the server's shape of errors, and ends the connection."""
+        """Answer what cannot be read as a request in the server's shape of errors, and end the connection."""
         body = json.dumps(self._refusal.as_dict()).encode()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[self._refusal.status] + head + body)

@@ -6,27 +6,39 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from contextlib import suppress
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import ClassVar
 
 import psutil
-from starlette.datastructures import State
+import uvicorn
 from starlette.responses import JSONResponse
+from vllm.entrypoints.launchers.api_server.entry import run_server_worker, setup_server
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from qwen_vllm.server.http_protocol import Connection
-
-if TYPE_CHECKING:
-    from vllm.engine.protocol import EngineClient
+from qwen_vllm.server.http_protocol import HttpProtocol
 
 CLOSE_TIMEOUT = 2
 """Seconds that connections have for what is left to send when the server ends."""
 PING_INTERVAL = 2
 LATE = 10
-"""Seconds without a sign of life after which the engine counts as not ready."""
+"""Seconds without a reply after which the engine counts as not ready."""
 IDLE = 20
-"""Seconds without a sign of life in which the engine did not compute either, after which it is given up."""
+"""Give the engine up after this many seconds without a reply during which it also used no CPU time."""
 ENGINE_NAMES = ("VLLM::EngineCor", "VLLM::Worker")
 """What vLLM calls its engine's processes; the system cuts names after 15 characters."""
+
+
+async def run_server(args: Namespace) -> None:
+    """Run vLLM's server with one front end, and leave our signal handlers as they are.
+
+    Takes the place of vLLM's function of that name (see `patches.SIGNALS`). Ends the program with status 1 where the
+    server ended though nobody asked it to.
+    """
+    await run_server_worker(*setup_server(args, reuse_port=False), args)
+    if not Lifecycle.was_asked_to_stop:
+        sys.exit("vllm_server.py: the engine has died; the log above says why")
 
 
 class Lifecycle:
@@ -34,61 +46,76 @@ class Lifecycle:
 
     Args:
         engine: vLLM's client of the engine.
-        state: the application's; `state.draining` tells the guard to refuse new work.
-        args: the command line; `args.stopped` tells `main` that the end was asked for.
+        server: vLLM's uvicorn server, which does not listen yet.
+        args: the command line.
+
+    Attributes:
+        was_asked_to_stop: whether a signal has asked this process to stop.
     """
 
-    def __init__(self, engine: "EngineClient", state: State, args: Namespace) -> None:
-        self._engine, self._state, self._args = engine, state, args
-        self._silent = 0
-        state.draining = False
+    was_asked_to_stop: ClassVar[bool] = False
 
-    def begin(self) -> None:
-        """Sets deadlines, signals and the watch of the engine; called when uvicorn is about to listen."""
-        config = self._state.server.config
+    def __init__(self, engine: AsyncLLM, server: uvicorn.Server, args: Namespace) -> None:
+        self._engine, self._server, self._args = engine, server, args
+        self._silent = 0
+        self._stopping_since: float | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        """Kept, as asyncio itself keeps no task alive."""
+
+    @property
+    def stopping(self) -> bool:
+        """Whether new requests are to be refused."""
+        return self._stopping_since is not None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Set deadlines and signal handlers, and watch the engine while the block runs."""
+        config = self._server.config
         config.header_timeout, config.write_timeout = self._args.header_timeout, self._args.write_timeout
-        config.http_protocol_class = Connection
+        config.http_protocol_class = HttpProtocol
         # vLLM sets no bound: one client that has stopped reading would keep the server from ending.
         config.timeout_graceful_shutdown = CLOSE_TIMEOUT
         # vLLM's own handlers stop the engine first, and its streams with it, without a word to their clients.
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._stop)
-        self._watching = asyncio.create_task(self._watch())
+            asyncio.get_running_loop().add_signal_handler(number, self.stop)
+        self._tasks.add(asyncio.create_task(self.watch()))
+        yield
 
     def readiness(self) -> JSONResponse:
-        """The answer of GET /ready: 200 where a request would be served, else 503 with the reason."""
+        """Answer GET /ready: 200 where a request would be served, else 503 with the reason."""
         reason = None
         if self._engine.errored:
             reason = "the engine has died"
-        elif self._state.draining:
+        elif self.stopping:
             reason = "the server is stopping"
         elif self._silent > LATE:
             reason = f"the engine has not answered for {self._silent} s"
         return JSONResponse({"ready": not reason, "reason": reason}, 503 if reason else 200)
 
-    async def _watch(self) -> None:
-        """Asks the engine again and again for a sign of life, which it gives between its steps; ends the server where
-        none comes: after --stall-timeout seconds, or sooner where the engine does not even compute.
+    async def watch(self) -> None:
+        """Ask the engine again and again for a reply, which it gives between its steps.
+
+        Where none comes, the server ends: after --stall-timeout seconds, or sooner where the engine does not compute.
         """
         computed = self._engine_seconds()
         while not self._engine.errored:
-            sign = asyncio.ensure_future(self._engine.is_sleeping())
+            reply = asyncio.ensure_future(self._engine.is_sleeping())
             idle = 0
             # Counted, not read from a clock: a server that was itself stopped (Ctrl-Z) must not blame its engine.
-            while not (await asyncio.wait((sign,), timeout=1))[0]:
+            while not (await asyncio.wait((reply,), timeout=1))[0]:
                 self._silent, idle = self._silent + 1, idle + 1
                 seconds = self._engine_seconds()
                 if seconds is None or seconds > (computed or 0) + 0.1:
                     computed, idle = seconds, 0
                 if idle >= IDLE or 0 < self._args.stall_timeout <= self._silent:
-                    sign.cancel()
+                    reply.cancel()
                     return self._give_up()
-            sign.exception()
+            reply.exception()
             self._silent = 0
             await asyncio.sleep(PING_INTERVAL)
 
     def _engine_seconds(self) -> float | None:
-        """Processor time that the engine has taken, in seconds; None where it runs on other machines."""
+        """Return the CPU time that the engine has used, in seconds; None where it runs on other machines."""
         main = multiprocessing.parent_process()  # of several front ends; a single one is the server itself
         times = []
         for child in psutil.Process(main.pid if main else None).children(recursive=True):
@@ -98,26 +125,25 @@ class Lifecycle:
         return sum(times) if times else None
 
     def _give_up(self) -> None:
-        """Ends all answers with an error. From here on /health says 503, and vLLM's own watch ends the server."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
+        """End all answers with an error. From here on /health says 503, and vLLM's own watchdog ends the server."""
         print(f"The engine has not answered for {self._silent} s: giving it up.", file=sys.stderr, flush=True)
         self._engine.vllm_config.shutdown_timeout = 0
         self._engine.output_processor.propagate_error(EngineDeadError())
         self._engine.output_handler.cancel()
 
-    def _stop(self) -> None:
-        """Ends the server: new requests are refused, running ones have --shutdown-timeout seconds; told twice, none."""
-        if self._state.draining:
+    def stop(self) -> None:
+        """End the server: new requests are refused, running ones have --shutdown-timeout seconds; told twice, none."""
+        if self._stopping_since is not None:
             # One Ctrl-C reaches several front ends twice, from the terminal and from their parent.
-            if time.monotonic() - self._stopping > 1:
-                self._state.server.should_exit = self._state.server.force_exit = True
+            if time.monotonic() - self._stopping_since > 1:
+                self._server.should_exit = self._server.force_exit = True
             return
-        self._stopping = time.monotonic()
-        self._state.draining = self._args.stopped = True
-        self._draining = asyncio.create_task(self._drain())
+        Lifecycle.was_asked_to_stop = True
+        self._stopping_since = time.monotonic()
+        self._tasks.add(asyncio.create_task(self.drain()))
 
-    async def _drain(self) -> None:
+    async def drain(self) -> None:
+        """Wait for running answers as long as they have, abort the rest, and let the server end."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self._args.shutdown_timeout):
                 while self._engine.get_num_unfinished_requests():
@@ -125,4 +151,4 @@ class Lifecycle:
         await self._engine.abort(list(self._engine.output_processor.request_states), internal=True)
         # What may take its time has had it: the engine is to stop at once.
         self._engine.vllm_config.shutdown_timeout = 0
-        self._state.server.should_exit = True
+        self._server.should_exit = True

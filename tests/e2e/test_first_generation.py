@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_vllm.models.resolve import CACHE
+from qwen_vllm.cache import CACHE
 from qwen_vllm.protocol import ChatResult, Sampling
 from tests.support.qwen_v1_reference import CONFIG, logits, random_weights, write_checkpoint
 from vllm_wrapper import ChatModel

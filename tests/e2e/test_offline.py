@@ -54,7 +54,7 @@ def test_a_closed_answer_leaves_the_engine_idle(model):
     answer = model.stream_chat("Count from 1 to 1000.", sampling=Sampling(max_tokens=1000))
     next(answer)
     answer.close()
-    assert not model._engine.has_unfinished_requests()
+    assert not model.llm.llm_engine.has_unfinished_requests()
     assert "Paris" in model.chat(FRANCE, sampling=GREEDY).text
 
 
@@ -102,7 +102,7 @@ def test_every_way_in_gives_the_same_answers(model, first_said):
         messages.append([{"role": "system", "content": system}, *turns, {"role": "user", "content": query}])
     rows = [{"system": system, "history": history, "query": query} for system, history, query in CONVERSATIONS]
     assert [result.text for result in model.chat_batch(rows, greedy)] == alone
-    outputs = model._llm.chat(messages, SamplingParams(temperature=0, max_tokens=10), use_tqdm=False)
+    outputs = model.llm.chat(messages, SamplingParams(temperature=0, max_tokens=10), use_tqdm=False)
     assert [output.outputs[0].text for output in outputs] == alone
     assert first_said.setdefault("texts", alone) == alone
 
@@ -121,11 +121,11 @@ def test_a_streamed_batch_grows_side_by_side_and_a_bad_row_harms_no_other(model)
     assert "sea" in texts[0] and "sky" in texts[2]
     second_begins = next(k for k, (i, _) in enumerate(parts) if i == 2)
     assert second_begins < 5
-    assert not model._engine.has_unfinished_requests()
+    assert not model.llm.llm_engine.has_unfinished_requests()
 
 
 def test_rows_that_begin_alike_share_their_cache(model, monkeypatch):
-    cached, step = [], model._engine.step
+    cached, step = [], model.llm.llm_engine.step
 
     def watched() -> list:
         outputs = step()
@@ -134,7 +134,7 @@ def test_rows_that_begin_alike_share_their_cache(model, monkeypatch):
 
     system = "You are a very patient teacher of geography who answers children. " * 10
     model.chat(FRANCE, system=system, sampling=GREEDY)
-    monkeypatch.setattr(model._engine, "step", watched)
+    monkeypatch.setattr(model.llm.llm_engine, "step", watched)
     model.chat_batch([{"query": f"What is {n} + {n}?", "system": system} for n in range(3)], Sampling(max_tokens=1))
     assert len(cached) == 3
     assert min(cached) > 100

@@ -1,15 +1,12 @@
-"""LoRA adapters: which are refused before anything is loaded, and requests that name none."""
+"""LoRA adapters: which are refused before anything is loaded."""
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from vllm.lora.ops.torch_ops import lora_ops
-from vllm.lora.punica_wrapper import punica_cpu
 
-from qwen_vllm.models.adapters import check, repair
+from qwen_vllm.models.adapters import check_adapter
 from tests.conftest import write_model
 from tests.support.tiny_checkpoints import TEXT, write_adapter
 
@@ -18,13 +15,13 @@ CONFIG = {"hidden_size": TEXT["hidden_size"], "num_hidden_layers": TEXT["num_hid
 
 def adapter_error(folder: Path, max_lora_rank: int = 16) -> str:
     with pytest.raises(ValueError, match=r".") as caught:
-        check(folder, CONFIG, SimpleNamespace(max_lora_rank=max_lora_rank))
+        check_adapter(folder, CONFIG, SimpleNamespace(max_lora_rank=max_lora_rank))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_an_adapter_that_can_be_loaded(tmp_path: Path) -> None:
-    check(write_adapter(tmp_path / "poet"), CONFIG, SimpleNamespace(max_lora_rank=16))
+    check_adapter(write_adapter(tmp_path / "poet"), CONFIG, SimpleNamespace(max_lora_rank=16))
 
 
 def test_folders_that_hold_no_adapter(tmp_path: Path) -> None:
@@ -53,15 +50,3 @@ def test_adapters_of_other_models(tmp_path: Path) -> None:
     assert adapter_error(smaller).startswith("it is for another model: its layer 0 has a hidden size of 32; ")
     deeper = write_adapter(tmp_path / "deeper", num_hidden_layers=3)
     assert adapter_error(deeper).endswith("this model has 2 layers, with 64")
-
-
-def test_a_request_without_an_adapter_gets_none_where_others_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_ops, "bgmv_shrink", lora_ops.bgmv_shrink)
-    monkeypatch.setattr(punica_cpu, "bgmv_shrink", lora_ops.bgmv_shrink)
-    repair()
-    inputs, weights, outputs = torch.ones(3, 4), torch.ones(2, 1, 5, 4), torch.zeros(3, 5)
-    punica_cpu.bgmv_shrink(inputs, weights, outputs, torch.tensor([0, -1, 1]), 0.5)
-    assert outputs.tolist() == [[2.0] * 5, [0.0] * 5, [2.0] * 5]
-    slots, lengths, nothing = torch.tensor([-1, 1]), torch.tensor([2, 1]), torch.zeros(2)
-    lora_ops.sgmv_shrink(inputs, weights, outputs, nothing, lengths, slots, 2, 2, 3, 1.0)
-    assert outputs.tolist() == [[0.0] * 5, [0.0] * 5, [4.0] * 5]

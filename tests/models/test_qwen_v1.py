@@ -14,7 +14,8 @@ from transformers.utils import logging
 
 from prompt_utils import PromptBuilder
 from qwen_vllm.models import qwen_v1, resolve
-from qwen_vllm.models.resolve import ModelUnavailable, check_loadable, resolve_model
+from qwen_vllm.models.checks import ModelUnavailable, check_loadable
+from qwen_vllm.models.resolve import resolve_model
 from tests.support.qwen_v1_reference import CODE, CONFIG, QWEN_TIKTOKEN, logits, random_weights, write_checkpoint
 
 SMALL = CONFIG | {"vocab_size": 200}
@@ -172,6 +173,7 @@ def test_a_checkpoint_becomes_a_folder_that_loads(
 ) -> None:
     from vllm import EngineArgs
 
+    qwen_v1.register()
     source = write_checkpoint(tmp_path / "Qwen-Tiny-Chat", random_weights(SMALL), kind, vocab_size=200)
     folder = Path(resolve_model(str(source)))
     assert folder.name == "Qwen-Tiny-Chat"

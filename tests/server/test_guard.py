@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import struct
+from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
@@ -36,7 +37,7 @@ async def guarded(
     app = FastAPI(docs_url=None, openapi_url=None, root_path=root_path)
     app.add_middleware(Guard)
     app.add_api_route("/{path:path}", lambda path: "served", methods=["GET", "POST"])
-    app.state.args = guard_args(api_key=KEYS, **flags)
+    app.state.args, app.state.lifecycle = guard_args(api_key=KEYS, **flags), SimpleNamespace(stopping=False)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
         request = client.build_request(method, "http://server", headers=headers)
@@ -74,7 +75,7 @@ def test_a_websocket_needs_the_key_too() -> None:
 
     async def connect() -> None:
         app = FastAPI()
-        app.state.args = guard_args(api_key=KEYS)
+        app.state.args, app.state.lifecycle = guard_args(api_key=KEYS), SimpleNamespace(stopping=False)
         scope = {"type": "websocket", "path": "/v1/realtime", "headers": [], "app": app}
 
         async def send(message: dict) -> None:
@@ -213,7 +214,7 @@ def test_a_server_that_is_stopping_takes_no_new_work_but_answers_health() -> Non
         app = FastAPI()
         app.add_middleware(Guard)
         app.add_api_route("/{path:path}", lambda path: "served", methods=["GET", "POST"])
-        app.state.args, app.state.draining = guard_args(), True
+        app.state.args, app.state.lifecycle = guard_args(), SimpleNamespace(stopping=True)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
             return [await client.post("/chat", json={}), await client.get("/health")]
 
@@ -233,7 +234,7 @@ def test_the_body_reaches_the_route_as_it_was_sent(body: bytes) -> None:
         async def echo(request: Request) -> str:
             return (await request.body()).hex()
 
-        app.state.args = guard_args()
+        app.state.args, app.state.lifecycle = guard_args(), SimpleNamespace(stopping=False)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
             return await client.post("/echo", content=body, headers={"Content-Type": "application/json"})
 

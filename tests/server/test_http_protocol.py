@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import uvicorn
 
-from qwen_vllm.server.http_protocol import Connection
+from qwen_vllm.server.http_protocol import HttpProtocol
 
 HEAD = b"POST / HTTP/1.1\r\nhost: server\r\n"
 SHORT = 0.3
@@ -40,7 +40,7 @@ async def serving(
 ) -> AsyncIterator[tuple[uvicorn.Server, tuple[str, int]]]:
     config = uvicorn.Config(echo, lifespan="off", log_level="critical", timeout_graceful_shutdown=1)
     config.load()
-    config.http_protocol_class = Connection
+    config.http_protocol_class = HttpProtocol
     config.header_timeout, config.write_timeout = header_timeout, write_timeout
     config.h11_max_incomplete_event_size, config.h11_max_header_count = 2**16, 100
     server = uvicorn.Server(config)

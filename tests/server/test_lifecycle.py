@@ -42,13 +42,17 @@ class ScriptedEngine:
 
 def living(engine: ScriptedEngine, **flags: float) -> tuple[Lifecycle, SimpleNamespace]:
     server = SimpleNamespace(config=SimpleNamespace(), should_exit=False, force_exit=False)
-    state = SimpleNamespace(server=server, vllm_config=engine.vllm_config)
     timeouts = {"header_timeout": 1, "write_timeout": 1, "stall_timeout": 300, "shutdown_timeout": 0, **flags}
-    return Lifecycle(engine, state, Namespace(**timeouts, stopped=False)), state
+    return Lifecycle(engine, server, Namespace(**timeouts)), server
 
 
 def run(story: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(story, 20))
+
+
+async def ended(server: SimpleNamespace) -> None:
+    while not server.should_exit:
+        await asyncio.sleep(0.01)
 
 
 @pytest.fixture
@@ -78,7 +82,7 @@ def test_an_engine_that_neither_answers_nor_computes_is_given_up(
     readings = engine_time(monkeypatch, hanging)
     engine = ScriptedEngine(hangs=True)
     life, _ = living(engine)
-    run(life._watch())
+    run(life.watch())
     assert len(readings) == IDLE + 1
     assert engine.errored
     assert [type(error) for error in engine.failures] == [EngineDeadError]
@@ -92,7 +96,7 @@ def test_an_engine_that_computes_has_the_stall_timeout(
 ) -> None:
     readings = engine_time(monkeypatch, computing)
     engine = ScriptedEngine(hangs=True)
-    run(living(engine, stall_timeout=IDLE * 3)[0]._watch())
+    run(living(engine, stall_timeout=IDLE * 3)[0].watch())
     assert len(readings) == IDLE * 3 + 1
     assert engine.errored
 
@@ -113,7 +117,7 @@ def test_an_engine_that_answers_late_is_not_ready_and_then_ready_again(
             return False
 
         engine.is_sleeping = answer_when_told
-        watching = asyncio.create_task(life._watch())
+        watching = asyncio.create_task(life.watch())
         while len(readings) <= LATE + 1:
             await asyncio.sleep(0.001)
         assert life.readiness().status_code == 503
@@ -132,14 +136,14 @@ def test_an_engine_that_answers_late_is_not_ready_and_then_ready_again(
 def test_a_server_that_stops_aborts_what_runs_and_ends() -> None:
     async def story() -> None:
         engine = ScriptedEngine(unfinished=2)
-        life, state = living(engine)
+        life, server = living(engine)
         assert life.readiness().status_code == 200
-        life._stop()
-        assert state.draining
+        life.stop()
+        assert life.stopping
         assert b"stopping" in life.readiness().body
-        await life._draining
+        await ended(server)
         assert engine.aborted == ["a", "b"]
-        assert (state.server.should_exit, state.server.force_exit) == (True, False)
+        assert (server.should_exit, server.force_exit) == (True, False)
         assert engine.vllm_config.shutdown_timeout == 0
 
     run(story())
@@ -148,13 +152,13 @@ def test_a_server_that_stops_aborts_what_runs_and_ends() -> None:
 def test_running_answers_have_the_shutdown_timeout() -> None:
     async def story() -> None:
         engine = ScriptedEngine(unfinished=1)
-        life, state = living(engine, shutdown_timeout=60)
-        life._stop()
+        life, server = living(engine, shutdown_timeout=60)
+        life.stop()
         await asyncio.sleep(0.1)
-        assert not state.server.should_exit
+        assert not server.should_exit
         engine.unfinished = 0
-        await life._draining
-        assert state.server.should_exit
+        await ended(server)
+        assert server.should_exit
 
     run(story())
 
@@ -163,14 +167,13 @@ def test_a_second_signal_ends_at_once_but_not_an_echo_of_the_first(monkeypatch: 
     async def story() -> None:
         now = 100.0
         monkeypatch.setattr(lifecycle.time, "monotonic", lambda: now)
-        life, state = living(ScriptedEngine(unfinished=1), shutdown_timeout=60)
-        life._stop()
+        life, server = living(ScriptedEngine(unfinished=1), shutdown_timeout=60)
+        life.stop()
         now = 100.5
-        life._stop()
-        assert not state.server.force_exit
+        life.stop()
+        assert not server.force_exit
         now = 102.0
-        life._stop()
-        assert state.server.force_exit
-        life._draining.cancel()
+        life.stop()
+        assert server.force_exit
 
     run(story())

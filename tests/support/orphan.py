@@ -3,7 +3,7 @@
 import multiprocessing
 import threading
 
-from qwen_vllm.models import resolve
+from qwen_vllm.vllm_plugin import plugin
 
 
 def child_of_a_killed_process() -> None:
@@ -16,5 +16,5 @@ def child_of_a_killed_process() -> None:
 
 
 def wait_for_ever() -> None:
-    resolve.end_with_parent()
+    plugin.end_with_parent()
     threading.Event().wait()

@@ -24,8 +24,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from qwen_vllm.models.resolve import demo_model
-from qwen_vllm.vllm_plugin.patches import QuickKVCacheManager
+from qwen_vllm.models.demo import demo_model
+from qwen_vllm.vllm_plugin.speedups import QuickKVCacheManager
 
 BLOCK, TOKEN = 16, 5
 GREEDY = SamplingParams(max_tokens=256, temperature=0, ignore_eos=True)

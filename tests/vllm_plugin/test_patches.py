@@ -1,90 +1,117 @@
-"""The shorter ways: steps are planned and tokens become text as in vLLM, with less work."""
+"""The list of changes to foreign code: each is made for this vLLM, and steps aside where it does not fit."""
 
-import random
-from typing import Any
-from unittest.mock import patch
+import logging
+import sys
+from types import ModuleType
 
 import pytest
 import torch
-from vllm import SamplingParams
-from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.kv_cache_interface import SlidingWindowSpec
-from vllm.v1.request import RequestStatus
+from vllm import envs
+from vllm.lora.ops.torch_ops import lora_ops
+from vllm.lora.punica_wrapper import punica_cpu
 
-from qwen_vllm.vllm_plugin import patches
-from qwen_vllm.vllm_plugin.patches import PROMPT_END, QuickDetokenizer, QuickKVCacheManager
-from tests.support.scheduler_steps import BLOCK, SPEC, Steps
-from tests.support.tiny_families import FAMILIES
-from tests.test_templates import PIECES, tokenizer_of
+from qwen_vllm import hardware
+from qwen_vllm.vllm_plugin.patches import LORA_SLOTS, PATCHES, Patch, source_hash
 
-WINDOW = SlidingWindowSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=40)
-TIGHT = {"max_num_seqs": 32, "max_model_len": 400, "max_num_batched_tokens": 100}
-
-
-def day_of(manager: type[KVCacheManager], seed: int, caching: bool, specs: tuple) -> list[Any]:
-    """What a scheduler with too few blocks decided, step by step, on requests that come, share prefixes, and leave."""
-    chance = random.Random(seed)
-    steps = Steps(manager, caching, 60, specs, **TIGHT)
-    pool, seen, names = steps.scheduler.kv_cache_manager.block_pool, [], []
-    prefixes = [[chance.randrange(1000) for _ in range(chance.randrange(10, 120))] for _ in range(4)]
-    for number in range(400):
-        if number < 300 and chance.random() < 0.2:
-            names.append(f"request {number}")
-            tail = [chance.randrange(1000) for _ in range(chance.randrange(1, 100))]
-            params = SamplingParams(max_tokens=chance.randrange(1, 150), ignore_eos=True)
-            steps.add(names[-1], chance.choice(prefixes) + tail, params)
-        if names and chance.random() < 0.02:
-            steps.scheduler.finish_requests(chance.choice(names), RequestStatus.FINISHED_ABORTED)
-        plan, outputs, *_ = steps.step()
-        seen.append([plan.num_scheduled_tokens, plan.preempted_req_ids, plan.finished_req_ids])
-        seen.append([(new.req_id, new.num_computed_tokens, new.block_ids) for new in plan.scheduled_new_reqs])
-        known = plan.scheduled_cached_reqs
-        seen.append([known.req_ids, known.resumed_req_ids, known.new_block_ids, known.num_computed_tokens])
-        seen.append(
-            [(out.request_id, out.new_token_ids, out.finish_reason) for o in outputs.values() for out in o.outputs]
-        )
-        seen.append([pool.get_num_free_blocks(), len(pool.cached_block_hash_to_block)])
-    return seen
+USED = {
+    # The endpoint plugin, and what has to be set between building the server and listening.
+    "vllm.plugins.endpoint_plugins.interface.EndpointPlugin": "3106c65976d0",
+    "vllm.entrypoints.launchers.app.build_app": "95e9398476b5",
+    "vllm.entrypoints.launchers.launcher.serve_http": "c1501ba0c475",
+    "vllm.entrypoints.launchers.api_server.entry.run_server_worker": "f9e1f1c991e0",
+    # The engine, as the lifecycle watches and stops it.
+    "vllm.v1.engine.async_llm.AsyncLLM.abort": "3597ef24d6e7",
+    "vllm.v1.engine.async_llm.AsyncLLM.is_sleeping": "d4602fbfa4be",
+    "vllm.v1.engine.async_llm.AsyncLLM.errored": "eaddec85f6a1",
+    "vllm.v1.engine.output_processor.OutputProcessor.propagate_error": "0d156558d5bc",
+    # The offline engine.
+    "vllm.v1.engine.llm_engine.LLMEngine.step": "3b21219dfa17",
+    "vllm.v1.engine.llm_engine.LLMEngine.add_request": "d13cedec013d",
+    # The reasoning parsers and the first-generation model that are made from vLLM's.
+    "vllm.parser.qwen3.qwen3_config": "05b23c777fc6",
+    "vllm.parser.engine.adapters.make_adapters": "bec3a81a99d8",
+    "vllm.model_executor.models.qwen2.Qwen2ForCausalLM": "cee59dd10e77",
+    # The check of adapters, which hands over a command line in place of a `LoRAConfig`.
+    "vllm.lora.peft_helper.PEFTHelper.validate_legal": "24d1c84cd615",
+    # The media that a request may name: the list of hosts holds a sentence, which must never match.
+    "vllm.multimodal.media.connector.MediaConnector": "f35921adba6e",
+    # uvicorn's parts that the deadlines rest on.
+    "uvicorn.protocols.http.httptools_impl.HttpToolsProtocol": "1703c5a75224",
+}
+"""Code that is used as it is, though its makers do not promise it; by its hash."""
 
 
-@pytest.mark.parametrize("caching", [False, True])
-@pytest.mark.parametrize("specs", [(SPEC,), (WINDOW,), (SPEC, WINDOW)], ids=["full", "window", "both"])
-def test_steps_are_planned_as_by_vllm(specs: tuple, caching: bool) -> None:
-    preempted = 0
-    for seed in range(2):
-        seen = day_of(QuickKVCacheManager, seed, caching, specs)
-        assert seen == day_of(KVCacheManager, seed, caching, specs)
-        preempted += sum(len(preempted or ()) for _, preempted, _ in seen[::5])
-    assert preempted
+def test_this_vllm_is_the_one_the_patches_were_made_for() -> None:
+    changed = {patch.name: patch.changed() for patch in PATCHES if patch.changed()}
+    assert not changed, "look at each of these, then write down its new hash in patches.py"
 
 
-@pytest.mark.parametrize("caching", [False, True])
-def test_a_growing_answer_asks_for_a_block_when_its_last_is_full(caching: bool) -> None:
-    steps = Steps(QuickKVCacheManager, caching)
-    ask = FullAttentionManager.allocate_new_blocks
-    with patch.object(FullAttentionManager, "allocate_new_blocks", autospec=True, side_effect=ask) as asked:
-        steps.add("a request", list(range(40)), SamplingParams(max_tokens=160, ignore_eos=True))
-        tokens = 0
-        while steps.scheduler.has_requests():
-            _, outputs, *_ = steps.step()
-            tokens += sum(len(output.new_token_ids) for answers in outputs.values() for output in answers.outputs)
-    assert tokens == 160
-    assert asked.call_count <= 2 * 160 / BLOCK + 2
+def test_this_vllm_is_the_one_whose_inside_is_used() -> None:
+    changed = [name for name, known in USED.items() if source_hash(name) != known]
+    assert not changed, "look at each of these, then write down its new hash here"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_tokens_become_text_as_by_vllm_without_all_of_the_prompt(name: str) -> None:
-    tokenizer, chance = tokenizer_of(name), random.Random(name)
-    params = SamplingParams(max_tokens=1)
-    for _ in range(20):
-        prompt, answer = ("".join(chance.choices(PIECES, k=count)) for count in (chance.choice((1, 100)), 20))
-        ids = tokenizer.encode(prompt + "a", add_special_tokens=False)
-        cut, ids = len(ids), ids + tokenizer.encode(answer, add_special_tokens=False)
-        request = EngineCoreRequest("", ids[:cut], None, params, None, 0.0, None, None, None)
-        with patch.object(patches, "DecodeStream", side_effect=patches.DecodeStream) as streams:
-            quick, vllms = (kind(tokenizer, request) for kind in (QuickDetokenizer, QuickDetokenizer.__base__))
-        texts = [[detokenizer.decode_next(token) for token in ids[cut:]] for detokenizer in (quick, vllms)]
-        assert texts[0] == texts[1]
-        assert cut <= PROMPT_END or len(streams.call_args.kwargs["ids"]) == PROMPT_END
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_every_patch_says_why_and_what_it_waits_for(patch: Patch) -> None:
+    assert patch.why.endswith(".")
+    assert patch.upstream
+    assert patch.replaces
+    assert patch.made_for
+
+
+@pytest.fixture
+def foreign(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A foreign module with one function."""
+    module = ModuleType("foreign")
+    module.slow = sys.intern
+    monkeypatch.setitem(sys.modules, "foreign", module)
+    return module
+
+
+def patch_of(foreign: ModuleType, known: str, **options: object) -> Patch:
+    made_for = {"qwen_vllm.hardware.values": known}
+    return Patch(f"quick {known}", "It is slow.", "nobody", {"foreign.slow": lambda slow: "quick"}, made_for, **options)
+
+
+def test_a_speed_up_is_applied_where_the_source_is_known(foreign: ModuleType) -> None:
+    patch_of(foreign, source_hash("qwen_vllm.hardware.values")).apply()
+    assert foreign.slow == "quick"
+
+
+def test_a_speed_up_is_left_out_with_one_line_where_the_source_differs(
+    foreign: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("vllm").propagate = True
+    patch_of(foreign, "another").apply()
+    assert foreign.slow is sys.intern
+    assert [record.message for record in caplog.records] == [
+        "quick another: left out, because this version differs in qwen_vllm.hardware.values"
+    ]
+
+
+@pytest.mark.parametrize("fault", [True, False])
+def test_a_repair_is_applied_only_where_the_fault_shows(foreign: ModuleType, fault: bool) -> None:
+    patch_of(foreign, f"another {fault}", shows_fault=lambda: fault).apply()
+    assert (foreign.slow == "quick") == fault
+
+
+def test_a_change_for_a_block_is_taken_back(foreign: ModuleType) -> None:
+    with patch_of(foreign, source_hash("qwen_vllm.hardware.values")).applied():
+        assert foreign.slow == "quick"
+    assert foreign.slow is sys.intern
+
+
+def test_names_that_vllm_would_ignore_if_it_renamed_them() -> None:
+    names = {default.name for default in hardware.environment_defaults() if default.name.startswith("VLLM_")}
+    assert names <= envs.environment_variables.keys()
+
+
+def test_a_request_without_an_adapter_gets_none_where_others_have_one() -> None:
+    with LORA_SLOTS.applied():
+        assert not LORA_SLOTS.shows_fault()
+        inputs, weights, outputs = torch.ones(3, 4), torch.ones(2, 1, 5, 4), torch.zeros(3, 5)
+        punica_cpu.bgmv_shrink(inputs, weights, outputs, torch.tensor([0, -1, 1]), 0.5)
+        assert outputs.tolist() == [[2.0] * 5, [0.0] * 5, [2.0] * 5]
+        slots, lengths, nothing = torch.tensor([-1, 1]), torch.tensor([2, 1]), torch.zeros(2)
+        lora_ops.sgmv_shrink(inputs, weights, outputs, nothing, lengths, slots, 2, 2, 3, 1.0)
+        assert outputs.tolist() == [[0.0] * 5, [0.0] * 5, [4.0] * 5]

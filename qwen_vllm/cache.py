@@ -1,0 +1,50 @@
+"""What is kept in the user's cache folder: models made once, and logs."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-vllm"
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Return `folder`, filled by `make` unless it is there.
+
+    The folder appears whole or not at all. Several processes may ask for it at once: one makes it, the others wait.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _exclusive(folder.parent):
+        if folder.is_dir():
+            return folder
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            make(unfinished)
+            try:
+                unfinished.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # without locks, another process can have finished first
+                    raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Wait until no other process is inside, where the file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

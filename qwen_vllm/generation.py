@@ -1,0 +1,166 @@
+"""From a chat request to what the engine takes, and from what the engine gives to an answer."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from prompt_utils import NoChatTemplate, Prompt, PromptBuilder, PromptTooLong, UnsupportedTemplate, UnsupportedTokenizer
+from qwen_vllm.protocol import ChatError, ChatRequest, ChatResult, Turn
+from qwen_vllm.reasoning import ReasoningSplitter, parser_for, think_tags
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from vllm import CompletionOutput, SamplingParams
+    from vllm.config import ModelConfig
+
+ADVICE: Mapping[type[UnsupportedTemplate], str] = {
+    UnsupportedTokenizer: "use /v1/chat/completions, or start with --tokenizer-mode hf where the model has a "
+    "tokenizer.json",
+    NoChatTemplate: "use /v1/completions (in Python complete_batch), or name one with --chat-template",
+    UnsupportedTemplate: "no /chat; use /v1/chat/completions, or name another template with --chat-template",
+}
+
+
+class RequestBuilder:
+    """Turns chat requests into what the engine takes, for one loaded model.
+
+    Args:
+        model_config: the engine's; its context, and what the model and the command line say of sampling.
+        tokenizer: the model's.
+        chat_template: Jinja text that replaces the tokenizer's own.
+        template_options: what the template is given beside the messages; a request's `enable_thinking` goes over it.
+        reasoning_parser: the name of one of vLLM's; without one, that which suits the chat template.
+
+    Raises:
+        ChatError: the model has no chat template that the prompt builder can follow.
+    """
+
+    def __init__(
+        self,
+        model_config: "ModelConfig",
+        tokenizer: "PreTrainedTokenizerBase",
+        chat_template: str | None = None,
+        template_options: Mapping[str, Any] = MappingProxyType({}),
+        reasoning_parser: str = "",
+    ) -> None:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        try:
+            self.prompts = PromptBuilder(tokenizer, chat_template, template_options)
+        except UnsupportedTemplate as reason:
+            raise ChatError(f"{reason}: {ADVICE[type(reason)]}") from reason
+        parser = reasoning_parser or parser_for(tokenizer, chat_template, template_options)
+        self._tags = think_tags(parser, tokenizer)
+        self._sampling_params, self._kinds = SamplingParams, RequestOutputKind
+        self.context = model_config.max_model_len
+        self.defaults = sampling_defaults(self.context, model_config.get_diff_sampling_param())
+
+    def build(self, request: ChatRequest, stream: bool) -> tuple[Prompt, "SamplingParams"]:
+        """Make the prompt and the sampling parameters: deltas if `stream`, else the whole answer at the end.
+
+        Room for the answer, `max_tokens`, is reserved before the history is fitted in.
+
+        Raises:
+            ChatError: system, query and answer together are longer than the context.
+        """
+        wanted = self.defaults | request.sampling()
+        if wanted["max_tokens"] >= self.context:
+            raise ChatError(f"max_tokens: must be less than the context of {self.context}", param="max_tokens")
+        room = self.context - wanted["max_tokens"]
+        thinking = wanted.pop("enable_thinking", None)
+        try:
+            prompt = self.prompts.build(request.system, request.history, request.query, room, thinking)
+        except PromptTooLong as error:
+            raise ChatError(f"{error}: shorten them or ask for fewer max_tokens", param="query") from error
+        wanted.pop("model", None)
+        kind = self._kinds.DELTA if stream else self._kinds.FINAL_ONLY
+        stop_token_ids = [self.prompts.stop_token_id]
+        params = self._sampling_params(**wanted, stop_token_ids=stop_token_ids, output_kind=kind, skip_clone=True)
+        return prompt, params
+
+    def answer(self, prompt: Prompt) -> "RunningAnswer":
+        """Begin the answer to a prompt."""
+        return RunningAnswer(prompt, ReasoningSplitter(self._tags, prompt.opening))
+
+
+def sampling_defaults(context: int, configured: Mapping[str, Any]) -> dict[str, Any]:
+    """Choose what a request that says nothing gets: ours, then what is `configured`.
+
+    An answer may take up to a quarter of the context, at most 8,192 tokens; one that is configured longer, up to half
+    of it.
+
+    Args:
+        context: the model's, in tokens.
+        configured: by the model's `generation_config.json`, or over it by `--override-generation-config`.
+    """
+    ours = {"temperature": 0.7, "top_p": 0.8, "max_tokens": min(context // 4, 8192)}
+    defaults = {**ours, **configured}
+    return {**defaults, "max_tokens": max(1, min(defaults["max_tokens"], context // 2))}
+
+
+class RunningAnswer:
+    """One answer as it grows: adds up what the engine gives, in deltas or at once.
+
+    Attributes:
+        prompt: what is answered.
+        finish_reason: "stop" or "length" when the answer has ended; None before.
+    """
+
+    def __init__(self, prompt: Prompt, splitter: ReasoningSplitter) -> None:
+        self.prompt = prompt
+        self.finish_reason: str | None = None
+        self._splitter = splitter
+        self._reasoning: list[str] = []
+        self._text: list[str] = []
+        self._completion_tokens = 0
+        self._stop_reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._text)
+
+    def add(self, completion: "CompletionOutput") -> tuple[str, str]:
+        """Take in the engine's next output; return (new reasoning, new text).
+
+        Raises:
+            ChatError: the engine gave the request up.
+        """
+        last = completion.finish_reason is not None
+        reasoning, text = self._splitter.split(completion.text, completion.token_ids, last)
+        self._completion_tokens += len(completion.token_ids)
+        if reasoning:
+            self._reasoning.append(reasoning)
+        if text:
+            self._text.append(text)
+        if last:
+            if completion.finish_reason not in ("stop", "length"):
+                message = "the engine gave this request up, or the server is stopping: send it again"
+                raise ChatError(message, "engine_error", status=503)
+            self.finish_reason = completion.finish_reason
+            self._stop_reason = completion.stop_reason if isinstance(completion.stop_reason, str) else None
+        return reasoning, text
+
+    def result(self, history: list[Turn]) -> ChatResult:
+        """Return the finished answer; `history` ends with its turn."""
+        return ChatResult(
+            text=self.text,
+            history=history,
+            finish_reason=self.finish_reason,
+            stop_reason=self._stop_reason,
+            prompt_tokens=len(self.prompt.token_ids),
+            completion_tokens=self._completion_tokens,
+            dropped_turns=self.prompt.dropped_turns,
+            reasoning="".join(self._reasoning),
+            reasoning_tokens=self._splitter.tokens,
+        )
+
+    def ending(self) -> dict[str, Any]:
+        """Return the last line of the stream: the finished answer in wire form, without its text."""
+        result = self.result([])
+        return {
+            "finish_reason": result.finish_reason,
+            "stop_reason": result.stop_reason,
+            "usage": result.usage,
+            "dropped_turns": result.dropped_turns,
+        }

@@ -1,0 +1,153 @@
+"""What vLLM would refuse in a model's folder, said before it loads, in one line.
+
+vLLM refuses these too, but only after it has loaded for a while, and in many lines.
+"""
+
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError, safe_open
+
+from qwen_vllm import hardware
+from qwen_vllm.models import qwen_v1
+
+WEIGHTS = ("safetensors", "bin", "pt", "pth", "gguf")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
+
+
+class ModelUnavailable(Exception):
+    """The model cannot be had; the message says why and what to do, in one line."""
+
+
+class ModelArgs(Protocol):
+    """What the checks read of `vllm.EngineArgs`, or of a command line with the same names; `model` is a folder."""
+
+    model: str
+    tokenizer: str | None
+    skip_tokenizer_init: bool
+    trust_remote_code: bool
+    load_format: str
+    max_model_len: int | None
+    dtype: str
+
+
+def checked_config(folder: Path) -> dict[str, Any]:
+    """Read a model's config.json, and check that the files of its folder are readable and whole.
+
+    Raises:
+        ModelUnavailable: naming the file that is missing or damaged.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except FileNotFoundError:
+        raise ModelUnavailable(f"{folder} holds no model: it has no config.json") from None
+    except ValueError as error:
+        raise ModelUnavailable(f"{folder / 'config.json'} is no JSON ({error}): fetch the model again") from None
+    if not isinstance(config, dict):
+        raise ModelUnavailable(f"{folder / 'config.json'} describes no model")
+    for index in folder.glob("*.index.json"):
+        for file in sorted(set(json.loads(index.read_bytes())["weight_map"].values())):
+            if not (folder / file).is_file():
+                raise ModelUnavailable(f"{folder} lacks {file}, which {index.name} names: fetch the model again")
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise ModelUnavailable(f"{file} is damaged or cut off ({error}): fetch the model again") from None
+    return config
+
+
+def check_loadable(args: ModelArgs) -> None:
+    """Refuse a model that vLLM cannot load here.
+
+    Raises:
+        ModelUnavailable: no weights, no tokenizer, an architecture that neither vLLM nor transformers knows; more
+            context than a first-generation Qwen was trained on; 4-bit weights that this machine cannot compute with.
+    """
+    import transformers
+    from vllm import ModelRegistry
+
+    folder = Path(args.model)
+    if args.load_format != "dummy" and not any(any(folder.glob(f"*.{end}")) for end in WEIGHTS):
+        raise ModelUnavailable(f"{folder} holds no weights, only a description: fetch the model again")
+    if not (args.tokenizer or args.skip_tokenizer_init or any((folder / name).is_file() for name in TOKENIZERS)):
+        raise ModelUnavailable(f"{folder} holds no tokenizer: fetch the model again, or name one with --tokenizer")
+    if not (args.tokenizer or args.trust_remote_code) and _tokenizer_is_code(folder):
+        raise ModelUnavailable(
+            f"{folder} brings Python code as its tokenizer: read it, then add --trust-remote-code (/chat stays "
+            "off), or put a tokenizer.json there"
+        )
+    config = read_config(args.model)
+    architectures = config.get("architectures") or []
+    trained = config.get("max_position_embeddings")
+    if qwen_v1.VLLM_ARCHITECTURE in architectures and (args.max_model_len or 0) > trained:
+        raise ModelUnavailable(
+            f"{folder.name} was trained on {trained} tokens; how it stretches beyond (dynamic NTK, logn attention) is "
+            "not in vLLM: leave --max-model-len out, or name less"
+        )
+    if "vision_config" in config and not find_spec("torchvision"):
+        raise ModelUnavailable(
+            f"{folder.name} takes images, which needs torchvision, and that is not installed: with vLLM's CPU build, "
+            "add PyTorch's CPU build of the version that requirements.txt names"
+        )
+    if _four_bits(config) and not hardware.computes_four_bits():
+        raise ModelUnavailable(
+            f"{folder.name} has weights of 4 bits, for which vLLM needs a GPU, or a processor with AVX-512: take the "
+            "model without GPTQ or AWQ here"
+        )
+    _check_gptq(folder.name, config.get("quantization_config") or {})
+    known = ModelRegistry.get_supported_archs()
+    if any(name in known or hasattr(transformers, name) for name in architectures):
+        return
+    if "auto_map" not in config:
+        names = ", ".join(map(str, architectures)) or "none"
+        raise ModelUnavailable(f"this version of vLLM does not know the architecture of {folder}: {names}")
+    if not args.trust_remote_code:
+        raise ModelUnavailable(f"{folder} needs the code that it brings: read it, then add --trust-remote-code")
+
+
+def _tokenizer_is_code(folder: Path) -> bool:
+    import transformers
+
+    file = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").is_file() or not file.is_file():
+        return False
+    config = json.loads(file.read_bytes())
+    return "AutoTokenizer" in config.get("auto_map", {}) and not hasattr(
+        transformers, config.get("tokenizer_class", "")
+    )
+
+
+def _check_gptq(name: str, quantization: Mapping[str, Any]) -> None:
+    """Refuse what AutoGPTQ offers and vLLM no longer takes."""
+    if quantization.get("quant_method") != "gptq":
+        return
+    ordered = quantization.get("desc_act") and quantization.get("group_size") != -1
+    if ordered or not quantization.get("sym", True) or quantization.get("bits", 4) not in (4, 8):
+        raise ModelUnavailable(
+            f"{name}: of GPTQ vLLM takes 4 or 8 bits, symmetric, without desc_act: take another quantisation of it"
+        )
+
+
+def number_format(args: ModelArgs) -> str:
+    """Choose the dtype to load with.
+
+    It is that of `args`. A checkpoint of 4 bits takes only formats of 16 bits: there float32, our default on some
+    processors, gives way to the checkpoint's own.
+    """
+    config = read_config(args.model)
+    return "auto" if args.dtype == "float32" and _four_bits(config) else args.dtype
+
+
+def read_config(folder: str) -> dict[str, Any]:
+    """Read the config.json of a folder that was checked."""
+    config: dict[str, Any] = json.loads((Path(folder) / "config.json").read_bytes())
+    return config
+
+
+def _four_bits(config: Mapping[str, Any]) -> bool:
+    return (config.get("quantization_config") or {}).get("quant_method") in ("gptq", "awq")

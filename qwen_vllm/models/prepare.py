@@ -1,0 +1,38 @@
+"""The one recipe that makes a model's folder ready to serve, online and offline."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qwen_vllm.hardware import fill_in, graph_defaults
+from qwen_vllm.models.adapters import check_adapters
+from qwen_vllm.models.checks import ModelUnavailable, check_loadable, number_format
+
+
+def prepare(args: Any, adapters: Mapping[str, str], chat_template: str | None) -> str | None:
+    """Check what is to be loaded, complete `args`, and return the chat template's text.
+
+    Args:
+        args: `vllm.EngineArgs`, or a command line with the same names; `model` is a folder of `resolve_model`. Its
+            `dtype` and what is open of its CUDA graphs are set.
+        adapters: folders of LoRA adapters by their names.
+        chat_template: a file with a Jinja template that replaces the model's own, or its text.
+
+    Raises:
+        ModelUnavailable: the model, an adapter or the template cannot be used.
+    """
+    check_loadable(args)
+    check_adapters(adapters, args)
+    args.dtype = number_format(args)
+    fill_in(args, graph_defaults(args))
+    return read_chat_template(chat_template)
+
+
+def read_chat_template(template: str | None) -> str | None:
+    """Return the Jinja text that `--chat-template` names: a file's, or the text itself."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.renderers.chat_utils import load_chat_template
+
+    try:
+        return load_chat_template(template)
+    except VLLMValidationError as error:
+        raise ModelUnavailable(f"--chat-template {template}: neither a file nor a Jinja template") from error

@@ -1,0 +1,306 @@
+"""`POST /chat`, `GET /chat/info` and `GET /ready`, in each of the server's front-end processes.
+
+vLLM loads `ChatEndpoint` as an endpoint plugin (see `pyproject.toml`), once its engine runs.
+"""
+
+import asyncio
+import json
+import os
+import sys
+from argparse import Namespace
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from fastapi import FastAPI
+from starlette.datastructures import State
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
+from vllm.envs import enable_envs_cache
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
+from vllm.inputs.engine import tokens_input
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from qwen_vllm.generation import RequestBuilder, RunningAnswer
+from qwen_vllm.models.prepare import read_chat_template
+from qwen_vllm.protocol import ChatError, ChatRequest, validated
+from qwen_vllm.server.guard import error_response
+from qwen_vllm.server.lifecycle import Lifecycle
+from qwen_vllm.vllm_plugin import plugin
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput
+    from vllm.engine.protocol import EngineClient
+    from vllm.lora.request import LoRARequest
+
+LONG_TEXT = 8192
+"""From this many characters a prompt is built on a thread, so that other streams do not wait for it."""
+NDJSON_HEADERS = [
+    (b"content-type", b"application/x-ndjson"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # or nginx holds the lines back
+]
+
+
+class ChatEndpoint:
+    """vLLM's endpoint plugin: it adds the routes, and makes the `ChatService` that answers them."""
+
+    name = plugin.NAME
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes, describe them in the API's description, and give errors of all routes our shape."""
+        app.exception_handler(HTTPException)(http_exception_handler)
+        app.exception_handler(GracefulHTTPError)(_busy)
+        app.router.lifespan_context = _lifespan_around(app.router.lifespan_context)
+        schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        described: dict[str, Any] = {"response_model": None, "openapi_extra": {"requestBody": body}}
+        app.add_api_route("/chat", _chat, methods=["POST"], **described)
+        # The FastAPI route above only documents /chat. This plain Starlette route serves it. It is inserted first
+        # because the router and the metrics middleware scan routes in order, and it skips FastAPI's parameter parsing.
+        app.router.routes.insert(0, Route("/chat", _chat, methods=["POST"]))
+        app.add_api_route("/chat/info", _info, methods=["GET"])
+        app.add_api_route("/ready", _ready, methods=["GET"], response_model=None)
+
+    async def init_state(self, engine_client: "EngineClient", state: State, args: Namespace) -> None:
+        """Make the service for the running engine; vLLM calls this before the server listens."""
+        enable_envs_cache()  # as the engine's process does: else a variable is looked up for each token
+        requests: RequestBuilder | ChatError
+        try:
+            requests = RequestBuilder(
+                engine_client.model_config,
+                engine_client.get_tokenizer(),
+                read_chat_template(args.chat_template),
+                args.default_chat_template_kwargs or {},
+                args.reasoning_parser,
+            )
+        except ChatError as reason:
+            requests = reason
+            print(f"/chat is off: {reason.message}", file=sys.stderr)
+        state.chat = ChatService(engine_client, state.openai_serving_models, requests, args.max_body_size)
+
+
+def _lifespan_around(vllm_lifespan: Any) -> Any:
+    """Wrap vLLM's lifespan: configure uvicorn after the server object exists and before it listens."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with vllm_lifespan(app):
+            state = app.state
+            engine = state.engine_client
+            state.lifecycle = Lifecycle(engine, state.server, state.args)
+            async with state.lifecycle.running():
+                is_first = engine.vllm_config.parallel_config._api_process_rank <= 0
+                announcing = asyncio.create_task(_announce(state)) if is_first else None
+                yield
+                if announcing:
+                    announcing.cancel()
+
+    return lifespan
+
+
+async def _chat(request: Request) -> Response:
+    """Answers a query in the light of its history, whole or streamed as newline-delimited JSON."""
+    service: ChatService = request.app.state.chat
+    return await service.chat(request)
+
+
+async def _info(request: Request) -> dict[str, Any]:
+    """What a client may want to show before it asks: models, context in tokens, defaults of `/chat`, limits."""
+    service: ChatService = request.app.state.chat
+    return service.info()
+
+
+async def _ready(request: Request) -> Response:
+    """Whether a request would be served now."""
+    lifecycle: Lifecycle = request.app.state.lifecycle
+    return lifecycle.readiness()
+
+
+class ChatService:
+    """Answers chat requests with a running engine.
+
+    Args:
+        engine: vLLM's client of the engine.
+        models: vLLM's list of the model and its LoRA adapters.
+        requests: makes what the engine takes; or why the model has no chat.
+        max_body_size: largest request, in bytes.
+    """
+
+    def __init__(
+        self, engine: "EngineClient", models: Any, requests: RequestBuilder | ChatError, max_body_size: int
+    ) -> None:
+        self._engine, self._models, self._requests, self._max_body_size = engine, models, requests, max_body_size
+
+    async def chat(self, request: Request) -> Response:
+        """Validate a request, build its prompt and begin its answer."""
+        try:
+            if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+                raise ChatError("send the request as Content-Type: application/json", status=415)
+            chat: ChatRequest = validated(ChatRequest, await request.body())
+            requests = self._requests
+            if isinstance(requests, ChatError):
+                raise requests
+            adapter = self._adapter(chat.model)
+            length = len(chat.system) + len(chat.query) + sum(len(user) + len(answer) for user, answer in chat.history)
+            if length < LONG_TEXT:
+                prompt, params = requests.build(chat, chat.stream)
+            else:
+                prompt, params = await asyncio.to_thread(requests.build, chat, chat.stream)
+        except ChatError as error:
+            return error_response(error)
+        # `tokens_input` marks the prompt as already tokenized. vLLM would render any other prompt in a thread pool.
+        outputs = self._engine.generate(
+            tokens_input(prompt.token_ids), params, f"chat-{os.urandom(16).hex()}", lora_request=adapter
+        )
+        return AnswerResponse(outputs, chat.stream, requests.answer(prompt))
+
+    def info(self) -> dict[str, Any]:
+        """Tell what the server has, in the wire form of `protocol.ServerInfo`."""
+        config = self._engine.model_config
+        return {
+            "models": self._names(),
+            "context": config.max_model_len,
+            "images": config.is_multimodal_model,
+            "defaults": {} if isinstance(self._requests, ChatError) else self._requests.defaults,
+            "max_body_size": self._max_body_size,
+        }
+
+    def _names(self) -> list[str]:
+        return [*(path.name for path in self._models.base_model_paths), *self._models.lora_requests]
+
+    def _adapter(self, name: str | None) -> "LoRARequest | None":
+        """Find the LoRA adapter called `name`; None for the model itself."""
+        adapters: dict[str, LoRARequest] = self._models.lora_requests
+        if name is None or self._models.is_base_model(name):
+            return None
+        if name not in adapters:
+            names = ", ".join(self._names())
+            raise ChatError(f"model: there is no such model here, only {names}", param="model", status=404)
+        return adapters[name]
+
+
+class AnswerResponse(Response):
+    """One answer on its way to its client, as an ASGI application. A client that leaves aborts the request.
+
+    Whole: one JSON object. Streamed: lines `{"reasoning"}` while the model thinks, a line `{"delta"}` for each piece of
+    text, then one last line, with the finish reason and the usage or with the error. What fails before the first token
+    has a status of its own.
+
+    Args:
+        outputs: of the engine.
+        stream: whether the answer goes out piece by piece.
+        answer: adds up the outputs.
+    """
+
+    def __init__(self, outputs: AsyncGenerator["RequestOutput"], stream: bool, answer: RunningAnswer) -> None:
+        self.background = None
+        self._outputs, self._stream, self._answer = outputs, stream, answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Answer in the current task. With a new task per request, a burst would be read completely before the first
+        # request reaches the engine.
+        answering = asyncio.current_task()
+        assert answering
+
+        def stop_answering(left: asyncio.Task[None]) -> None:
+            if not left.cancelled():
+                answering.cancel()
+
+        leaving = asyncio.create_task(_disconnected(receive))
+        leaving.add_done_callback(stop_answering)
+        try:
+            await self._send_answer(scope, receive, send)
+        except asyncio.CancelledError:
+            if not leaving.done():
+                raise
+            answering.uncancel()
+        finally:
+            leaving.cancel()
+
+    async def _send_answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._outputs):
+            try:
+                output = await anext(self._outputs)
+                reasoning, text = self._answer.add(output.outputs[0])
+                if output.finished:
+                    await anext(self._outputs, None)  # the engine's generator ends by itself, not as if aborted
+                if not self._stream:
+                    whole = {"text": text, **({"reasoning": reasoning} if reasoning else {}), **self._answer.ending()}
+                    return await JSONResponse(whole)(scope, receive, send)
+            except Exception as error:
+                return await error_response(_to_chat_error(error))(scope, receive, send)
+            await send({"type": "http.response.start", "status": 200, "headers": NDJSON_HEADERS})
+            try:
+                await _send_deltas(reasoning, text, send)
+                async for output in self._outputs:
+                    await _send_deltas(*self._answer.add(output.outputs[0]), send)
+                last_line = self._answer.ending()
+            except Exception as error:
+                last_line = _to_chat_error(error).as_dict()
+            await _send_line(last_line, send, more_body=False)
+
+
+async def _send_deltas(reasoning: str, text: str, send: Send) -> None:
+    if reasoning:
+        await _send_line({"reasoning": reasoning}, send, more_body=True)
+    if text:
+        await _send_line({"delta": text}, send, more_body=True)
+
+
+async def _send_line(line: dict[str, Any], send: Send, more_body: bool) -> None:
+    body = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+    await send({"type": "http.response.body", "body": body, "more_body": more_body})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _to_chat_error(error: Exception) -> ChatError:
+    """Tell a client the reason of an exception from the engine, never its internals."""
+    match error:
+        case ChatError():
+            return error
+        case GracefulHTTPError():
+            return ChatError("the server is busy", "overloaded", status=error.http_status)
+        case EngineDeadError():
+            return ChatError("the engine has died; the server is stopping", "engine_error", status=503)
+        case VLLMClientError():
+            return ChatError(str(error)[:300])
+    return ChatError("the engine failed on this request", "engine_error", status=500)
+
+
+async def _busy(request: Request, error: GracefulHTTPError) -> Response:
+    return error_response(_to_chat_error(error))
+
+
+async def _announce(state: State) -> None:
+    while not state.server.started:
+        await asyncio.sleep(0.01)
+    print(announcement(state.openai_serving_models.base_model_paths[0].name, state.args), file=sys.stderr, flush=True)
+
+
+def announcement(name: str, args: Namespace) -> str:
+    """Say how to use the server of the model `name`."""
+    host = "127.0.0.1" if args.host in (None, "", "0.0.0.0", "::") else args.host
+    host = f"[{host}]" if ":" in host else host
+    url = f"http{'s' if args.ssl_certfile else ''}://{host}:{args.port}"
+    ask = json.dumps({"query": "What is the capital of France?", "stream": True})
+    openai = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
+    key = ' -H "Authorization: Bearer $QWEN_API_KEY"' if args.api_key or os.environ.get("VLLM_API_KEY") else ""
+    header = f"-H 'Content-Type: application/json'{key}"
+    lines = [
+        f"{name} is ready at {url}  (API: {url}/docs)",
+        f"  curl -N {url}/chat {header} -d '{ask}'",
+        f"  curl -N {url}/v1/chat/completions {header} -d '{openai}'",
+        f"  python vllm_client.py --url {url}",
+    ]
+    return "\n".join(["", *lines, ""])

@@ -1,0 +1,57 @@
+"""What each of vLLM's processes begins with, in our programs."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from importlib.metadata import entry_points
+
+from qwen_vllm import reasoning
+from qwen_vllm.models import qwen_v1
+from qwen_vllm.vllm_plugin import patches
+
+NAME = "qwen_chat"
+"""Of our plugins, in pyproject.toml and in $VLLM_PLUGINS."""
+OURS = "QWEN_VLLM"
+"""The environment variable that marks our programs and what they start; a plain `vllm serve` stays vLLM's own."""
+
+
+def is_installed() -> bool:
+    """Tell whether vLLM can find our plugins, which its other processes load by the package's metadata."""
+    return bool(entry_points(group="vllm.general_plugins", name=NAME))
+
+
+def begin_ours() -> None:
+    """Mark this process and those that it starts as ours, and begin it."""
+    os.environ[OURS] = "1"
+    begin_process()
+
+
+def begin_process() -> None:
+    """Register our model and parsers, apply the patches, and end with the parent; called twice, it does no more.
+
+    vLLM calls this in each of its processes, as a general plugin. It does nothing in other programs.
+    """
+    if OURS not in os.environ:
+        return
+    end_with_parent()
+    qwen_v1.register()
+    reasoning.register()
+    for patch in patches.IN_EVERY_PROCESS:
+        patch.apply()
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone, even if that was killed.
+
+    An engine that is left over would keep the GPU's memory.
+    """
+    parent = multiprocessing.parent_process()
+    if not parent:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -1,0 +1,98 @@
+"""Chat requests become prompts and sampling parameters; what the engine gives becomes an answer."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from qwen_vllm.generation import RequestBuilder, sampling_defaults
+from qwen_vllm.protocol import ChatError, ChatRequest
+from tests.support.tiny_families import FAMILIES, REFUSED
+
+MODEL_CONFIG = SimpleNamespace(max_model_len=400, get_diff_sampling_param=lambda: {"temperature": 0.2})
+
+
+@pytest.mark.parametrize(
+    ("context", "configured", "max_tokens"),
+    [
+        (2048, {}, 512),
+        (131072, {}, 8192),
+        (2048, {"max_tokens": 100}, 100),
+        (2048, {"max_tokens": 2048}, 1024),
+        (4, {}, 1),
+        (1, {}, 1),
+        (3, {}, 1),
+    ],
+)
+def test_the_default_length_of_an_answer(context: int, configured: dict, max_tokens: int) -> None:
+    assert sampling_defaults(context, configured)["max_tokens"] == max_tokens
+
+
+def test_the_configured_goes_over_our_defaults() -> None:
+    configured = {"temperature": 0.2, "top_k": 20, "repetition_penalty": 1.05}
+    defaults = sampling_defaults(2048, configured)
+    assert defaults == {"temperature": 0.2, "top_p": 0.8, "max_tokens": 512, "top_k": 20, "repetition_penalty": 1.05}
+    assert "max_tokens" not in configured
+
+
+@pytest.fixture
+def builder(qwen3_tokenizer: PreTrainedTokenizerBase) -> RequestBuilder:
+    return RequestBuilder(MODEL_CONFIG, qwen3_tokenizer)
+
+
+@pytest.mark.parametrize(("stream", "kind"), [(True, "DELTA"), (False, "FINAL_ONLY")])
+def test_a_request_for_the_engine(builder: RequestBuilder, stream: bool, kind: str) -> None:
+    request = ChatRequest(query="q", seed=7, stop=["END"], model="poet", enable_thinking=False)
+    prompt, params = builder.build(request, stream)
+    assert builder.prompts.render(request.system, [], "q", False).endswith("</think>\n\n")
+    assert (params.temperature, params.top_p, params.max_tokens, params.seed) == (0.2, 0.8, 100, 7)
+    assert (params.stop, params.output_kind.name) == (["END"], kind)
+    assert params.stop_token_ids == [builder.prompts.stop_token_id]
+    assert prompt.dropped_turns == 0
+
+
+def test_room_for_the_answer_comes_before_the_history(builder: RequestBuilder) -> None:
+    history = [("u" * 40, "a" * 40)] * 4
+    short, _ = builder.build(ChatRequest(query="q", history=history, max_tokens=1), False)
+    long, _ = builder.build(ChatRequest(query="q", history=history, max_tokens=300), False)
+    assert short.dropped_turns < long.dropped_turns == 4
+    assert len(long.token_ids) + 300 <= 400
+
+
+@pytest.mark.parametrize("max_tokens", [400, 10_000])
+def test_an_answer_as_long_as_the_context_is_refused(builder: RequestBuilder, max_tokens: int) -> None:
+    with pytest.raises(ChatError, match="400") as refused:
+        builder.build(ChatRequest(query="q", max_tokens=max_tokens), False)
+    assert refused.value.param == "max_tokens"
+
+
+def test_what_does_not_fit_is_refused_with_what_to_do(builder: RequestBuilder) -> None:
+    with pytest.raises(ChatError, match=r"take \d+ tokens, but only 300 fit: shorten them or ask for fewer") as refused:
+        builder.build(ChatRequest(query="q" * 400, max_tokens=100), False)
+    assert refused.value.param == "query"
+
+
+def refusal(tokenizer: Any) -> str:
+    with pytest.raises(ChatError) as refused:
+        RequestBuilder(MODEL_CONFIG, tokenizer)
+    return refused.value.message
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_whose_template_cannot_be_followed_has_no_chat(name: str) -> None:
+    message = refusal(REFUSED[name].tokenizer(small=True))
+    assert message.endswith("no /chat; use /v1/chat/completions, or name another template with --chat-template")
+
+
+def test_a_tokenizer_of_another_library_has_no_chat() -> None:
+    class Tekken:
+        is_fast = False
+        chat_template = FAMILIES["Mistral 0.3"].template
+
+    assert "--tokenizer-mode hf" in refusal(Tekken())
+
+
+def test_a_model_without_a_template_has_no_chat(qwen3_tokenizer: PreTrainedTokenizerBase) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=qwen3_tokenizer.backend_tokenizer)
+    assert "no chat template: use /v1/completions (in Python complete_batch)" in refusal(bare)

@@ -154,8 +154,10 @@ def _engine_args(flags: list[str]) -> dict[str, object]:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm_offline.py"))
-    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([])), argparse.SUPPRESS))
-    return vars(parser.parse_args(flags))
+    # argparse fills in a default only where the namespace has nothing yet.
+    unset = object()
+    namespace = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))
+    return {name: value for name, value in vars(parser.parse_args(flags, namespace)).items() if value is not unset}
 
 
 @contextmanager

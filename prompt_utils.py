@@ -293,8 +293,8 @@ class PromptBuilder:
         return self._encoder.text(self._format.user.after + text + closing.before)
 
     def _encode_system(self, system: str) -> tuple[int, ...]:
-        layout = self._format.layouts[True]
-        return (*self._encoder.text(layout.start.after + system + layout.end.before), *layout.end.token_ids)
+        start, end = self._format.layouts[True].start, self._format.layouts[True].end
+        return (*self._encoder.text(start.after + system + end.before), *end.token_ids) if end else ()
 
     def _encode_turn(self, user: str, answer: str) -> tuple[int, ...]:
         """Encode from the start of a user's text up to the start of the next one."""
@@ -325,7 +325,7 @@ def learn_format(template: ChatTemplate, encoder: Encoder) -> ChatFormat:
         UnsupportedTemplate: it is not texts between fixed separators.
     """
     learned = [_learn(template, encoder, system, thinking) for thinking in THINKING for system in ("", SYSTEM)]
-    layouts, turns, generate = zip(*learned, strict=True)
+    layouts, turns, generate = ([*column] for column in zip(*learned, strict=True))
     same_layouts = all(layouts[i : i + 2] == layouts[:2] for i in (2, 4))
     if {*turns} != {turns[0]} or not same_layouts or generate[::2] != generate[1::2]:
         raise UnsupportedTemplate("the chat template writes turns in more than one way")
@@ -333,7 +333,16 @@ def learn_format(template: ChatTemplate, encoder: Encoder) -> ChatFormat:
     texts = ANSWER, f"\n\n{ANSWER}", f"<think>{USER}</think>\n\n{ANSWER}"
     answer, gap, reasoned = (template.render("", [("", text)], "") for text in texts)
     after_reasoning = "\n" if reasoned == answer else "" if reasoned == gap else None
-    return ChatFormat(layouts[:2], *turns[0], dict(zip(THINKING, generate[::2], strict=True)), after_reasoning)
+    user, assistant, trim_user, trim_answer = turns[0]
+    return ChatFormat(
+        layouts=(layouts[0], layouts[1]),
+        user=user,
+        assistant=assistant,
+        trim_user=trim_user,
+        trim_answer=trim_answer,
+        generate=dict(zip(THINKING, generate[::2], strict=True)),
+        after_reasoning=after_reasoning,
+    )
 
 
 def _learn(
@@ -398,7 +407,12 @@ def _trims(prompt: str, padded: str) -> dict[str, Trim]:
 
     Returns {} where the template does more than trim, or where one of the texts comes twice.
     """
-    kinds = {(True, True): str, (False, True): str.lstrip, (True, False): str.rstrip, (False, False): str.strip}
+    kinds: dict[tuple[bool, bool], Trim] = {
+        (True, True): str,
+        (False, True): str.lstrip,
+        (True, False): str.rstrip,
+        (False, False): str.strip,
+    }
     parts, around = (re.split(f"({'|'.join(TEXTS)})", text) for text in (prompt, padded))
     if [part.removeprefix(RIGHT).removesuffix(LEFT) for part in around] != parts:
         return {}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen_vllm import console
 from qwen_vllm.cache import CACHE
@@ -147,7 +147,7 @@ def _load(args: argparse.Namespace, engine_flags: list[str]) -> "ChatModel":
     return model
 
 
-def _engine_args(flags: list[str]) -> dict[str, object]:
+def _engine_args(flags: list[str]) -> dict[str, Any]:
     """Return what vLLM's own flags say, by the names of `vllm.EngineArgs`; only what they name."""
     set_environment()
     from vllm import EngineArgs

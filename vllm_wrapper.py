@@ -52,8 +52,6 @@ class ChatModel:
     Attributes:
         llm: vLLM's own `LLM`.
         adapters: the LoRA adapters by their names.
-        no_chat: why the model has no chat but only `complete_batch`: it has no chat template that the prompt builder
-            can follow. None where it has; else every chat raises it.
 
     Raises:
         ModelUnavailable: the model cannot be had.
@@ -84,20 +82,24 @@ class ChatModel:
         with _children_without_interrupts():
             self.llm = LLM(**engine_args)
         self.adapters = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(adapters.items(), start=1)}
-        self.no_chat: ChatError | None = None
-        self._requests: RequestBuilder | None = None
+        self._requests: RequestBuilder | ChatError
         try:
             self._requests = RequestBuilder(
                 self.llm.model_config, self.llm.get_tokenizer(), template, reasoning_parser=args.reasoning_parser
             )
         except ChatError as reason:
-            self.no_chat = reason
+            self._requests = reason
         self._engine = self.llm.llm_engine
         # Queue twice `max_num_seqs`, so that the engine always has a request ready.
         self._window = 2 * self._engine.vllm_config.scheduler_config.max_num_seqs
         self._ids = map(str, count())
         self._outputs: dict[str, deque[RequestOutput]] = {}
         self._death: ChatError | None = None
+
+    @property
+    def no_chat(self) -> ChatError | None:
+        """Why the model has only `complete_batch`: the prompt builder cannot follow its chat template. Else None."""
+        return self._requests if isinstance(self._requests, ChatError) else None
 
     def chat(
         self,
@@ -112,6 +114,8 @@ class ChatModel:
             ChatError: the request is not valid, or longer than the context.
         """
         *_, result = self.stream_chat(query, history, system, sampling)
+        if not isinstance(result, ChatResult):
+            raise ChatError("the answer ended without a result", "engine_error", status=500)
         return result
 
     def stream_chat(
@@ -147,7 +151,7 @@ class ChatModel:
         """
         running = [self._prepare(i, row, sampling, stream=False) for i, row in enumerate(rows)]
         self._finish(running)
-        return [row.result() for row in running]
+        return [row.result() for row in running if isinstance(row, _RunningRow)]
 
     def stream_batch(
         self, rows: Iterable[Row], sampling: Sampling | None = None, deltas: bool = True
@@ -169,7 +173,7 @@ class ChatModel:
                 yield row.number, text
             if row.error:
                 yield row.number, row.error
-            elif row.answer.finish_reason:
+            elif isinstance(row, _RunningRow) and row.answer.finish_reason:
                 yield row.number, row.result()
 
     def complete_batch(self, prompts: Iterable[str], sampling: Sampling | None = None) -> list[str]:
@@ -190,7 +194,7 @@ class ChatModel:
         running = []
         for i, text in enumerate(prompts):
             prompt = Prompt(tokenizer.encode(text), 0)
-            row = _RunningRow(i, params=params, answer=RunningAnswer(prompt, ReasoningSplitter(None, "")))
+            row = _RunningRow(i, params, RunningAnswer(prompt, ReasoningSplitter(None, "")))
             if len(prompt.token_ids) >= config.max_model_len:
                 row.error = ChatError(
                     f"prompt takes {len(prompt.token_ids)} tokens, the context is {config.max_model_len}"
@@ -199,21 +203,21 @@ class ChatModel:
         self._finish(running)
         return [row.answer.text for row in running]
 
-    def _prepare(self, number: int, row: Row, sampling: Sampling | None, stream: bool) -> "_RunningRow":
+    def _prepare(self, number: int, row: Row, sampling: Sampling | None, stream: bool) -> "_RunningRow | _BadRow":
         """Make ready what the engine takes for a row; or its error, where the row is not valid."""
         try:
-            if self.no_chat:
-                raise self.no_chat
-            request = validated(ChatRequest, _fields(row, sampling))
+            if isinstance(self._requests, ChatError):
+                raise self._requests
+            request: ChatRequest = validated(ChatRequest, _fields(row, sampling))
             if request.model and request.model not in self.adapters:
                 names = ", ".join(self.adapters) or "none is loaded"
                 raise ChatError(f"model: there is no such LoRA adapter ({names})", param="model")
             prompt, params = self._requests.build(request, stream)
-            return _RunningRow(number, request, params, self._requests.answer(prompt))
+            return _RunningRow(number, params, self._requests.answer(prompt), request)
         except ChatError as error:
-            return _RunningRow(number, error=error)
+            return _BadRow(number, error)
 
-    def _finish(self, rows: list["_RunningRow"]) -> None:
+    def _finish(self, rows: Sequence["_RunningRow | _BadRow"]) -> None:
         """Have all rows answered; none if one has an error already.
 
         Raises:
@@ -224,21 +228,22 @@ class ChatModel:
                 error = row.error
                 raise ChatError(f"row {row.number}: {error.message}", error.type, error.param, error.status)
 
-    def _run(self, rows: Iterable["_RunningRow"]) -> Iterator[tuple["_RunningRow", str, str]]:
+    def _run(self, rows: Iterable["_RunningRow | _BadRow"]) -> Iterator[tuple["_RunningRow | _BadRow", str, str]]:
         """Drive the engine until all rows have finished.
 
         Yields each row whose answer has grown, with its new reasoning and its new text, and at once each that has an
         error. What the engine yields for others is kept for them.
         """
-        source, running = iter(rows), {}
+        source = iter(rows)
+        running: dict[str, _RunningRow] = {}
         mine: deque[RequestOutput] = deque()
         try:
             while True:
-                while len(running) < self._window and (row := next(source, None)):
-                    if not row.error:
-                        self._add(row, running, mine)
-                    if row.error:
-                        yield row, "", ""
+                while len(running) < self._window and (new := next(source, None)):
+                    if isinstance(new, _RunningRow) and not new.error:
+                        self._add(new, running, mine)
+                    if new.error:
+                        yield new, "", ""
                 if not running:
                     return
                 while not mine:
@@ -261,7 +266,7 @@ class ChatModel:
             request_id = next(self._ids)
             try:
                 prompt = {"prompt_token_ids": row.answer.prompt.token_ids}
-                adapter = self.adapters.get(row.request.model) if row.request else None
+                adapter = self.adapters.get(row.request.model or "") if row.request else None
                 self._engine.add_request(request_id, prompt, row.params, lora_request=adapter)
             except ValueError as error:
                 row.error = ChatError(str(error)[:300])
@@ -288,13 +293,21 @@ class ChatModel:
 
 
 @dataclass
+class _BadRow:
+    """A row that is no valid request."""
+
+    number: int
+    error: ChatError
+
+
+@dataclass
 class _RunningRow:
     """A row while it is answered. `request` is None for a raw text; with an `error` it has failed for good."""
 
     number: int
+    params: "SamplingParams"
+    answer: RunningAnswer
     request: ChatRequest | None = None
-    params: "SamplingParams | None" = None
-    answer: RunningAnswer | None = None
     error: ChatError | None = None
 
     def add(self, output: "RequestOutput") -> tuple[str, str]:
@@ -307,7 +320,8 @@ class _RunningRow:
 
     def result(self) -> ChatResult:
         """Return the finished answer to a chat request."""
-        return self.answer.result([*self.request.history, (self.request.query, self.answer.text)])
+        turns = [*self.request.history, (self.request.query, self.answer.text)] if self.request else []
+        return self.answer.result(turns)
 
 
 def _fields(row: Row, sampling: Sampling | None) -> dict[str, Any]:

@@ -146,7 +146,7 @@ class RunningAnswer:
         return ChatResult(
             text=self.text,
             history=history,
-            finish_reason=self.finish_reason,
+            finish_reason=self.finish_reason or "",
             stop_reason=self._stop_reason,
             prompt_tokens=len(self.prompt.token_ids),
             completion_tokens=self._completion_tokens,

@@ -1,7 +1,7 @@
-"""What a model thinks, told from what it says: a thought stands before the answer, between two marks.
+"""Separates reasoning (`<think>…</think>`) from the text of an answer, and finds the parser that suits a model.
 
-`/chat` and the offline chat use `ReasoningSplitter`. vLLM's parsers take an answer without marks for a thought, some
-split a streamed answer otherwise than a whole one, and some read the answer from its start for every token.
+`/chat` and the offline chat use `ReasoningSplitter`. vLLM's parsers treat an answer without tags as reasoning. Some of
+them split streamed and whole answers differently, and some read the whole answer again for each token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 START, END = "<think>", "</think>"
 PARSER, ALWAYS_PARSER = "qwen_thinking", "qwen_always_thinking"
-"""The names of our parsers for vLLM's own routes: of models that may think, and of those that always do."""
+"""The names of our parsers for vLLM's own routes: for models that may think, and for those that always do."""
 
 
 @dataclass(frozen=True)
 class ThinkTags:
-    """What begins and what ends a thought. Each is one token; `end_id` is the end's."""
+    """What begins and what ends the reasoning. Each is one token; `end_id` is the end's."""
 
     start: str
     end: str
@@ -28,32 +28,32 @@ class ThinkTags:
 
 
 class ReasoningSplitter:
-    """Splits one answer, while it comes, into what the model thinks and what it says.
+    """Splits one answer, while it comes, into reasoning and text.
 
-    There is a thought where the prompt has begun one, or where the answer begins with the start mark. Line breaks
-    around the thought belong neither to it nor to the text.
+    There is reasoning where the prompt has begun it, or where the answer begins with the start tag. Line breaks around
+    the reasoning belong neither to it nor to the text.
 
     Args:
-        marks: the model's; None: it does not think.
+        tags: the model's; None: it does not think.
         opening: the end of the prompt, behind the user's text.
 
     Attributes:
-        ended: no thought is to come any more; text may be taken as it is.
-        tokens: how many tokens the thought has taken, without the marks.
+        ended: no reasoning is to come any more; text may be taken as it is.
+        tokens: how many tokens the reasoning has taken, without the tags.
     """
 
     def __init__(self, tags: ThinkTags | None, opening: str) -> None:
         self.ended, self.tokens = tags is None, 0
-        self._tags, self._pending = tags, ""
-        self._begun = tags is not None and opening.rfind(tags.start) > opening.rfind(tags.end)
-        self._phase = ReasoningSplitter._think if self._begun else ReasoningSplitter._begin
+        self._tags, self._pending = tags or ThinkTags("", "", -1), ""
+        self._begun = opening.rfind(self._tags.start) > opening.rfind(self._tags.end)
+        self._closed = False
         self._counted = self._shown = False
-        self._breaks = 0  # line breaks that are of the thought only if more of it comes
+        self._breaks = 0  # line breaks that are of the reasoning only if more of it comes
 
     def split(self, text: str, token_ids: Sequence[int], last: bool) -> tuple[str, str]:
-        """(what is new of the thought, what is new of the text), for the next piece of the answer and its tokens.
+        """Return (new reasoning, new text) for the next piece of the answer and its tokens.
 
-        What may be the start of a mark is held back until more has come; nothing is with the `last` piece.
+        What may be the start of a tag is held back until more has come; nothing is with the `last` piece.
         """
         if self.ended:
             return "", text
@@ -61,26 +61,28 @@ class ReasoningSplitter:
             self._counted = self._tags.end_id in token_ids
             self.tokens += token_ids.index(self._tags.end_id) if self._counted else len(token_ids)
         self._pending += text
-        return self._phase(self, last)
+        if self._closed:
+            return "", self._take_text()
+        return self._think(last) if self._begun else self._begin(last)
 
     def _begin(self, last: bool) -> tuple[str, str]:
-        """While it is open whether there is a thought at all."""
+        """Decide whether the answer begins with the start tag, as soon as that is clear."""
         written = self._pending.lstrip()
         if written.startswith(self._tags.start):
-            self._begun, self._phase = True, ReasoningSplitter._think
+            self._begun = True
             self._pending = written.removeprefix(self._tags.start)
             self.tokens -= 1
             return self._think(last)
         if last or not self._tags.start.startswith(written):
             self.tokens = 0
-            return self._say(last)
+            return "", self._take_text()
         return "", ""
 
     def _think(self, last: bool) -> tuple[str, str]:
-        thought, mark, text = self._pending.partition(self._tags.end)
-        if not (mark or last):
+        thought, tag, text = self._pending.partition(self._tags.end)
+        if not (tag or last):
             thought = thought[: len(thought) - _overlap(thought, self._tags.end)]
-        self._pending = text if mark else self._pending[len(thought) :]
+        self._pending = text if tag else self._pending[len(thought) :]
         shown = thought.rstrip("\n")
         breaks, self._breaks = self._breaks, len(thought) - len(shown)
         if not shown:
@@ -89,27 +91,27 @@ class ReasoningSplitter:
             shown = "\n" * breaks + shown
         else:
             self._shown, shown = True, shown.lstrip("\n")
-        if not mark:
+        if not tag:
             return shown, ""
-        self._phase = ReasoningSplitter._say
-        return shown, self._say(last)[1]
+        self._closed = True
+        return shown, self._take_text()
 
-    def _say(self, last: bool) -> tuple[str, str]:
+    def _take_text(self) -> str:
         text = self._pending.lstrip("\n") if self._begun else self._pending
         self._pending = ""
         self.ended = text != ""
-        return "", text
+        return text
 
 
-def _overlap(text: str, mark: str) -> int:
-    """How many characters at the end of `text` may be the start of `mark`."""
-    if mark[0] not in text:
+def _overlap(text: str, tag: str) -> int:
+    """Count the characters at the end of `text` that may be the start of `tag`."""
+    if tag[0] not in text:
         return 0
-    return next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
+    return next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)
 
 
 def parser_for(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None, options: Mapping[str, Any]) -> str:
-    """The reasoning parser of vLLM's that suits a model, by its chat template; empty: it does not think.
+    """Choose the reasoning parser for a model by its chat template; empty: the model does not think.
 
     Args:
         chat_template: Jinja text that replaces the tokenizer's own.
@@ -119,7 +121,7 @@ def parser_for(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None, 
     if not isinstance(template, str) or END not in template or not {START, END} <= tokenizer.get_vocab().keys():
         return ""
 
-    def begins_thought(enable_thinking: bool) -> bool:
+    def begins_reasoning(enable_thinking: bool) -> bool:
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": "?"}],
             chat_template=template,
@@ -129,16 +131,16 @@ def parser_for(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None, 
         )
         return prompt.rfind(START) > prompt.rfind(END)
 
-    # Where the prompt begins the thought, an answer without marks is one that was cut in it.
-    if begins_thought(False):
+    # Where the prompt begins the reasoning, an answer without tags is one that was cut in it.
+    if begins_reasoning(False):
         return ALWAYS_PARSER
-    return "qwen3" if begins_thought(True) else PARSER
+    return "qwen3" if begins_reasoning(True) else PARSER
 
 
 def parser_for_folder(
     folder: Path, chat_template: str | None, options: Mapping[str, Any], trust_remote_code: bool
 ) -> str:
-    """The same for a checkpoint that is not loaded; its tokenizer is, but only where it may be a thinking model's."""
+    """Choose it for a checkpoint that is not loaded. Its tokenizer is loaded only where the model may think."""
     described = [chat_template or ""]
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         if (folder / name).is_file():
@@ -154,7 +156,7 @@ def parser_for_folder(
 
 
 def think_tags(parser: str, tokenizer: "PreTrainedTokenizerBase") -> ThinkTags | None:
-    """The marks of a reasoning parser of vLLM's; None where there is no parser, or its marks are no tokens."""
+    """Return the tags of a reasoning parser of vLLM's; None where there is no parser, or its tags are no tokens."""
     if not parser:
         return None
     from vllm.reasoning import ReasoningParserManager
@@ -166,7 +168,7 @@ def think_tags(parser: str, tokenizer: "PreTrainedTokenizerBase") -> ThinkTags |
 
 
 def register() -> None:
-    """Makes our parsers known to vLLM in this process."""
+    """Make our parsers known to vLLM in this process."""
     from vllm.reasoning import ReasoningParserManager
 
     for name, adapter in ((PARSER, "QwenReasoningParser"), (ALWAYS_PARSER, "AlwaysReasoningParser")):

@@ -83,7 +83,7 @@ def check_loadable(args: ModelArgs) -> None:
         )
     config = read_config(args.model)
     architectures = config.get("architectures") or []
-    trained = config.get("max_position_embeddings")
+    trained = config.get("max_position_embeddings") or 0
     if qwen_v1.VLLM_ARCHITECTURE in architectures and (args.max_model_len or 0) > trained:
         raise ModelUnavailable(
             f"{folder.name} was trained on {trained} tokens; how it stretches beyond (dynamic NTK, logn attention) is "

@@ -6,6 +6,7 @@ A model is a local folder, an id on a hub (ModelScope unless told otherwise), or
 import errno
 import sys
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 from qwen_vllm.cache import CACHE, made_once
@@ -61,10 +62,7 @@ def _servable(folder: Path) -> Path:
 
 def _download(name: str, hub: str) -> str:
     """Fetch what is not there yet of a model into its hub's usual cache, with a progress bar."""
-    if hub == "huggingface":
-        from huggingface_hub import snapshot_download
-    else:
-        from modelscope import snapshot_download
+    snapshot_download = import_module("huggingface_hub" if hub == "huggingface" else "modelscope").snapshot_download
     print(f"Fetching {name} from {hub} …", file=sys.stderr, flush=True)
     try:
         return snapshot_download(name)

@@ -13,7 +13,7 @@ from contextlib import closing, suppress
 from io import BufferedReader, FileIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
 from pydantic_core import from_json
 from tqdm import tqdm
@@ -140,7 +140,7 @@ class Batch:
                 yield {"system": system, **row.request}
 
         began = time.monotonic()
-        bar = tqdm(
+        bar: tqdm[Any] = tqdm(
             total=self._rows,
             initial=self._answered_before,
             bar_format=BAR if self._rows else BAR_OF_PIPE,
@@ -152,12 +152,12 @@ class Batch:
                 row = running.pop(i)
                 if isinstance(result, ChatError):
                     self._fail(row, result)
-                else:
+                elif isinstance(result, ChatResult):
                     self._finish(row, result)
                 self._seconds = time.monotonic() - began
                 self._show(bar)
 
-    def _show(self, bar: tqdm) -> None:
+    def _show(self, bar: "tqdm[Any]") -> None:
         bar.initial = self._answered_before  # these took no time
         bar.set_postfix_str(f"{self._completion_tokens / self._seconds:.0f} tokens/s", refresh=False)
         bar.update(self._answered + self._answered_before + self._failed - bar.n)
@@ -166,7 +166,7 @@ class Batch:
         offset = self._answers.finished.pop(row.key)
         self._offsets[row.line] = offset
         self._answered_before += 1
-        if row.reference is not None:
+        if self._scores and row.reference is not None:
             self._scores.add(self._answers.read(offset)["text"], row.reference)
 
     def _finish(self, row: Row, result: ChatResult) -> None:
@@ -186,7 +186,7 @@ class Batch:
         self._answered += 1
         self._prompt_tokens += result.prompt_tokens
         self._completion_tokens += result.completion_tokens
-        if row.reference is not None:
+        if self._scores and row.reference is not None:
             self._scores.add(result.text, row.reference)
 
     def _fail(self, row: Row, error: ChatError) -> None:
@@ -247,7 +247,7 @@ class AnswerFile:
             temporary.unlink(missing_ok=True)
             raise
         self._file.close()
-        self._file = file.detach()
+        self._file = cast(FileIO, file.detach())
 
     def sync(self) -> None:
         """Forces all lines to the disk."""

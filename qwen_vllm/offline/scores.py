@@ -18,7 +18,7 @@ class Scores:
         self._pairs = self._exact = 0
         self._rouge_l = 0.0
         self._counts = [[0, 0] for _ in range(self._bleu.max_ngram_order)]
-        self._lengths = Counter()
+        self._lengths: Counter[str] = Counter()
 
     def add(self, answer: str, reference: str) -> None:
         """Counts one pair in."""

@@ -120,7 +120,7 @@ def _check(value: Any, field: str | None, depth: int, surrogates: bool) -> None:
         case list():
             for item in value:
                 _check(item, field, depth + 1, surrogates)
-        case int() if abs(value) > (limit := INTEGERS.get(field, INT32_MAX) if depth <= 2 else INT64_MAX):
+        case int() if abs(value) > (limit := INTEGERS.get(field or "", INT32_MAX) if depth <= 2 else INT64_MAX):
             raise ChatError(f"{field}: an integer here is at most {limit}", param=field)
         case float() if not math.isfinite(value):
             raise ChatError(f"{field}: must be a finite number", param=field)

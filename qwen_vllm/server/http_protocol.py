@@ -6,6 +6,8 @@ It knows nothing of routes or models. The deadline for the body of a request is 
 import asyncio
 import json
 import socket
+from dataclasses import dataclass
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -18,25 +20,41 @@ LAST_CALL = 0.5
 """Seconds for the request of a connection that was made just before the server ended."""
 
 
-class HttpProtocol(HttpToolsProtocol):
-    """One HTTP connection.
+@dataclass(frozen=True)
+class Limits:
+    """What a connection may do.
 
-    It finds its limits in uvicorn's configuration: `header_timeout` and `write_timeout` in seconds, and vLLM's
-    `h11_max_incomplete_event_size` (bytes) and `h11_max_header_count`, which this parser by itself does not heed.
+    Attributes:
+        header_timeout: seconds in which the head of a request must have come.
+        write_timeout: seconds after which a client that takes nothing is cut off.
+        head_size: bytes of the head of a request.
+        header_count: headers of a request.
     """
 
-    _deadline: asyncio.TimerHandle | None = None
-    _in_head = _refused = False
-    _head_size = 0
-    _refusal = ChatError("this is no HTTP request")
+    header_timeout: float
+    write_timeout: float
+    head_size: int
+    header_count: int
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+
+class HttpProtocol(HttpToolsProtocol):
+    """One HTTP connection with its `limits`; uvicorn gives all other arguments."""
+
+    def __init__(self, *args: Any, limits: Limits, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits = limits
+        self._deadline: asyncio.TimerHandle | None = None
+        self._in_head = self._refused = False
+        self._head_size = 0
+        self._refusal = ChatError("this is no HTTP request")
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the deadline for the head of the first request."""
         super().connection_made(transport)
         connection = transport.get_extra_info("socket")
         if connection.family != socket.AF_UNIX:
             # The system resets a connection whose peer takes nothing, or is gone, for so many milliseconds.
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.config.write_timeout * 1000))
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self._limits.write_timeout * 1000))
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self._set_deadline()
 
@@ -52,7 +70,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._in_head and not self._refused:
             self._head_size += len(data)
-            if self._head_size > self._limit:
+            if self._head_size > self._limits.head_size:
                 self._refusal = self._too_large()
                 self.send_400_response("")
 
@@ -66,10 +84,10 @@ class HttpProtocol(HttpToolsProtocol):
         """Refuse a head that is too large; what is raised here makes the parser call `send_400_response`."""
         self._in_head = False
         self._cancel_deadline()
-        if len(self.headers) > self.config.h11_max_header_count:
-            self._refusal = ChatError(f"more than {self.config.h11_max_header_count} headers", status=431)
+        if len(self.headers) > self._limits.header_count:
+            self._refusal = ChatError(f"more than {self._limits.header_count} headers", status=431)
             raise self._refusal
-        if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > self._limit:
+        if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > self._limits.head_size:
             self._refusal = self._too_large()
             raise self._refusal
         super().on_headers_complete()
@@ -98,16 +116,12 @@ class HttpProtocol(HttpToolsProtocol):
         self._refused = True
         self._set_deadline()
 
-    @property
-    def _limit(self) -> int:
-        return self.config.h11_max_incomplete_event_size
-
     def _too_large(self) -> ChatError:
-        return ChatError(f"the head of the request is over the limit of {self._limit} bytes", status=431)
+        return ChatError(f"the head of the request is over the limit of {self._limits.head_size} bytes", status=431)
 
     def _set_deadline(self) -> None:
         self._cancel_deadline()
-        self._deadline = self.loop.call_later(self.config.header_timeout, self.transport.close)
+        self._deadline = self.loop.call_later(self._limits.header_timeout, self.transport.close)
 
     def _cancel_deadline(self) -> None:
         if self._deadline:

@@ -8,6 +8,7 @@ import time
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import ClassVar
 
 import psutil
@@ -17,7 +18,7 @@ from vllm.entrypoints.launchers.api_server.entry import run_server_worker, setup
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from qwen_vllm.server.http_protocol import HttpProtocol
+from qwen_vllm.server.http_protocol import HttpProtocol, Limits
 
 CLOSE_TIMEOUT = 2
 """Seconds that connections have for what is left to send when the server ends."""
@@ -71,8 +72,13 @@ class Lifecycle:
     async def running(self) -> AsyncIterator[None]:
         """Set deadlines and signal handlers, and watch the engine while the block runs."""
         config = self._server.config
-        config.header_timeout, config.write_timeout = self._args.header_timeout, self._args.write_timeout
-        config.http_protocol_class = HttpProtocol
+        limits = Limits(
+            self._args.header_timeout,
+            self._args.write_timeout,
+            self._args.h11_max_incomplete_event_size,
+            self._args.h11_max_header_count,
+        )
+        config.http_protocol_class = partial(HttpProtocol, limits=limits)  # type: ignore[assignment]
         # vLLM sets no bound: one client that has stopped reading would keep the server from ending.
         config.timeout_graceful_shutdown = CLOSE_TIMEOUT
         # vLLM's own handlers stop the engine first, and its streams with it, without a word to their clients.

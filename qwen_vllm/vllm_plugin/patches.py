@@ -86,8 +86,8 @@ class Patch:
 def source_hash(name: str) -> str:
     """Hash the source text of a dotted name; "missing" where there is no such object."""
     try:
-        found = pkgutil.resolve_name(name)
-        source = inspect.getsource(found.fget if isinstance(found, property) else found)
+        found: Any = pkgutil.resolve_name(name)
+        source = inspect.getsource(getattr(found, "fget", found))
     except (ImportError, AttributeError):
         return "missing"
     return blake2b(source.encode(), digest_size=6).hexdigest()

@@ -52,9 +52,9 @@ class QuickKVCacheManager(KVCacheManager):
 
     def _fills_block(self, request: Request, num_tokens: int) -> bool:
         """Tell whether so many tokens fill a block that later requests cannot find yet."""
-        if not self.enable_caching:
-            return False
         group = self._group
+        if not (group and self.enable_caching):
+            return False
         return num_tokens // group.block_size > group.num_cached_block.get(request.request_id, 0)
 
 

@@ -6,11 +6,12 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 import pytest
 import uvicorn
 
-from qwen_vllm.server.http_protocol import HttpProtocol
+from qwen_vllm.server.http_protocol import HttpProtocol, Limits
 
 HEAD = b"POST / HTTP/1.1\r\nhost: server\r\n"
 SHORT = 0.3
@@ -40,9 +41,7 @@ async def serving(
 ) -> AsyncIterator[tuple[uvicorn.Server, tuple[str, int]]]:
     config = uvicorn.Config(echo, lifespan="off", log_level="critical", timeout_graceful_shutdown=1)
     config.load()
-    config.http_protocol_class = HttpProtocol
-    config.header_timeout, config.write_timeout = header_timeout, write_timeout
-    config.h11_max_incomplete_event_size, config.h11_max_header_count = 2**16, 100
+    config.http_protocol_class = partial(HttpProtocol, limits=Limits(header_timeout, write_timeout, 2**16, 100))
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         task = asyncio.create_task(server._serve([listener]))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vllm import console
-from qwen_vllm.cache import CACHE
+from qwen_vllm.cache import CACHE, open_log
 from qwen_vllm.hardware import set_environment
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.models.demo import DEMO_NAME
@@ -165,7 +165,7 @@ def _output_to(path: Path, shown: bool) -> Iterator[None]:
     """Sends all output of the block to a file, that of child processes and of compiled code too; `shown`: it stays
     visible. Log handlers made in the block keep writing there.
     """
-    log = console.open_log(path, shown)
+    log = open_log(path, shown)
     kept = os.dup(1), os.dup(2)
     try:
         os.dup2(log.fileno(), 1)

@@ -3,12 +3,16 @@
 import fcntl
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-vllm"
+_copying: list[subprocess.Popen[str]] = []
+"""They end with the last writer of their logs, which may be a child process. A dropped Popen would warn."""
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
@@ -48,3 +52,17 @@ def _exclusive(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def open_log(path: Path, shown: bool) -> IO[str]:
+    """Open a new log file, line-buffered; `shown`: copy what is written to stderr."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = path.open("w", buffering=1, encoding="utf-8")
+    if not shown:
+        return log
+    log.close()  # the file exists now, also before tee has started
+    # -i: Ctrl-C stops the answer; it must not stop the log.
+    tee = subprocess.Popen(["tee", "-i", str(path)], stdin=subprocess.PIPE, stdout=2, text=True, bufsize=1)
+    _copying.append(tee)
+    assert tee.stdin
+    return tee.stdin

@@ -8,14 +8,13 @@ import base64
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory
@@ -312,15 +311,6 @@ def image_url(file: Path) -> str:
     if not kind:
         raise ChatError(f"{file} is no PNG, JPEG, WebP or GIF image.")
     return f"data:image/{kind.lastgroup};base64,{base64.b64encode(data).decode()}"
-
-
-def open_log(path: Path, shown: bool) -> TextIO:
-    """A new file for the log of the engine; `shown`: what is written to it goes to stderr too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not shown:
-        return path.open("w", buffering=1, encoding="utf-8")
-    # -i: Ctrl-C is for the answer, not for the log.
-    return subprocess.Popen(["tee", "-i", str(path)], stdin=subprocess.PIPE, stdout=2, text=True, bufsize=1).stdin
 
 
 def _session() -> PromptSession:

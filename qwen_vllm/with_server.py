@@ -20,8 +20,7 @@ from pathlib import Path
 
 import requests
 
-from qwen_vllm.cache import CACHE
-from qwen_vllm.console import open_log
+from qwen_vllm.cache import CACHE, open_log
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.models.resolve import HUBS, resolve_model
 

@@ -38,9 +38,9 @@ from qwen_vllm.protocol import (
     Sampling,
     ServerInfo,
     Turn,
-    retry_delay,
     validated,
 )
+from qwen_vllm.retry import retry_delay
 from vllm_client import DEFAULT_URL, server_info_async, stream_chat_async, stream_messages_async
 
 Messages = list[dict[str, Any]]

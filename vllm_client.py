@@ -30,6 +30,7 @@ from qwen_vllm.protocol import (
     Sampling,
     ServerInfo,
     Turn,
+    text_turns,
 )
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -172,7 +173,7 @@ def with_images(query: Question, history: Sequence[AskedTurn], system: str) -> l
     messages = [{"role": "system", "content": system}]
     for question, answer in [*history, (query, None)]:
         images = [{"type": "image_url", "image_url": {"url": image}} for image in question.images]
-        messages.append({"role": "user", "content": [*images, {"type": "text", "text": question}]})
+        messages.append({"role": "user", "content": [*images, {"type": "text", "text": question.text}]})
         messages += [{"role": "assistant", "content": answer}] if answer is not None else []
     return messages
 
@@ -425,7 +426,7 @@ def main(argv: list[str] | None = None) -> int:
     def ask(query: Question, history: Sequence[AskedTurn], system: str, sampling: Sampling) -> Iterator[Part]:
         if query.images or any(question.images for question, _ in history):
             return stream_messages(url, with_images(query, history, system), sampling, args.api_key)
-        return stream_chat(url, query, history, system, sampling, args.api_key)
+        return stream_chat(url, query.text, text_turns(history), system, sampling, args.api_key)
 
     try:
         title = f"{served_model(url, args.api_key)} at {url}"

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.models.demo import DEMO_NAME
 from qwen_vllm.models.resolve import HUBS, resolve_model
 from qwen_vllm.offline.batch import Batch, BatchError
-from qwen_vllm.protocol import ChatError, Sampling, ServerInfo, reason_of
+from qwen_vllm.protocol import AskedTurn, ChatError, Part, Question, Sampling, ServerInfo, reason_of, text_turns
 
 if TYPE_CHECKING:
     from vllm_wrapper import ChatModel
@@ -91,9 +91,13 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     name = args.model_path or DEMO_NAME
     info = ServerInfo([name, *model.adapters])
+
+    def ask(query: Question, history: Sequence[AskedTurn], system: str, sampling: Sampling) -> Iterator[Part]:
+        return model.stream_chat(query.text, text_turns(history), system, sampling)
+
     if args.prompt is not None:
-        return 0 if console.Chat(model.stream_chat, args.system, sampling, 0, lambda: info).answer(args.prompt) else 1
-    return console.run(model.stream_chat, f"{name}, offline", args, lambda: info)
+        return 0 if console.Chat(ask, args.system, sampling, 0, lambda: info).answer(args.prompt) else 1
+    return console.run(ask, f"{name}, offline", args, lambda: info)
 
 
 def _answer_file(args: argparse.Namespace, sampling: Sampling, load: Callable[[], "ChatModel"]) -> int:

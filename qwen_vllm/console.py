@@ -1,6 +1,7 @@
-"""The chat in a terminal that the client and the offline program share: line editing, commands, rendering, Ctrl-C.
+"""Runs a chat in the terminal: line editing, commands, printing, Ctrl-C.
 
-It is handed a function that answers a question piece by piece, and knows nothing of how that is done.
+The client and the offline program share it. It is given a function that streams answers and does not know what
+generates them.
 """
 
 import argparse
@@ -11,10 +12,10 @@ import re
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory
@@ -32,12 +33,13 @@ from qwen_vllm.protocol import (
     Reasoning,
     Sampling,
     ServerInfo,
-    retry_delay,
+    text_turns,
     validated,
 )
+from qwen_vllm.retry import retry_delay
 
 Ask = Callable[[Question, Sequence[AskedTurn], str, Sampling], Iterator[Part]]
-"""(query, history, system, sampling) → pieces of thoughts and of text, then one ChatResult; raises ChatError."""
+"""(query, history, system, sampling) → `Reasoning` and str pieces, then one `ChatResult`; raises ChatError."""
 
 LINE_HISTORY = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "qwen-vllm" / "lines"
 IMAGE = re.compile(
@@ -60,7 +62,7 @@ Enter sends, Alt-Enter breaks the line, Ctrl-C stops the answer."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, sampling: Iterable[str] = tuple(Sampling.model_fields)) -> None:
-    """The flags that both terminals take: the conversation's and one for each parameter named in `sampling`."""
+    """Add the flags of a terminal chat; `sampling` names the parameters to offer."""
     parser.add_argument(
         "--history-max", type=_count, default=5, metavar="N", help="earlier turns sent along; 0: none (default: 5)"
     )
@@ -77,11 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser, sampling: Iterable[str] = tup
 
 
 def run(ask: Ask, title: str, args: argparse.Namespace, info: Callable[[], ServerInfo]) -> int:
-    """Chats until the user leaves: in a terminal with editing and commands, on a pipe a question a line.
+    """Chat until the user leaves; on a pipe, answer a question a line.
 
-    `info` tells what answers: its models, and whether it takes images.
+    `info` describes the server: its models, and whether it takes images.
 
-    Returns the exit status: 1 where a question from a pipe got no answer.
+    Returns the exit status: 1 where a question from a pipe got no answer, 2 where a flag is wrong.
     """
     try:
         sampling = given_sampling(args)
@@ -90,8 +92,9 @@ def run(ask: Ask, title: str, args: argparse.Namespace, info: Callable[[], Serve
         return 2
     chat = Chat(ask, args.system, sampling, args.history_max, info)
     if not sys.stdin.isatty():
-        return 0 if all([chat.answer(line.strip()) for line in sys.stdin if line.strip()]) else 1
-    chat.dim(f"{title}\n/help lists the commands, Ctrl-D leaves.")
+        answered = [chat.answer(line.strip()) for line in sys.stdin if line.strip()]
+        return 0 if all(answered) else 1
+    chat.remark(f"{title}\n/help lists the commands, Ctrl-D leaves.")
     session = _session()
     while True:
         try:
@@ -109,64 +112,71 @@ def run(ask: Ask, title: str, args: argparse.Namespace, info: Callable[[], Serve
 
 
 class Chat:
-    """One conversation: its turns, its settings and its commands. A failed turn changes nothing."""
+    """Holds a conversation and its settings. A failed question changes nothing."""
 
     def __init__(
         self, ask: Ask, system: str, sampling: Sampling, history_max: int, info: Callable[[], ServerInfo]
     ) -> None:
-        self.ask, self.system, self.settings, self.history_max = ask, system, sampling, history_max
-        self.info = info
+        self.ask, self.info, self.history_max = ask, info, history_max
+        self.system, self.settings = system, sampling
         self.history: list[AskedTurn] = []
         self.attached: dict[str, str] = {}
-        """What goes along with the next question: images as data URLs, by the paths of their files."""
+        """The images of the next question: data URLs by file path."""
         self.to_terminal = sys.stdout.isatty()
+        self.shows_remarks = self.to_terminal and sys.stdin.isatty()
 
-    def answer(self, query: str) -> bool:
-        """Asks, prints the answer as it comes, and keeps the turn; Ctrl-C keeps what has arrived."""
-        if asked_first := not isinstance(query, Question):
-            query = Question(query, list(self.attached.values()))
-        began, first, thinking, pieces, result = time.monotonic(), None, False, [], None
-        parts = self._ask_until_answered(query, self._earlier())
+    def answer(self, text: str) -> bool:
+        """Ask with the attached images and print the answer; return False on failure."""
+        turns = len(self.history)
+        answered = self._answer(Question(text, tuple(self.attached.values())), self.history)
+        if len(self.history) > turns:
+            self.attached.clear()
+        return answered
+
+    def _answer(self, question: Question, earlier: list[AskedTurn]) -> bool:
+        """Print the answer and add the turn to `earlier`; Ctrl-C keeps what has arrived."""
+        began, first = time.monotonic(), None
+        text, figures, in_reasoning = "", "", False
+        parts = self._ask_until_answered(question, self._sent_along(earlier))
         try:
             for part in parts:
+                first = time.monotonic() if first is None else first
                 if isinstance(part, ChatResult):
-                    result = part
-                    continue
-                first = first or time.monotonic()
-                if isinstance(part, Reasoning):
-                    thinking = self.dim(part.text, end="")
+                    figures = figures_line(part, began, first)
+                elif isinstance(part, Reasoning):
+                    self.remark(part.text, end="")
+                    in_reasoning = self.shows_remarks
                 else:
-                    print("\n\n" * (thinking and not pieces), end="")
-                    pieces.append(part)
+                    text += part  # before it is printed, or Ctrl-C could drop a piece that is shown
+                    if in_reasoning:
+                        print("\n")
+                        in_reasoning = False
                     print(self._shown(part), end="", flush=True)
         except KeyboardInterrupt:
             pass
         except ChatError as error:
-            print("\n" * bool(thinking or pieces), end="", flush=True)
+            if in_reasoning or text:
+                print(flush=True)
             print(self._shown(f"Error: {error.message}"), file=sys.stderr, flush=True)
             return False
         finally:
             parts.close()
         print(flush=True)
-        if result:
-            self.dim(figures_line(result, began, first or time.monotonic()))
-        else:
-            self.dim("stopped")
-        if pieces or result:
-            self.history.append((query, "".join(pieces)))
-            if asked_first:
-                self.attached.clear()
+        self.remark(figures or "stopped")
+        if figures or text:
+            self.history = [*earlier, (question, text)]
         return True
 
-    def _earlier(self) -> list[AskedTurn]:
-        """The turns that go along with the next question."""
-        return self.history[-self.history_max :] if self.history_max else []
+    def _sent_along(self, turns: list[AskedTurn]) -> list[AskedTurn]:
+        """Return the last turns, at most `history_max`."""
+        return turns[-self.history_max :] if self.history_max else []
 
-    def _ask_until_answered(self, query: Question, earlier: Sequence[AskedTurn]) -> Iterator[Part]:
-        """Asks, and asks again where the server is only busy."""
+    def _ask_until_answered(self, query: Question, earlier: Sequence[AskedTurn]) -> Generator[Part, None, None]:
+        """Ask; ask again while the server is busy."""
         for attempt in count(1):
             try:
-                return (yield from self.ask(query, earlier, self.system, self.settings))
+                yield from self.ask(query, earlier, self.system, self.settings)
+                return
             except ChatError as error:
                 delay = retry_delay(error, attempt)
                 if delay is None:
@@ -175,10 +185,10 @@ class Chat:
                 time.sleep(delay)
 
     def command(self, line: str) -> None:
-        """Runs a slash command; a wrong one says what is right."""
+        """Run a slash command; print what is wrong with a wrong one."""
         name, _, argument = line[1:].partition(" ")
         argument = argument.strip()
-        commands = {
+        commands: dict[str, Callable[[], object]] = {
             "help": lambda: print(HELP),
             "clear": self._clear,
             "system": lambda: self._set_system(argument),
@@ -200,12 +210,10 @@ class Chat:
         except OSError as error:
             print(f"/{name} {argument}: {error.strerror}")
 
-    def dim(self, text: str, end: str = "\n") -> bool:
-        """Prints what is no part of the conversation, unless questions or answers go by a pipe; says whether it did."""
-        shown = self.to_terminal and sys.stdin.isatty()
-        if shown:
+    def remark(self, text: str, end: str = "\n") -> None:
+        """Print a dimmed text if stdin and stdout are terminals."""
+        if self.shows_remarks:
             print(f"\x1b[2m{self._shown(text)}\x1b[0m", end=end, flush=True)
-        return shown
 
     def _shown(self, text: str) -> str:
         return without_controls(text) if self.to_terminal else text
@@ -221,7 +229,7 @@ class Chat:
     def _show_history(self) -> None:
         for query, answer in self.history:
             images = f"[images: {len(query.images)}] " if query.images else ""
-            print(self._shown(f"> {images}{query}\n{answer}"))
+            print(self._shown(f"> {images}{query.text}\n{answer}"))
 
     def _set(self, name: str = "", value: str = "") -> None:
         settings = self.settings.sampling()
@@ -229,7 +237,8 @@ class Chat:
             raise ChatError(f"There is no parameter {name}, only {', '.join(Sampling.model_fields)}.")
         if name:
             settings.pop(name, None)
-            settings |= {name: _parsed(name, value)} if value else {}
+            if value:
+                settings[name] = _parsed(name, value)
             self.settings = validated(Sampling, settings)
         for name, value in self.settings.sampling().items():
             print(f"{name} = {value}")
@@ -239,7 +248,7 @@ class Chat:
         if name and name not in models:
             raise ChatError(f"There is no model {name}, only {', '.join(models)}.")
         if name:
-            # The first is the model itself, which answers where none is named.
+            # The first name is the model's own; the server uses it where a request names none.
             self.settings = self.settings.model_copy(update={"model": name if name != models[0] else None})
         for model in models:
             print(self._shown(f"{'*' if model == (self.settings.model or models[0]) else ' '} {model}"))
@@ -248,14 +257,14 @@ class Chat:
         if path:
             info = self.info()
             if not info.images:
-                raise ChatError(f"{', '.join(info.models[:1])} takes no images.")
+                raise ChatError(f"{info.models[0]} takes no images.")
             image = image_url(Path(path).expanduser())
-            sent_again = [own for query, _ in self._earlier() for own in query.images]
-            size = sum(map(len, [image, *self.attached.values(), *sent_again]))
+            sent_again = [url for query, _ in self._sent_along(self.history) for url in query.images]
+            size = sum(len(url) for url in (image, *self.attached.values(), *sent_again))
             if size > info.max_body_size:
                 raise ChatError(
                     f"{path}: the images of this conversation would take {size} bytes in a request, and this server's "
-                    f"are at most {info.max_body_size}: make them smaller, or raise its --max-body-size."
+                    f"are at most {info.max_body_size}: make them smaller, or let it take larger requests."
                 )
             self.attached[path] = image
         print(self._shown("\n".join(self.attached)) or "No image is attached.")
@@ -263,14 +272,11 @@ class Chat:
     def _regenerate(self) -> None:
         if not self.history:
             raise ChatError("There is nothing to answer again.")
-        turn = self.history.pop()
-        kept = len(self.history)
-        self.answer(turn[0])
-        if len(self.history) == kept:
-            self.history.append(turn)
+        *earlier, (question, _) = self.history
+        self._answer(question, earlier)
 
     def _save(self, path: str) -> None:
-        conversation = {"system": self.system, "history": self.history}
+        conversation: dict[str, Any] = {"system": self.system, "history": text_turns(self.history)}
         if any(query.images for query, _ in self.history):
             conversation["images"] = [query.images for query, _ in self.history]
         text = json.dumps(conversation, ensure_ascii=False, indent=1) + "\n"
@@ -278,18 +284,17 @@ class Chat:
 
     def _load(self, path: str) -> None:
         try:
-            text = _file(path).read_text(encoding="utf-8")
-            saved = json.loads(text)
-            images = TypeAdapter(list[list[ImageURL]]).validate_python(saved.pop("images", []))
-            saved = validated(ChatRequest, json.dumps({"query": "-", **saved}).encode())
-            turns = zip(saved.history, images or [[]] * len(saved.history), strict=True)
+            saved = json.loads(_file(path).read_text(encoding="utf-8"))
+            images = TypeAdapter(list[tuple[ImageURL, ...]]).validate_python(saved.pop("images", []))
+            chat = validated(ChatRequest, json.dumps({"query": "-", **saved}).encode())
+            turns = zip(chat.history, images or [()] * len(chat.history), strict=True)
             history = [(Question(query, own), answer) for (query, answer), own in turns]
         except (ValueError, TypeError, AttributeError, RecursionError):
             raise ChatError(f"{path} holds no saved conversation.") from None
         if images and not self.info().images:
             print(self._shown(f"Its images are left out: {self.info().models[0]} takes none."))
-            history = [(Question(query), answer) for query, answer in history]
-        self.system, self.history = saved.system, history
+            history = [(Question(query.text), answer) for query, answer in history]
+        self.system, self.history = chat.system, history
         print(f"{len(self.history)} turns")
 
 
@@ -300,10 +305,10 @@ def _file(path: str) -> Path:
 
 
 def image_url(file: Path) -> str:
-    """An image file as a data URL.
+    """Read an image file as a data URL.
 
     Raises:
-        ChatError: it is no PNG, JPEG, WebP or GIF.
+        ChatError: the file is no PNG, JPEG, WebP or GIF.
         OSError: it cannot be read.
     """
     data = file.read_bytes()
@@ -313,7 +318,7 @@ def image_url(file: Path) -> str:
     return f"data:image/{kind.lastgroup};base64,{base64.b64encode(data).decode()}"
 
 
-def _session() -> PromptSession:
+def _session() -> PromptSession[str]:
     keys = KeyBindings()
 
     @keys.add("enter")
@@ -329,12 +334,12 @@ def _session() -> PromptSession:
 
 
 def without_controls(text: str) -> str:
-    """Text as it may go to a terminal: an answer must not steer it with control characters."""
+    """Remove control characters, so that an answer cannot control the terminal."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 def figures_line(result: ChatResult, began: float, first: float) -> str:
-    """The line under a finished answer; `began`, `first`: when it was asked, and when its first token came."""
+    """Return the line under an answer; `began`: its question, `first`: its first part."""
     seconds = max(time.monotonic() - first, 1e-9)
     figures = [f"first token {first - began:.2f} s"]
     if result.completion_tokens > 1:
@@ -349,14 +354,18 @@ def figures_line(result: ChatResult, began: float, first: float) -> str:
 
 
 def given_sampling(args: argparse.Namespace) -> Sampling:
-    """The sampling parameters on the command line; a ChatError names one that is wrong."""
+    """Read the sampling parameters from the command line.
+
+    Raises:
+        ChatError: a value is wrong; it names the parameter.
+    """
     given = {name: getattr(args, name) for name in Sampling.model_fields if getattr(args, name, None) is not None}
     given = {name: _parsed(name, value) if isinstance(value, str) else value for name, value in given.items()}
     return validated(Sampling, given)
 
 
 def _parsed(name: str, value: str) -> object:
-    """A setting's value as typed: JSON where it is JSON (0.5, true, ["a"]), else the text itself."""
+    """Return a typed value: parsed where it is JSON (0.5, true, ["a"]), else as text."""
     if name == "model":
         return value
     try:

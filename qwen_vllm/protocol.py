@@ -1,13 +1,12 @@
-"""What a chat request holds, what an answer is, and how a request fails.
+"""Defines a chat request, its answer and its errors.
 
-The server, its clients and the offline engine all speak in these types. This module knows nothing
-of HTTP, terminals or vLLM, and imports nothing of the project.
+The server, its clients and the offline engine share these types. Of HTTP this module knows only the status code of an
+error. It knows nothing of terminals or vLLM and imports nothing of the project.
 """
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     AliasChoices,
@@ -31,13 +30,13 @@ RequestTurn = Annotated[tuple[StrictStr, StrictStr], Strict(False)]
 
 StopWord = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
-RETRIES = 6
-"""How often a busy server is asked again, within about a minute."""
 
 
 class ChatError(Exception):
-    """Why a request got no answer, or no whole one. `message` is for the user; `status` is the HTTP status;
-    `retry_after`: the seconds after which a busy server wants to be asked again.
+    """Says why a request got no answer, or only a part of one.
+
+    `message` is for the user. `status` is the HTTP status. `retry_after` is how many seconds a busy server wants the
+    client to wait before the next try.
 
     type                status
     invalid_request     400, 404, 408, 413, 415   the request must change; `param` names the field
@@ -60,12 +59,12 @@ class ChatError(Exception):
         self.message, self.type, self.param, self.status, self.retry_after = message, type, param, status, retry_after
 
     def as_dict(self) -> dict[str, Any]:
-        """The wire form, `{"error": {"type", "message", "param"}}`."""
+        """Return the wire form, `{"error": {"type", "message", "param"}}`."""
         return {"error": {"type": self.type, "message": self.message, "param": self.param}}
 
 
 class Sampling(BaseModel):
-    """How to pick the tokens of an answer. What is None is left to the server's and the model's defaults."""
+    """Holds the sampling parameters; None: the default of the server or the model."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -95,12 +94,12 @@ class Sampling(BaseModel):
     """let a model that can think (Qwen3) do so, or not"""
 
     def sampling(self) -> dict[str, Any]:
-        """The sampling parameters that are not None, by name."""
+        """Return the sampling parameters that are not None, by name."""
         return self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
 
 
 class ChatRequest(Sampling):
-    """The body of `POST /chat`. Unknown fields and wrong types are refused, nothing is coerced."""
+    """Holds the body of `POST /chat`. Unknown fields and wrong types are refused."""
 
     query: str
     """what the user says now"""
@@ -121,18 +120,18 @@ class ChatRequest(Sampling):
 
 @dataclass(frozen=True)
 class Reasoning:
-    """A piece of what a model thinks before it answers; no string, so that it is never taken for a piece of text."""
+    """Holds a piece of the reasoning; not a str, or it would be taken for the answer."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ChatResult:
-    """A finished answer. `history` ends with this turn, ready for the next request; thoughts are not in it.
+    """Holds a finished answer.
 
-    `finish_reason` is "stop" or "length"; `stop_reason` the stop word that matched, None where the
-    model ended by itself; `dropped_turns` how many of the oldest turns did not fit the context. `reasoning` is what the
-    model thought first, `reasoning_tokens` how many of the `completion_tokens` that took.
+    `history` ends with this turn, ready for the next request; it contains no reasoning. `finish_reason` is "stop" or
+    "length". `stop_reason` is the stop word that matched, or None where the model ended by itself. `dropped_turns`
+    counts the oldest turns, which did not fit the context. `reasoning_tokens` are included in `completion_tokens`.
     """
 
     text: str
@@ -147,7 +146,7 @@ class ChatResult:
 
     @property
     def usage(self) -> dict[str, int]:
-        """The counts of tokens, as the server sends them."""
+        """Return the token counts in their wire form."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -156,29 +155,33 @@ class ChatResult:
 
 
 Part = Reasoning | str | ChatResult
-"""What an answer comes in: pieces of what the model thinks, if it does; pieces of text; at last one result."""
+"""What a stream yields: `Reasoning` and str pieces, then one `ChatResult`."""
 
 
-class Question(str):
-    """What a user asks, with the images that go along, each as a data URL."""
+@dataclass(frozen=True)
+class Question:
+    """Holds what a user asks, with its images as data URLs."""
 
-    images: Sequence[str]
-
-    def __new__(cls, text: str, images: Sequence[str] = ()) -> "Question":
-        """The text is the string itself."""
-        question = super().__new__(cls, text)
-        question.images = images
-        return question
+    text: str
+    images: tuple[str, ...] = ()
 
 
 AskedTurn = tuple[Question, str]
 """A turn whose question may have images."""
 
 
+def text_turns(history: Sequence[AskedTurn]) -> list[Turn]:
+    """Return the turns without their images."""
+    return [(question.text, answer) for question, answer in history]
+
+
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server tells of itself: the names of its model and its LoRA adapters, the model's context in tokens,
-    whether it takes images, what a request that says nothing of sampling gets, and the largest request in bytes."""
+    """Describes a server.
+
+    `models` names the model, then its LoRA adapters. `context` is in tokens, `max_body_size` in bytes. `defaults` are
+    the sampling parameters of a request that sets none.
+    """
 
     models: list[str]
     context: int = 0
@@ -187,18 +190,15 @@ class ServerInfo:
     max_body_size: int = 0
 
 
-def retry_delay(error: ChatError, attempt: int) -> float | None:
-    """Seconds to wait before asking again after the `attempt`-th refusal (from 1) of a busy server; None: give up.
+Model = TypeVar("Model", bound=BaseModel)
 
-    Twice as long each time, at least what the server asked for, and a little by chance, so that not all come at once.
+
+def validated(model: type[Model], data: bytes | Mapping[str, Any]) -> Model:
+    """Build a `model` from JSON bytes or a mapping.
+
+    Raises:
+        ChatError: the data is no JSON or a field is wrong; it names the first such field.
     """
-    if error.retry_after is None or attempt > RETRIES:
-        return None
-    return max(error.retry_after, min(2 ** (attempt - 1), 16)) * random.uniform(1, 1.25)
-
-
-def validated(model: type[BaseModel], data: bytes | Mapping[str, Any]) -> Any:
-    """An instance of `model` from JSON bytes or a mapping; a ChatError that names the first bad field otherwise."""
     try:
         return model.model_validate_json(data) if isinstance(data, bytes) else model.model_validate(data)
     except ValidationError as failure:
@@ -207,12 +207,12 @@ def validated(model: type[BaseModel], data: bytes | Mapping[str, Any]) -> Any:
 
 
 def reason_of(error: Exception) -> str:
-    """What an exception of a library says, in one line; of pydantic's, what is wrong with the first field."""
+    """Return a library's error message as one line; of pydantic's errors, the first."""
     text = _first_error(error)[1] if isinstance(error, ValidationError) else str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]
 
 
 def _first_error(failure: ValidationError) -> tuple[str | None, str]:
-    """(the field, what is wrong with it)"""
+    """Return (the field, what is wrong with it)."""
     error = failure.errors(include_input=False, include_url=False, include_context=False)[0]
     return ".".join(str(part)[:64] for part in error["loc"]) or None, error["msg"].removeprefix("Value error, ")

@@ -15,7 +15,17 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from qwen_vllm import console
-from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Reasoning, Sampling, ServerInfo, Turn
+from qwen_vllm.protocol import (
+    DEFAULT_SYSTEM,
+    AskedTurn,
+    ChatError,
+    ChatResult,
+    Question,
+    Reasoning,
+    Sampling,
+    ServerInfo,
+    text_turns,
+)
 
 INFO = ServerInfo(["base", "poet", "lawyer"], images=True, max_body_size=1000)
 CTRL_C, CTRL_D, ALT_ENTER = "\x03", "\x04", "\x1b\r"
@@ -34,10 +44,17 @@ class ScriptedAsk:
         self.closed = 0
 
     def __call__(
-        self, query: str, history: Sequence[Turn], system: str, sampling: Sampling
+        self, query: Question, history: Sequence[AskedTurn], system: str, sampling: Sampling
     ) -> Iterator[str | ChatResult]:
         self.calls.append(
-            SimpleNamespace(query=query, history=list(history), system=system, sampling=sampling.sampling())
+            SimpleNamespace(
+                query=query.text,
+                images=list(query.images),
+                history=text_turns(history),
+                history_images=[list(question.images) for question, _ in history],
+                system=system,
+                sampling=sampling.sampling(),
+            )
         )
         pieces = []
         try:
@@ -50,7 +67,7 @@ class ScriptedAsk:
             thoughts = [piece.text for piece in pieces if isinstance(piece, Reasoning)]
             yield ChatResult(
                 text=text,
-                history=[*history, (query, text)],
+                history=[*text_turns(history), (query.text, text)],
                 finish_reason=self._finish_reason,
                 stop_reason=None,
                 prompt_tokens=9,
@@ -291,6 +308,18 @@ def test_ctrl_c_keeps_what_has_arrived(terminal: Callable) -> None:
     assert ask.closed == 2
 
 
+def test_ctrl_c_keeps_the_piece_that_was_just_shown(terminal: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*values: str, **options: object) -> None:
+        print(*values, **options)
+        if values == ("t",):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(console, "print", interrupted, raising=False)
+    ask = ScriptedAsk(["par", "t"], ["b"])
+    terminal(ask, "one", "two")
+    assert ask.calls[1].history == [("one", "part")]
+
+
 def test_ctrl_c_before_the_first_token_keeps_nothing(terminal: Callable) -> None:
     ask = ScriptedAsk([KeyboardInterrupt()], ["b"])
     terminal(ask, "one", "two")
@@ -476,15 +505,15 @@ def test_images_go_along_with_the_next_question_and_with_later_ones_as_its_histo
     nothing, attached = "No image is attached.\n", "a.png\na.png\nmy b.jpg\na.png\nmy b.jpg\n"
     assert without_remarks(shown) == f"{nothing}{attached}a\n{nothing}b\nc\n> [images: 2] one\na\n> two\nc\n"
     first, second, again = ask.calls
-    assert first.query.images == [PNG_URL, "data:image/jpeg;base64,/9j/"]
-    assert second.query.images == again.query.images == []
-    assert second.history[0][0].images == again.history[0][0].images == first.query.images
+    assert first.images == [PNG_URL, "data:image/jpeg;base64,/9j/"]
+    assert second.images == again.images == []
+    assert second.history_images == again.history_images == [first.images]
 
 
 def test_images_are_kept_where_a_question_fails_and_forgotten_by_clear(terminal: Callable, pictures: Path) -> None:
     ask = ScriptedAsk([ChatError("busy")], ["b"], ["c"], ["d"])
     terminal(ask, "/image c", "/image d.gif", "one", "two", "/regen", "/image a.png", "/clear", "three")
-    kinds = [[url.partition(";")[0] for url in call.query.images] for call in ask.calls]
+    kinds = [[url.partition(";")[0] for url in call.images] for call in ask.calls]
     assert kinds == [["data:image/webp", "data:image/gif"]] * 3 + [[]]
 
 
@@ -500,7 +529,7 @@ def test_images_are_kept_where_a_question_fails_and_forgotten_by_clear(terminal:
 def test_a_file_that_cannot_be_attached(terminal: Callable, pictures: Path, typed: str, told: str) -> None:
     ask = ScriptedAsk(["a"])
     assert terminal(ask, typed, "one").startswith(told)
-    assert ask.calls[0].query.images == []
+    assert ask.calls[0].images == []
 
 
 def test_images_of_earlier_turns_count_too(terminal: Callable, pictures: Path) -> None:
@@ -509,13 +538,13 @@ def test_images_of_earlier_turns_count_too(terminal: Callable, pictures: Path) -
     shown = terminal(ask, *typed, "/image", flags=["--history-max", "9"])
     size = 7 * len(PNG_URL)
     assert f"would take {size} bytes in a request, and this server's are at most 1000" in shown
-    assert [len(call.query.images) for call in ask.calls] == [1, 1, 1, 1, 1, 1, 0]
+    assert [len(call.images) for call in ask.calls] == [1, 1, 1, 1, 1, 1, 0]
 
 
 def test_answering_again_leaves_what_is_attached_for_the_next_question(terminal: Callable, pictures: Path) -> None:
     ask = ScriptedAsk(["a"], ["b"], ["c"])
     terminal(ask, "one", "/image a.png", "/regen", "two")
-    assert [call.query.images for call in ask.calls] == [[], [], [PNG_URL]]
+    assert [call.images for call in ask.calls] == [[], [], [PNG_URL]]
 
 
 def test_a_model_without_images_says_so_before_anything_is_sent(terminal: Callable, pictures: Path) -> None:
@@ -527,14 +556,13 @@ def test_a_saved_conversation_keeps_its_images(terminal: Callable, pictures: Pat
     terminal(ScriptedAsk(["a"], ["b"]), "/image a.png", "one", "two", "/save chat.json")
     ask = ScriptedAsk(["c"])
     assert terminal(ask, "/load chat.json", "three").startswith("2 turns\n")
-    assert [(query, query.images, answer) for query, answer in ask.calls[0].history] == [
-        ("one", [PNG_URL], "a"),
-        ("two", [], "b"),
-    ]
+    assert ask.calls[0].history == [("one", "a"), ("two", "b")]
+    assert ask.calls[0].history_images == [[PNG_URL], []]
     ask = ScriptedAsk(["c"])
     shown = terminal(ask, "/load chat.json", "three", info=ServerInfo(["base"]))
     assert shown.startswith("Its images are left out: base takes none.\n2 turns\n")
-    assert [(query, query.images) for query, _ in ask.calls[0].history] == [("one", ()), ("two", ())]
+    assert ask.calls[0].history == [("one", "a"), ("two", "b")]
+    assert ask.calls[0].history_images == [[], []]
 
 
 BAD_FILES = [

@@ -261,7 +261,7 @@ def test_a_conversation_with_images_goes_to_the_openai_route(server: Server, siz
 
 
 def test_questions_with_images_in_openais_form() -> None:
-    first, now = Question("What?", ["data:image/png;base64,AA", "data:image/gif;base64,BB"]), Question("And?")
+    first, now = Question("What?", ("data:image/png;base64,AA", "data:image/gif;base64,BB")), Question("And?")
     assert with_images(now, [(first, "A cat.")], "Be brief.") == [
         {"role": "system", "content": "Be brief."},
         {
@@ -367,7 +367,7 @@ def test_the_programs_questions_go_where_their_images_are_taken(
     [(ask, title, _, info)] = calls
     assert title == f"base at {url}"
     assert info().images
-    text, image, settings = Question("one"), Question("two", ["data:image/png;base64,AA"]), Sampling(model="poet")
+    text, image, settings = Question("one"), Question("two", ("data:image/png;base64,AA",)), Sampling(model="poet")
     assert [part for part in ask(text, [], "S", settings) if isinstance(part, str)] == ["Hi"]
     for query, history in ((image, []), (text, [(image, "a")])):
         assert [part for part in ask(query, history, "S", settings) if isinstance(part, str)] == ["你", "好"]

@@ -91,7 +91,7 @@ def test_kinds_of_images(url: str, kind: str) -> None:
 
 
 def test_the_images_of_earlier_turns_go_along(url: str) -> None:
-    about_red, about_blue = ([(Question("What?", [image]), "A colour.")] for image in (RED, BLUE))
+    about_red, about_blue = ([(Question("What?", (image,)), "A colour.")] for image in (RED, BLUE))
     assert ask(url, history=about_red).text != ask(url, history=about_blue).text
 
 

@@ -9,18 +9,22 @@ from typing import Any
 
 import pytest
 
-from qwen_vllm.protocol import ChatError, ChatResult, Question, Reasoning, Sampling, ServerInfo
+from qwen_vllm.protocol import Question
 from tests.support.scripted_server import LAST, Server, line
 from vllm_client import (
+    ChatError,
+    ChatResult,
+    Reasoning,
+    Sampling,
+    ServerInfo,
     main,
-    served_model,
+    openai_messages,
     server_info,
     server_info_async,
     stream_chat,
     stream_chat_async,
     stream_messages,
     stream_messages_async,
-    with_images,
 )
 
 
@@ -135,7 +139,8 @@ def test_an_answer_that_breaks_off_is_incomplete(ask: Ask, server: Server, scrip
 
 
 def test_a_connection_lost_before_the_headers_is_incomplete(ask: Ask, server: Server) -> None:
-    assert failure(ask, server.play(None, status=0)).type == "incomplete"
+    error = failure(ask, server.play(None, status=0))
+    assert (error.type, error.message) == ("incomplete", "the server broke the answer off")
 
 
 @pytest.mark.parametrize("script", [[...], [line({"delta": "Hel"}), ...]])
@@ -149,7 +154,11 @@ def test_no_server(ask: Ask) -> None:
     url = f"http://127.0.0.1:{closed_port()}"
     error = failure(ask, url)
     assert error.type == "unreachable"
-    assert url in error.message
+    assert error.message == f"no server answers at {url}: is it running? (make serve)"
+
+
+def test_a_server_without_tls_is_not_asked_over_https(ask: Ask, server: Server) -> None:
+    assert failure(ask, server.url.replace("http:", "https:")).type == "unreachable"
 
 
 @pytest.mark.parametrize(
@@ -262,7 +271,7 @@ def test_a_conversation_with_images_goes_to_the_openai_route(server: Server, siz
 
 def test_questions_with_images_in_openais_form() -> None:
     first, now = Question("What?", ("data:image/png;base64,AA", "data:image/gif;base64,BB")), Question("And?")
-    assert with_images(now, [(first, "A cat.")], "Be brief.") == [
+    assert openai_messages(now, [(first, "A cat.")], "Be brief.") == [
         {"role": "system", "content": "Be brief."},
         {
             "role": "user",
@@ -303,8 +312,18 @@ def test_what_a_server_tells_of_itself(server: Server) -> None:
     assert asyncio.run(server_info_async(url, "key")) == server_info(url, "key") == ServerInfo(**told)
 
 
-@pytest.mark.parametrize(("status", "body"), [(401, b'{"error": "Unauthorized"}'), (200, b"<html>"), (200, b"{}")])
-def test_a_server_that_tells_nothing_of_itself(server: Server, status: int, body: bytes) -> None:
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (401, b'{"error": "Unauthorized"}'),
+        (200, b"<html>"),
+        (200, b"{}"),
+        (200, b'{"models": []}'),
+        (200, b"[]"),
+        (0, None),
+    ],
+)
+def test_a_server_that_tells_nothing_of_itself(server: Server, status: int, body: bytes | None) -> None:
     with pytest.raises(ChatError):
         asyncio.run(server_info_async(server.play(body, status=status, path="/chat/info")))
     with pytest.raises(ChatError):
@@ -312,19 +331,10 @@ def test_a_server_that_tells_nothing_of_itself(server: Server, status: int, body
 
 
 def test_the_served_model(server: Server) -> None:
-    url = server.play(line({"data": [{"id": "base"}, {"id": "poet"}]}), path="/v1/models")
-    assert served_model(url, "key") == "base"
-    assert server.requests[0][0] == "/v1/models"
+    url = server.play(line({"models": ["base", "poet"]}), path="/chat/info")
+    assert server_info(url, "key").models[0] == "base"
+    assert server.requests[0][0] == "/chat/info"
     assert server.requests[0][1]["Authorization"] == "Bearer key"
-
-
-@pytest.mark.parametrize(
-    ("status", "body"),
-    [(401, b'{"error": "Unauthorized"}'), (200, b"<html></html>"), (200, b'{"data": []}'), (200, b"[]"), (0, None)],
-)
-def test_no_served_model(server: Server, status: int, body: bytes | None) -> None:
-    with pytest.raises(ChatError):
-        served_model(server.play(body, status=status, path="/v1/models"))
 
 
 class Pipe:
@@ -343,7 +353,7 @@ class Pipe:
 def test_the_program_answers_a_question_a_line(
     server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    server.play(line({"data": [{"id": "base"}]}), path="/v1/models")
+    model_named(server)
     url = server.play(line({"delta": "Hel"}), line({"delta": "lo"}), line(LAST))
     monkeypatch.setattr("sys.stdin", Pipe("one\n", "two\n"))
     assert main(["--url", f"{url}/", "--api-key", "key", "--temperature", "0"]) == 0
@@ -358,7 +368,6 @@ def test_the_program_answers_a_question_a_line(
 def test_the_programs_questions_go_where_their_images_are_taken(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server.play(line({"data": [{"id": "base"}]}), path="/v1/models")
     server.play(*(b"data: " + line(event) for event in EVENTS), path="/v1/chat/completions")
     server.play(line({"models": ["base"], "images": True}), path="/chat/info")
     url, calls = server.play(line({"delta": "Hi"}), line(LAST)), []
@@ -389,7 +398,7 @@ def test_the_program_says_that_no_server_answers(
 
 
 def model_named(server: Server, name: str = "base") -> None:
-    server.play(line({"data": [{"id": name}]}), path="/v1/models")
+    server.play(line({"models": [name]}), path="/chat/info")
 
 
 def test_a_test_message_shows_the_model_the_answer_and_its_figures(
@@ -416,14 +425,14 @@ def test_a_test_message_of_ones_own(server: Server, capsys: pytest.CaptureFixtur
     assert main(["--url", url, "--test-message", "你是谁？", "--model", "poet"]) == 0
     assert capsys.readouterr().out.startswith(f"poet at {url}\n> 你是谁？\n你好\n")
     assert [(path, body and body["query"]) for path, _, body in server.requests] == [
-        ("/v1/models", None),
+        ("/chat/info", None),
         ("/chat", "你是谁？"),
     ]
 
 
 FAILED_TESTS = {
-    "no model": ("/v1/models", 200, [b"<html>"], "not as a chat server"),
-    "key": ("/v1/models", 401, [line({"error": "Unauthorized"})], "Unauthorized"),
+    "no model": ("/chat/info", 200, [b"<html>"], "not as a chat server"),
+    "key": ("/chat/info", 401, [line({"error": "Unauthorized"})], "Unauthorized"),
     "refused": ("/chat", 503, [REFUSALS["overloaded"][1]], "busy"),
     "broken off": ("/chat", 200, [line({"delta": "Hel"}), None], "broke the answer off"),
     "no last line": ("/chat", 200, [line({"delta": "Hel"})], "without its last line"),

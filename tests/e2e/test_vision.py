@@ -21,7 +21,7 @@ from gradio_webui import Line, Page, text_of
 from qwen_vllm.protocol import ChatError, ChatResult, Question, Sampling
 from qwen_vllm.with_server import running_server
 from tests.support.tiny_checkpoints import write_vision_model
-from vllm_client import server_info, stream_chat, stream_messages, with_images
+from vllm_client import openai_messages, server_info, stream_chat, stream_messages
 
 pytestmark = pytest.mark.vision
 GREEDY = Sampling(temperature=0, max_tokens=16)
@@ -58,7 +58,7 @@ def bomb(side: int) -> str:
 
 
 def ask(url: str, *images: str, history: tuple = ()) -> ChatResult:
-    messages = with_images(Question("What is this?", images), history, "Be brief.")
+    messages = openai_messages(Question("What is this?", images), history, "Be brief.")
     *_, result = stream_messages(url, messages, GREEDY)
     return result
 

@@ -1,9 +1,9 @@
-"""Runs a command while a server is up: starts the server, waits for it, runs the command, stops the server.
+"""Starts a server, waits until it is ready, runs a command and stops the server.
 
     python -m qwen_vllm.with_server [SERVER FLAGS …] -- COMMAND …
 
 The command finds the server's address in $QWEN_URL and its key in $QWEN_API_KEY. The server's output goes to a log
-file, with --verbose to the terminal too.
+file, with --verbose also to the terminal.
 """
 
 import argparse
@@ -28,7 +28,7 @@ LOG = CACHE / "server.log"
 SERVER = (sys.executable, str(Path(__file__).parents[1] / "vllm_server.py"))
 CLEAR_LINE = "\r\x1b[K" if sys.stderr.isatty() else ""
 STOP_TIMEOUT = 30
-"""Seconds that a server has to stop, before it is killed."""
+"""Seconds that a server has to stop before it is killed."""
 
 STAGES = (
     ("", "importing vLLM"),
@@ -37,10 +37,11 @@ STAGES = (
     ("KV cache size", "warming up"),
     ("Starting vLLM server", "opening the port"),
 )
+"""(what vLLM writes to its log, the stage that begins then)"""
 
 
 class ServerFailed(Exception):
-    """The server did not start; the message says why."""
+    """Says why the server did not start."""
 
 
 @contextmanager
@@ -50,24 +51,24 @@ def running_server(
     progress: Callable[[str, float], None] = lambda stage, seconds: None,
     program: Sequence[str] = SERVER,
 ) -> Iterator[str]:
-    """A server with these flags, on a free port unless they name one; yields its address, and stops it at the end.
+    """Start a server with these flags, yield its address, and stop it at the end.
 
-    `progress` is told several times a second what the server is doing, and for how many seconds it has been starting.
-    `program` is the command that runs it; any that answers /health and takes --port will do.
+    It gets a free port unless the flags name one. `progress` is called with the stage of the start and the seconds so
+    far, several times a second. `program` is the server's command; it must take --port and answer /health.
 
     Raises:
         ServerFailed: the server ended before it was ready.
     """
-    known = _known(flags)
+    known = _known_flags(flags)
     port = known.port or free_port()
     if known.uds or known.ssl_certfile:
         raise ServerFailed("with TLS or a socket file, start the server by itself: make serve")
     host = "127.0.0.1" if known.host in ("0.0.0.0", "::") else known.host
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    if _taken(host, port):
+    with suppress(OSError), socket.create_connection((host, port), timeout=1):
         raise ServerFailed(f"port {port} is taken by another program: name another --port")
     command = [*program, *(flag for flag in flags if flag != "--verbose"), "--port", str(port)]
-    # A session of its own: Ctrl-C in the terminal is for the command.
+    # In its own session the server does not get the Ctrl-C that is for the command.
     with open_log(log, "--verbose" in flags) as output:
         server = subprocess.Popen(
             command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
@@ -79,31 +80,30 @@ def running_server(
         _stop(server)
 
 
-def _wait(server: subprocess.Popen, url: str, log: Path, progress: Callable[[str, float], None]) -> None:
+def _wait(server: subprocess.Popen[bytes], url: str, log: Path, progress: Callable[[str, float], None]) -> None:
+    """Wait until the server is healthy; raise ServerFailed where it ends before."""
     began = time.monotonic()
     session = requests.Session()
     session.trust_env = False
-    while True:
-        ended = server.poll() is not None
+    while server.poll() is None:
         text = log.read_text(errors="replace")
-        if ended:
-            raise ServerFailed(f"the server did not start: {_reason(text)}\nIts log: {log}")
-        progress([stage for mark, stage in STAGES if mark in text][-1], time.monotonic() - began)
+        progress([stage for written, stage in STAGES if written in text][-1], time.monotonic() - began)
         with suppress(requests.RequestException):
             if session.get(f"{url}/health", timeout=1).ok:
                 return
         time.sleep(0.25)
+    raise ServerFailed(f"the server did not start: {_reason(log.read_text(errors='replace'))}\nIts log: {log}")
 
 
 def _reason(log: str) -> str:
-    """The last line of a log that says what went wrong."""
+    """Return the last line of a log that says what went wrong."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    telling = [line for line in lines if "Error" in line or line.startswith("vllm_server.py:")]
-    return (telling or lines or ["it printed nothing"])[-1][:300]
+    errors = [line for line in lines if "Error" in line or line.startswith("vllm_server.py:")]
+    return (errors or lines or ["it printed nothing"])[-1][:300]
 
 
-def _stop(server: subprocess.Popen) -> None:
-    """Ends the server and all that it has started."""
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    """Stop the server and every process that it started."""
     server.terminate()
     try:
         with suppress(subprocess.TimeoutExpired):
@@ -114,8 +114,8 @@ def _stop(server: subprocess.Popen) -> None:
         server.wait()
 
 
-def _known(flags: Sequence[str]) -> argparse.Namespace:
-    """What of the server's flags matters here."""
+def _known_flags(flags: Sequence[str]) -> argparse.Namespace:
+    """Read the server flags that the launcher must know."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model", "--model-path", "--model_path")
     parser.add_argument("--hub", default=HUBS[0])
@@ -127,17 +127,11 @@ def _known(flags: Sequence[str]) -> argparse.Namespace:
     return parser.parse_known_args(flags)[0]
 
 
-def _taken(host: str, port: int) -> bool:
-    with suppress(OSError), socket.create_connection((host, port), timeout=1):
-        return True
-    return False
-
-
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
+    """Return a port of this machine on which nobody listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 def _show(stage: str, seconds: float) -> None:
@@ -146,12 +140,12 @@ def _show(stage: str, seconds: float) -> None:
 
 
 def _run(command: Sequence[str], **environment: str) -> int:
-    """Runs the command in the terminal's foreground, alone, so that Ctrl-C reaches it and not us."""
+    """Run the command in the terminal's foreground: Ctrl-C reaches only it."""
 
     def start() -> None:
         os.setpgid(0, 0)
         _to_foreground()
-        # No shell waits for this group: stopped, it would never be continued.
+        # Ctrl-Z would stop the command for ever: no shell waits for its process group.
         signal.signal(signal.SIGTSTP, signal.SIG_IGN)
 
     try:
@@ -161,17 +155,18 @@ def _run(command: Sequence[str], **environment: str) -> int:
 
 
 def _to_foreground() -> None:
-    """Makes this process's group the one that the terminal's keys reach, where there is a terminal."""
+    """Make this process's group the terminal's foreground process group, if any."""
     before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     with suppress(OSError):
         os.tcsetpgrp(0, os.getpgrp())
     signal.signal(signal.SIGTTOU, before)
 
 
-def main(argv: Sequence[str] = sys.argv[1:]) -> int:
-    """Returns the command's exit status."""
-    split = list(argv).index("--") if "--" in argv else len(argv)
-    command = argv[split + 1 :]
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the launcher; return the command's exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    split = argv.index("--") if "--" in argv else len(argv)
+    flags, command = argv[:split], argv[split + 1 :]
     if not command:
         print(__doc__, file=sys.stderr)
         return 2
@@ -181,10 +176,10 @@ def main(argv: Sequence[str] = sys.argv[1:]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
-        known = _known(argv[:split])
-        resolve_model(known.model, known.hub)  # here, where its progress shows
+        known = _known_flags(flags)
+        resolve_model(known.model, known.hub)  # before the server does, because its progress shows here
         print(f"Starting the server; its log: {LOG}", file=sys.stderr, flush=True)
-        with running_server(argv[:split], progress=_show) as url:
+        with running_server(flags, progress=_show) as url:
             print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
             return _run(command, QWEN_URL=url, QWEN_API_KEY=known.api_key[0] or os.environ.get("QWEN_API_KEY", ""))
     except (ModelUnavailable, ServerFailed) as error:

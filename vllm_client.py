@@ -78,8 +78,7 @@ def stream_messages(
     `messages` is in OpenAI's form. The route answers the whole conversation or refuses it, so in the result `history`
     is empty and `dropped_turns` is 0. Otherwise as `stream_chat`.
     """
-    body = _openai_body(messages, sampling)
-    return _Server(url, api_key, timeout).stream(OPENAI_CHAT, body, _OpenAIEvents())
+    return _Server(url, api_key, timeout).stream(OPENAI_CHAT, _openai_body(messages, sampling), _OpenAIEvents())
 
 
 def stream_chat_async(
@@ -107,8 +106,7 @@ def stream_messages_async(
     timeout: Timeout = TIMEOUT,
 ) -> AsyncGenerator[Part, None]:
     """Do what `stream_messages` does, on asyncio."""
-    body = _openai_body(messages, sampling)
-    return _Server(url, api_key, timeout).stream_async(OPENAI_CHAT, body, _OpenAIEvents())
+    return _Server(url, api_key, timeout).stream_async(OPENAI_CHAT, _openai_body(messages, sampling), _OpenAIEvents())
 
 
 def server_info(url: str, api_key: str | None = None) -> ServerInfo:
@@ -358,8 +356,7 @@ def send_test_message(url: str, query: str, system: str, sampling: Sampling, api
     print(f"{sampling.model or name} at {url}\n> {query}", flush=True)
     began = time.monotonic()
     parts = stream_chat(url, query, system=system, sampling=sampling, api_key=api_key)
-    first_part = next(parts)
-    first = time.monotonic()
+    first_part, first = next(parts), time.monotonic()
     result = [first_part, *parts][-1]
     assert isinstance(result, ChatResult)
     figures = console.figures_line(result, began, first)

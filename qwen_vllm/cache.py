@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import IO
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-vllm"
-_copying: list[subprocess.Popen[str]] = []
-"""They end with the last writer of their logs, which may be a child process. A dropped Popen would warn."""
+_copying: list[subprocess.Popen[str]] = []  # kept: a Popen that is dropped while it runs warns
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:

@@ -35,8 +35,7 @@ INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 class ChatError(Exception):
     """Says why a request got no answer, or only a part of one.
 
-    `message` is for the user. `status` is the HTTP status. `retry_after` is how many seconds a busy server wants the
-    client to wait before the next try.
+    `message` is for the user. `status` is the HTTP status. `retry_after`: seconds until a busy server can be asked.
 
     type                status
     invalid_request     400, 404, 408, 413, 415   the request must change; `param` names the field

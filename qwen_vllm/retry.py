@@ -11,8 +11,7 @@ RETRIES = 6
 def retry_delay(error: ChatError, attempt: int) -> float | None:
     """Return the seconds to wait after the `attempt`-th refusal (from 1), or None.
 
-    None: do not ask again. The delay doubles each time and is never shorter than the server's `retry_after`. A random
-    part spreads the clients.
+    None: give up. The delay doubles, is at least the server's `retry_after`, and has a random part to spread clients.
     """
     if error.retry_after is None or attempt > RETRIES:
         return None

@@ -69,10 +69,8 @@ def running_server(
         raise ServerFailed(f"port {port} is taken by another program: name another --port")
     command = [*program, *(flag for flag in flags if flag != "--verbose"), "--port", str(port)]
     # In its own session the server does not get the Ctrl-C that is for the command.
-    with open_log(log, "--verbose" in flags) as output:
-        server = subprocess.Popen(
-            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+    with open_log(log, "--verbose" in flags) as out:
+        server = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         _wait(server, url, log, progress)
         yield url

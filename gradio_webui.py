@@ -5,20 +5,16 @@ python gradio_webui.py --server-url http://127.0.0.1:8000
 
 import argparse
 import asyncio
-import base64
 import html
 import json
 import math
-import mimetypes
 import os
-import re
 import socket
 import sys
-import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, suppress
+from importlib.resources import files
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,130 +22,19 @@ from typing import Any
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
-from gradio.utils import get_upload_folder
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwen_vllm.protocol import (
-    DEFAULT_SYSTEM,
-    ChatError,
-    ChatResult,
-    Part,
-    Reasoning,
-    Sampling,
-    ServerInfo,
-    Turn,
-    validated,
-)
+from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Part, Sampling, ServerInfo, validated
 from qwen_vllm.retry import retry_delay
+from qwen_vllm.webui.answering import Line, Notice, Reply, _pump
+from qwen_vllm.webui.conversation import Messages, _said, as_json, as_markdown, text_of, turns, with_images
+from qwen_vllm.webui.words import WORDS, spoken
 from vllm_client import DEFAULT_URL, server_info_async, stream_chat_async, stream_messages_async
-
-Messages = list[dict[str, Any]]
-"""A conversation as Gradio's chatbot holds it: `{"role", "content": [{"type", "text" or "file"}], "metadata"}`. What
-has a title in its metadata is no part of the conversation: thoughts, folded away, and why there is no answer."""
 
 REDRAW = 0.05
 """Seconds between two drawings of an answer that grows."""
-NO_ANSWER = "no-answer"
-"""The `id` in the metadata of a message that stands where an answer would."""
-MARK = "\u2060"
-"""An invisible character; behind a `<` it keeps Markdown from taking what follows for HTML."""
-TAG = re.compile(r"<(?!(?:br ?/?|/?su[bp])>)(?=[a-zA-Z/!?])")
-"""The `<` of HTML, but for line breaks, sub- and superscript, which models write in tables."""
-CODE = re.compile(r"(```.*?(?:```|\Z)|(?<!\\)`[^`\n]*`)", re.DOTALL)
 CLOSE_TIMEOUT = 5
 """Seconds that open connections have when the page's server ends."""
-
-WORDS = {
-    "en": {
-        "new": "New chat",
-        "earlier": "Earlier chats, kept in this browser",
-        "as_markdown": "Save as Markdown",
-        "as_json": "Save as JSON",
-        "delete": "Delete this chat",
-        "delete_sure": "Delete this chat for good?",
-        "storage_full": "The browser's storage is full, so this chat is no longer kept: export it, or delete others.",
-        "settings": "Settings",
-        "system": "System prompt",
-        "default": "the model's default",
-        "on": "on",
-        "off": "off",
-        "stop_info": "words that end the answer, one a line",
-        "ask": "Ask something (Shift-Enter: new line)",
-        "welcome": "What would you like to know?",
-        "thinking": "Thinking …",
-        "thoughts": "Thoughts",
-        "stopped": "stopped",
-        "stopped_early": "Stopped before the answer began.",
-        "empty_answer": "The model ended its answer without a word.",
-        "no_answer": "⚠️ No answer",
-        "place": "Many people are asking just now: you are number {place} in line.",
-        "line_full": "Too many people are asking just now. Your question is kept here: press retry in a moment.",
-        "busy": "The server is busy. Asking again in {seconds} s …",
-        "unreachable": "The model server does not answer. Nothing is lost: press retry in a moment.",
-        "incomplete": "The connection to the model server broke off. Press retry.",
-        "engine_error": "The model server could not finish this answer. Press retry in a moment.",
-        "overloaded": "The server is busy and stayed so. Your question is kept here: press retry in a moment.",
-        "unauthorized": "The model server does not accept this page's key (--api-key).",
-        "invalid_request": "The model server cannot answer this. Edit the question or the settings.",
-        "first_token": "first token {seconds:.2f} s",
-        "speed": "{speed:.1f} tokens/s",
-        "window": "{used:,} of {context:,} tokens",
-        "tokens": "{used:,} tokens",
-        "cut": "cut at the token limit",
-        "dropped": "old turns left out: {turns}",
-    },
-    "zh": {
-        "new": "新对话",
-        "earlier": "历史对话（保存在此浏览器中）",
-        "as_markdown": "导出 Markdown",
-        "as_json": "导出 JSON",
-        "delete": "删除此对话",
-        "delete_sure": "确定永久删除此对话吗？",
-        "storage_full": "浏览器存储空间已满，此对话不再保存：请导出，或删除其他对话。",
-        "settings": "设置",
-        "system": "系统提示词",
-        "default": "模型默认",
-        "on": "开",
-        "off": "关",
-        "stop_info": "遇到这些词时结束回答，每行一个",
-        "ask": "请输入问题（Shift-回车换行）",
-        "welcome": "想聊点什么？",
-        "thinking": "思考中……",
-        "thoughts": "思考过程",
-        "stopped": "已停止",
-        "stopped_early": "在回答开始前已停止。",
-        "empty_answer": "模型没有输出任何文字。",
-        "no_answer": "⚠️ 没有回答",
-        "place": "现在提问的人很多：您排在第 {place} 位。",
-        "line_full": "现在提问的人太多。您的问题已保留，请稍后点击重试。",
-        "busy": "服务端繁忙，{seconds} 秒后再次提问……",
-        "unreachable": "模型服务端没有响应。对话不会丢失，请稍后点击重试。",
-        "incomplete": "与模型服务端的连接中断，请点击重试。",
-        "engine_error": "模型服务端未能完成此回答，请稍后点击重试。",
-        "overloaded": "服务端一直繁忙。您的问题已保留，请稍后点击重试。",
-        "unauthorized": "模型服务端不接受此页面的密钥（--api-key）。",
-        "invalid_request": "模型服务端无法回答，请修改问题或设置。",
-        "first_token": "首个词元 {seconds:.2f} 秒",
-        "speed": "{speed:.1f} 词元/秒",
-        "window": "已用 {used:,} / {context:,} 词元",
-        "tokens": "{used:,} 词元",
-        "cut": "达到词元上限，已截断",
-        "dropped": "略去最早的 {turns} 轮",
-        "max_tokens_info": "回答的最大词元数",
-        "temperature_info": "随机程度；0 总是选择概率最大的词元",
-        "top_p_info": "只在累计概率达到此值的词元中采样",
-        "top_k_info": "只在概率最大的这些词元中采样；0 或 -1 为全部",
-        "min_p_info": "词元的最小概率（相对于最大概率）",
-        "repetition_penalty_info": "大于 1 时减少重复（含提示词）",
-        "presence_penalty_info": "大于 0 时避免已出现的词元",
-        "frequency_penalty_info": "大于 0 时按出现次数避免重复",
-        "seed_info": "使采样可重复",
-        "model_info": "模型或 LoRA 适配器的名字",
-        "enable_thinking_info": "让能思考的模型（Qwen3）先思考",
-    },
-}  # fmt: skip
-"""All that the page says. English descriptions of the sampling parameters come from the protocol."""
-WORDS["en"] = {f"{name}_info": field.description for name, field in Sampling.model_fields.items()} | WORDS["en"]
 
 LATEX = [
     {"left": "$$", "right": "$$", "display": True},
@@ -158,207 +43,6 @@ LATEX = [
     {"left": "$", "right": "$", "display": False},
 ]
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-CSS = """
-.gradio-container .main.app { padding: 0 .5rem; }
-.gradio-container main { padding: .5rem; }
-#heading, #chat, #figures, .form:has(> #box) { max-width: 60rem; width: 100%; margin: 0 auto; }
-#heading h1 { font-size: 1.1rem; margin: .3rem 2rem; text-align: center; overflow-wrap: anywhere; }
-#chat { border-width: 0 !important; background: none; }
-#chat .bubble-wrap { background: none; }
-#chat .top-panel { display: none; }
-#chat .prose { contain: layout; }
-#figures { font-size: .75rem; opacity: .6; min-height: 1.2em; padding: 0 .3rem; }
-#figures p { font-size: inherit; }
-#earlier .wrap { flex-direction: column; flex-wrap: nowrap; gap: .2rem; max-height: 60vh; overflow-y: auto; }
-#earlier label { border: none; box-shadow: none; padding: .4rem .6rem; }
-#earlier label span { margin: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-#earlier label.selected { font-weight: 600; background: var(--background-fill-secondary); }
-#earlier input { display: none; }
-.sidebar:not(.open) .chevron-left { display: none; }
-#chats:not(.open) .chevron::before { content: "☰"; }
-#settings:not(.open) .chevron::before { content: "⚙"; }
-"""
-
-SCRIPT = """
-const words = Object.entries(WORDS).find(([language]) => navigator.language.startsWith(language))?.[1] ?? WORDS.en;
-
-// A chat is kept under its id: its messages, and apart from them what the list shows, so that listing stays cheap.
-const chats = {
-  key: (id) => `qwen-vllm/chat/${id}`,
-  card: (id) => `qwen-vllm/card/${id}`,
-
-  list(open) {
-    const cards = Object.keys(localStorage).filter((key) => key.startsWith(chats.card("")))
-      .map((key) => JSON.parse(localStorage[key])).sort((a, b) => b.saved - a.saved);
-    return {__type__: "update", choices: cards.map(({title, id}) => [title, id]), value: open};
-  },
-  open(id) {
-    sessionStorage["qwen-vllm/open"] = id;
-    if (innerWidth < 768) document.querySelector("#chats.open .toggle-button")?.click();  // it covers a phone's page
-    return [id, JSON.parse(localStorage[chats.key(id)] ?? "[]"), "", chats.list(id)];
-  },
-  fresh: () => chats.open(Date.now().toString(36) + Math.random().toString(36).slice(2)),
-  remove(id) {
-    if (!confirm(words.delete_sure)) return [];
-    chats.forget(id);
-    return chats.fresh();
-  },
-  forget(id) {
-    localStorage.removeItem(chats.key(id));
-    localStorage.removeItem(chats.card(id));
-  },
-
-  save(id, messages) {
-    const key = chats.key(id), text = JSON.stringify(messages), open = sessionStorage["qwen-vllm/open"];
-    if (!open) return [];
-    if (!messages?.length) chats.forget(id);
-    else if (localStorage[key] !== text) {
-      const question = written(messages[0].content.map((part) => part.text ?? "").join(" ")).trim();
-      const card = {id, title: question.slice(0, 60) || "🖼", saved: Date.now()};
-      try {
-        localStorage[key] = text;
-        localStorage[chats.card(id)] = JSON.stringify(card);
-      } catch {
-        if (!chats.warned) alert(words.storage_full);
-        chats.warned = true;
-      }
-    }
-    // A last piece of an answer may come when another chat has been opened: that one is what stays on the page.
-    return id === open ? [undefined, undefined, undefined, chats.list(id)] : chats.open(open);
-  },
-
-  keepSettings: (...settings) => { localStorage["qwen-vllm/settings"] = JSON.stringify(settings); },
-  restore(...settings) {
-    const open = sessionStorage["qwen-vllm/open"], kept = JSON.parse(localStorage["qwen-vllm/settings"] ?? "[]");
-    const shown = open ? chats.open(open) : chats.fresh();
-    return [...shown, ...settings.map((setting, n) => kept[n] ?? setting)];
-  },
-  download(name, text) {
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([text]));
-    link.download = name;
-    link.click();
-    URL.revokeObjectURL(link.href);
-  },
-};
-
-// What is copied is what was written, without the marks that keep its HTML from being rendered.
-const written = (text) => text.replaceAll("\\u2060", "");
-const clipboard = navigator.clipboard, copy = clipboard?.writeText.bind(clipboard);
-if (copy) clipboard.writeText = (text) => copy(written(text));
-addEventListener("copy", (event) => {
-  const text = String(getSelection());
-  if (text === written(text)) return;
-  event.clipboardData.setData("text/plain", written(text));
-  event.preventDefault();
-});
-"""
-
-
-class Line:
-    """The people who ask: the first `at_once` of them are answered, up to `waiting` more stand in line."""
-
-    def __init__(self, at_once: int, waiting: int) -> None:
-        self._at_once, self.limit = at_once, at_once + waiting
-        self._tickets: list[asyncio.Event] = []
-
-    @contextmanager
-    def ticket(self) -> Iterator[asyncio.Event]:
-        """One's place in the line; it is set when the line has moved.
-
-        Raises:
-            ChatError: the line is full.
-        """
-        if len(self._tickets) >= self.limit:
-            raise ChatError("too many people are asking", "line_full", status=503)
-        ticket = asyncio.Event()
-        self._tickets.append(ticket)
-        try:
-            yield ticket
-        finally:
-            self._tickets.remove(ticket)
-            for other in self._tickets:
-                other.set()
-
-    async def places(self, ticket: asyncio.Event) -> AsyncIterator[int]:
-        """How many are to be let in up to oneself, each time the line has moved; ends when it is one's turn."""
-        while (place := self._tickets.index(ticket) - self._at_once + 1) > 0:
-            yield place
-            await ticket.wait()
-            ticket.clear()
-
-
-@dataclass(frozen=True)
-class Notice:
-    """What a person is told who waits for an answer."""
-
-    text: str
-
-
-class Reply:
-    """An answer on its way, as the page shows it. `context`: the model's window in tokens, where it is known."""
-
-    def __init__(self, words: dict[str, str], context: int | None) -> None:
-        self.words, self.ended = words, False
-        self._context, self._began = context, time.monotonic()
-        self._first = self._last = 0.0
-        self._thought, self._text, self._notice = "", "", ""
-        self._end: ChatResult | ChatError | None = None
-
-    def add(self, part: Notice | Part | ChatError | None, arrived: float) -> None:
-        """Takes the next part, and when it came (by `time.monotonic`); None: there are no more."""
-        self._notice = ""
-        match part:
-            case None:
-                self.ended = True
-            case Notice():
-                self._notice = part.text
-            case Reasoning():
-                self._thought, self._first = self._thought + part.text, self._first or arrived
-            case str():
-                self._text, self._first = self._text + part, self._first or arrived
-            case _:
-                self._end, self._last = part, arrived
-
-    def messages(self) -> Messages:
-        """What stands under the question now: what the model thought, its answer, a remark in its place."""
-        shown = answer_messages(self._thought, self._text, self.words, ended=self.ended)
-        if self._notice:
-            shown.append(remark(self._notice, status="pending"))
-        elif isinstance(self._end, ChatError):
-            shown.append(failure(self._end, self.words))
-        elif self.ended and not shown:
-            shown.append(remark(self.words["no_answer"], self.words["empty_answer" if self._end else "stopped_early"]))
-        return shown
-
-    def figures(self) -> str:
-        """The line under the answer: how fast it came, and how much of the model's window the conversation takes."""
-        if not isinstance(self._end, ChatResult):
-            return self.words["stopped"] if self.ended and not self._end else ""
-        words, result = self.words, self._end
-        seconds, used = max(self._last - self._first, 1e-9), result.prompt_tokens + result.completion_tokens
-        figures = [words["first_token"].format(seconds=(self._first or self._last) - self._began)]
-        if result.completion_tokens > 1:
-            figures.append(words["speed"].format(speed=(result.completion_tokens - 1) / seconds))
-        window = words["window"] if self._context else words["tokens"]
-        figures.append(window.format(used=used, context=self._context))
-        if result.dropped_turns:
-            figures.append(words["dropped"].format(turns=result.dropped_turns))
-        if result.finish_reason == "length":
-            figures.append(words["cut"])
-        return " · ".join(figures)
-
-
-async def _pump(parts: AsyncIterator[Any], arrived: asyncio.Queue) -> None:
-    """Puts the parts into the queue, each with its time, then why they ended early if they did, and None."""
-    try:
-        async with aclosing(parts):
-            async for part in parts:
-                arrived.put_nowait((part, time.monotonic()))
-    except ChatError as error:
-        arrived.put_nowait((error, time.monotonic()))
-    finally:
-        arrived.put_nowait((None, time.monotonic()))
 
 
 class Page:
@@ -614,120 +298,6 @@ def ready() -> Any:
     return gr.update(interactive=True, submit_btn=True, stop_btn=False)
 
 
-def answer_messages(thought: str, text: str, words: dict[str, str], ended: bool = False) -> Messages:
-    """An answer, whole or so far, as the page shows it: what the model thought folded away, then the rest."""
-    messages = []
-    if thought.strip():
-        state = ("thoughts", "done") if text or ended else ("thinking", "pending")
-        metadata = {"title": words[state[0]], "status": state[1]}
-        messages.append(_said("assistant", thought.strip()) | {"metadata": metadata})
-        text = text.lstrip("\n")  # which `/v1` leaves between the two
-    if text:
-        messages.append(_said("assistant", text))
-    return messages
-
-
-def remark(title: str, text: str = "", **metadata: str) -> dict[str, Any]:
-    """What stands in an answer's place: a notice (`status="pending"`), or why there is none."""
-    return _said("assistant", text) | {"metadata": {"id": NO_ANSWER, "title": title, **metadata}}
-
-
-def failure(error: ChatError, words: dict[str, str]) -> dict[str, Any]:
-    """The remark that tells a person why there is no answer, or no whole one, and what to do."""
-    text = words.get(error.type, error.message)
-    if error.type in ("invalid_request", "engine_error"):
-        text += f"\n\n{error.message}"
-    return remark(words["no_answer"], text)
-
-
-def is_folded(message: dict[str, Any]) -> bool:
-    """Whether a message is no part of the conversation."""
-    return bool((message.get("metadata") or {}).get("title"))
-
-
-def is_remark(message: dict[str, Any]) -> bool:
-    """Whether a message stands in an answer's place."""
-    return (message.get("metadata") or {}).get("id") == NO_ANSWER
-
-
-def text_of(message: dict[str, Any]) -> str:
-    """A message's text as it was written, without its images."""
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text").replace(MARK, "")
-
-
-def _said(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "text", "text": as_text(text)}]}
-
-
-def as_text(text: str) -> str:
-    """Markdown whose HTML shows as it is written: only line breaks, sub- and superscript are rendered."""
-    pieces = CODE.split(text)  # by turns text and code, which shows as it is anyhow
-    pieces[::2] = [TAG.sub(f"<{MARK}", piece) for piece in pieces[::2]]
-    return "".join(pieces)
-
-
-def finished(messages: Messages) -> Iterator[tuple[dict[str, Any], str]]:
-    """The questions that were answered, each with its answer; one whose answer failed is left out."""
-    exchanges: list[Messages] = []
-    for message in messages:
-        if message["role"] == "user":
-            exchanges.append([message])
-        elif exchanges:
-            exchanges[-1].append(message)
-    for question, *replies in exchanges:
-        answer = "".join(text_of(message) for message in replies if not is_folded(message))
-        if answer.strip() and not any(map(is_remark, replies)):
-            yield question, answer
-
-
-def turns(messages: Messages) -> list[Turn]:
-    """A conversation as the server wants its history: without thoughts, without turns that failed."""
-    return [(text_of(question), answer) for question, answer in finished(messages)]
-
-
-def with_images(messages: Messages) -> list[dict[str, Any]]:
-    """A conversation that ends with a question, in OpenAI's form, its images as data."""
-    asked = []
-    for question, answer in finished(messages[:-1]):
-        asked += [{"role": "user", "content": _parts_of(question)}, {"role": "assistant", "content": answer}]
-    return [*asked, {"role": "user", "content": _parts_of(messages[-1])}]
-
-
-def _parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {"type": "text", "text": text_of(message)} if part["type"] == "text" else _image(Path(part["file"]["path"]))
-        for part in message["content"]
-    ]
-
-
-def _image(file: Path) -> dict[str, Any]:
-    """An uploaded image as data. The path comes from the browser: it must not lead to any other file."""
-    kind = mimetypes.guess_type(file)[0] or ""
-    uploads = Path(get_upload_folder()).resolve()
-    if not (file.resolve().is_relative_to(uploads) and file.is_file() and kind.startswith("image/")):
-        return {"type": "text", "text": "(an image that is not kept any more)"}
-    data = base64.b64encode(file.read_bytes()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
-
-
-def as_json(messages: Messages, system: str) -> str:
-    """A chat as the terminals' /load takes it."""
-    saved = {"system": system, "history": turns(messages)}
-    images = [
-        [part["image_url"]["url"] for part in _parts_of(asked) if part["type"] == "image_url"]
-        for asked, _ in finished(messages)
-    ]
-    return json.dumps(saved | ({"images": images} if any(images) else {}), ensure_ascii=False, indent=1)
-
-
-def as_markdown(messages: Messages, system: str) -> str:
-    """A chat to read."""
-    parts = [("System", system)]
-    for question, answer in turns(messages):
-        parts += [("User", question), ("Assistant", answer)]
-    return "\n\n".join(f"## {role}\n\n{text}" for role, text in parts) + "\n"
-
-
 class LocalOnly:
     """ASGI middleware that lets the page load from, and send to, its own server alone, whatever an answer holds."""
 
@@ -743,11 +313,6 @@ class LocalOnly:
             await send(message)
 
         await self._app(scope, receive, guarded if scope["type"] == "http" else send)
-
-
-def spoken(language: str | None) -> dict[str, dict[str, str]]:
-    """What the page says, by the browser's language; with a fixed language, the same to all."""
-    return {browser: WORDS[language or browser] for browser in WORDS}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -788,6 +353,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def build_app(args: argparse.Namespace) -> FastAPI:
     """The page as an ASGI application."""
+    style, script = (files("qwen_vllm.webui").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.page = Page(args.server_url, args.api_key, args.title, args.lang, Line(args.concurrency, args.queue))
     app.add_middleware(LocalOnly)
@@ -805,8 +371,8 @@ def build_app(args: argparse.Namespace) -> FastAPI:
         max_file_size="20mb",
         i18n=gr.I18n(**spoken(args.lang)),
         theme=THEME,
-        css=CSS,
-        head=f"<script>const WORDS = {json.dumps(spoken(args.lang))};\n{SCRIPT}</script>",
+        css=style,
+        head=f"<script>const WORDS = {json.dumps(spoken(args.lang))};\n{script}</script>",
     )
 
 

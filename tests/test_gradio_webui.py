@@ -13,25 +13,11 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from gradio_webui import (
-    WORDS,
-    Line,
-    Page,
-    answer_messages,
-    as_json,
-    as_markdown,
-    as_text,
-    begin,
-    build_app,
-    main,
-    parse_args,
-    remark,
-    sampling_of,
-    text_of,
-    turns,
-    with_images,
-)
+from gradio_webui import Page, begin, build_app, main, parse_args, sampling_of
 from qwen_vllm.protocol import ChatError, ChatRequest, Sampling, validated
+from qwen_vllm.webui.answering import Line, answer_messages, remark
+from qwen_vllm.webui.conversation import as_json, as_markdown, as_text, text_of, turns, with_images
+from qwen_vllm.webui.words import WORDS
 from tests.support.scripted_server import LAST, Server, line
 
 UNSET = [""] * len(Sampling.model_fields)

@@ -17,8 +17,10 @@ import pytest
 import requests
 from PIL import Image
 
-from gradio_webui import Line, Page, text_of
+from gradio_webui import Page
 from qwen_vllm.protocol import ChatError, ChatResult, Question, Sampling
+from qwen_vllm.webui.answering import Line
+from qwen_vllm.webui.conversation import text_of
 from qwen_vllm.with_server import running_server
 from tests.support.tiny_checkpoints import write_vision_model
 from vllm_client import openai_messages, server_info, stream_chat, stream_messages

@@ -25,8 +25,10 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.expected_conditions import alert_is_present
 from selenium.webdriver.support.ui import WebDriverWait
 
-from gradio_webui import MARK, Line, Page, PageServer, build_app, parse_args, text_of
+from gradio_webui import Page, PageServer, build_app, parse_args
 from qwen_vllm.protocol import Sampling
+from qwen_vllm.webui.answering import Line
+from qwen_vllm.webui.conversation import MARK, text_of
 from tests.conftest import KEY
 from tests.support.probes import unfinished
 from tests.support.scripted_server import LAST, Server, line, scripted

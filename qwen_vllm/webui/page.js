@@ -1,0 +1,72 @@
+const words = Object.entries(WORDS).find(([language]) => navigator.language.startsWith(language))?.[1] ?? WORDS.en;
+
+// A chat is kept under its id: its messages, and apart from them what the list shows, so that listing stays cheap.
+const chats = {
+  key: (id) => `qwen-vllm/chat/${id}`,
+  card: (id) => `qwen-vllm/card/${id}`,
+
+  list(open) {
+    const cards = Object.keys(localStorage).filter((key) => key.startsWith(chats.card("")))
+      .map((key) => JSON.parse(localStorage[key])).sort((a, b) => b.saved - a.saved);
+    return {__type__: "update", choices: cards.map(({title, id}) => [title, id]), value: open};
+  },
+  open(id) {
+    sessionStorage["qwen-vllm/open"] = id;
+    if (innerWidth < 768) document.querySelector("#chats.open .toggle-button")?.click();  // it covers a phone's page
+    return [id, JSON.parse(localStorage[chats.key(id)] ?? "[]"), "", chats.list(id)];
+  },
+  fresh: () => chats.open(Date.now().toString(36) + Math.random().toString(36).slice(2)),
+  remove(id) {
+    if (!confirm(words.delete_sure)) return [];
+    chats.forget(id);
+    return chats.fresh();
+  },
+  forget(id) {
+    localStorage.removeItem(chats.key(id));
+    localStorage.removeItem(chats.card(id));
+  },
+
+  save(id, messages) {
+    const key = chats.key(id), text = JSON.stringify(messages), open = sessionStorage["qwen-vllm/open"];
+    if (!open) return [];
+    if (!messages?.length) chats.forget(id);
+    else if (localStorage[key] !== text) {
+      const question = written(messages[0].content.map((part) => part.text ?? "").join(" ")).trim();
+      const card = {id, title: question.slice(0, 60) || "🖼", saved: Date.now()};
+      try {
+        localStorage[key] = text;
+        localStorage[chats.card(id)] = JSON.stringify(card);
+      } catch {
+        if (!chats.warned) alert(words.storage_full);
+        chats.warned = true;
+      }
+    }
+    // A last piece of an answer may come when another chat has been opened: that one is what stays on the page.
+    return id === open ? [undefined, undefined, undefined, chats.list(id)] : chats.open(open);
+  },
+
+  keepSettings: (...settings) => { localStorage["qwen-vllm/settings"] = JSON.stringify(settings); },
+  restore(...settings) {
+    const open = sessionStorage["qwen-vllm/open"], kept = JSON.parse(localStorage["qwen-vllm/settings"] ?? "[]");
+    const shown = open ? chats.open(open) : chats.fresh();
+    return [...shown, ...settings.map((setting, n) => kept[n] ?? setting)];
+  },
+  download(name, text) {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text]));
+    link.download = name;
+    link.click();
+    URL.revokeObjectURL(link.href);
+  },
+};
+
+// What is copied is what was written, without the marks that keep its HTML from being rendered.
+const written = (text) => text.replaceAll("\u2060", "");
+const clipboard = navigator.clipboard, copy = clipboard?.writeText.bind(clipboard);
+if (copy) clipboard.writeText = (text) => copy(written(text));
+addEventListener("copy", (event) => {
+  const text = String(getSelection());
+  if (text === written(text)) return;
+  event.clipboardData.setData("text/plain", written(text));
+  event.preventDefault();
+});

@@ -1,4 +1,4 @@
-"""The chat in a browser, for many people at once.
+"""Serves a page to chat in the browser, for many people at once.
 
 python gradio_webui.py --server-url http://127.0.0.1:8000
 """
@@ -7,15 +7,12 @@ import argparse
 import asyncio
 import html
 import json
-import math
 import os
 import socket
 import sys
-from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from importlib.resources import files
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,210 +21,68 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Part, Sampling, ServerInfo, validated
-from qwen_vllm.retry import retry_delay
-from qwen_vllm.webui.answering import Line, Notice, Reply, _pump
-from qwen_vllm.webui.conversation import Messages, _said, as_json, as_markdown, text_of, turns, with_images
-from qwen_vllm.webui.words import WORDS, spoken
-from vllm_client import DEFAULT_URL, server_info_async, stream_chat_async, stream_messages_async
+from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling, ServerInfo
+from qwen_vllm.webui.answering import AnswerStreams, Reply, WaitingLine
+from qwen_vllm.webui.conversation import Messages, as_json, as_markdown, text_message, text_of
+from qwen_vllm.webui.words import WORDS, words_for
+from vllm_client import DEFAULT_URL, server_info_async
 
 REDRAW = 0.05
-"""Seconds between two drawings of an answer that grows."""
+"""Seconds between two drawings of a growing answer."""
 CLOSE_TIMEOUT = 5
 """Seconds that open connections have when the page's server ends."""
-
-LATEX = [
-    {"left": "$$", "right": "$$", "display": True},
-    {"left": "\\[", "right": "\\]", "display": True},
-    {"left": "\\(", "right": "\\)", "display": False},
-    {"left": "$", "right": "$", "display": False},
+LATEX: list[dict[str, str | bool]] = [
+    {"left": left, "right": right, "display": display}
+    for left, right, display in (("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$", "$", False))
 ]
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+BUSY_BOX: dict[str, Any] = {"interactive": False, "submit_btn": False, "stop_btn": True}
+UNQUEUED: dict[str, Any] = {"queue": False, "api_visibility": "private"}
 
 
-class Page:
-    """The page's side of all conversations: asks the server at `url`, and keeps nothing of a conversation itself."""
+class Components:
+    """The page's components, in the order in which they stand on it. Made inside `gr.Blocks`, which adds them."""
 
-    def __init__(self, url: str, api_key: str | None, title: str | None, language: str | None, line: Line) -> None:
-        self._url, self._api_key, self._title, self._language, self._line = url, api_key, title, language, line
-        self._info: ServerInfo | None = None
-        self._answering: defaultdict[str, set[asyncio.Task]] = defaultdict(set)
-        """By session: a tab's answers on their way."""
-
-    def build(self) -> gr.Blocks:
-        """The page's components, and what happens on each event."""
-        with gr.Blocks(title=self._title or "Chat", analytics_enabled=False, fill_height=True) as page:
-            self._lay_out(gr.I18n(**spoken(self._language)))
-            self._connect(page)
-        page.max_threads = self._line.limit + 1  # by default Gradio works on 40 events at once, and hides who waits
-        return page.queue()
-
-    def _lay_out(self, say: gr.I18n) -> None:
+    def __init__(self, say: Callable[[str], Any]) -> None:
         with gr.Sidebar(elem_id="chats", open=False):
-            self._new = gr.Button(say("new"), variant="primary", elem_id="new")
-            self._earlier = gr.Radio([], label=say("earlier"), elem_id="earlier")
+            self.new = gr.Button(say("new"), variant="primary", elem_id="new")
+            self.earlier = gr.Radio([], label=say("earlier"), elem_id="earlier")
             with gr.Row():
-                self._to_markdown = gr.Button(say("as_markdown"), size="sm", elem_id="to-markdown")
-                self._to_json = gr.Button(say("as_json"), size="sm", elem_id="to-json")
-            self._delete = gr.Button(say("delete"), size="sm", elem_id="delete")
+                self.to_markdown = gr.Button(say("as_markdown"), size="sm", elem_id="to-markdown")
+                self.to_json = gr.Button(say("as_json"), size="sm", elem_id="to-json")
+            self.delete = gr.Button(say("delete"), size="sm", elem_id="delete")
         with gr.Sidebar(elem_id="settings", position="right", open=False):
-            self._settings = [
-                gr.Textbox(DEFAULT_SYSTEM, label=say("system"), lines=3, elem_id="system"),
-                *(_field(name, say) for name in Sampling.model_fields),
-            ]
-        self._heading = gr.HTML(elem_id="heading")
-        self._chat_id = gr.Textbox(visible="hidden", elem_id="chat-id")
-        self._exported = gr.Textbox(visible="hidden")
-        self._chat = gr.Chatbot(
+            self.system = gr.Textbox(DEFAULT_SYSTEM, label=say("system"), lines=3, elem_id="system")
+            self.sampling = [_field(name, say) for name in Sampling.model_fields]
+        self.heading = gr.HTML(elem_id="heading")
+        self.chat_id = gr.Textbox(visible="hidden", elem_id="chat-id")
+        self.exported = gr.Textbox(visible="hidden")
+        self.chat = gr.Chatbot(
             show_label=False,
             elem_id="chat",
             scale=1,
             editable="user",
             buttons=["copy"],
             feedback_options=None,
-            group_consecutive_messages=False,  # so that an answer is copied without the thoughts before it
+            group_consecutive_messages=False,  # an answer is copied without the reasoning before it
             placeholder=say("welcome"),
             latex_delimiters=LATEX,
         )
-        self._figures = gr.Markdown(elem_id="figures")
-        self._box = gr.MultimodalTextbox(
+        self.figures = gr.Markdown(elem_id="figures")
+        self.box = gr.MultimodalTextbox(
             show_label=False,
             elem_id="box",
             placeholder=say("ask"),
             sources=[],
             file_types=["image"],
             file_count="multiple",
-            max_plain_text_length=10**9,  # or a long paste becomes a file
+            max_plain_text_length=10**9,  # a long paste stays text; by default Gradio makes a file of it
             autofocus=True,
         )
 
-    def _connect(self, page: gr.Blocks) -> None:
-        here, direct = [self._chat_id, self._chat], {"queue": False, "api_visibility": "private"}
-        page.load(self.greet, None, [self._heading, self._box, *self._settings[1:]], **direct).then(
-            js="() => { document.title = document.querySelector('#heading').textContent.trim(); }"
-        )
-        page.load(
-            js="chats.restore", inputs=self._settings, outputs=[*here, self._figures, self._earlier, *self._settings]
-        )
-        page.unload(self.stop)
-        self._chat.change(js="chats.save", inputs=here, outputs=[*here, self._figures, self._earlier])
-        gr.on([setting.change for setting in self._settings], js="chats.keepSettings", inputs=self._settings)
 
-        starts = [
-            self._box.submit(begin, [self._box, self._chat], [self._box, self._chat], **direct),
-            self._chat.retry(retry, self._chat, [self._box, self._chat], **direct),
-            self._chat.edit(edit, self._chat, [self._box, self._chat], **direct),
-        ]
-        for start in starts:
-            start.then(
-                self.answer,
-                [*here, *self._settings],
-                [*here, self._figures],
-                concurrency_limit=None,  # `Line` has the bounds, and tells people their places
-                show_progress="hidden",
-                api_visibility="private",
-            ).then(ready, None, self._box, **direct).then(js="() => document.querySelector('#box textarea').focus()")
-        self._box.stop(self.stop, **direct)
-        self._chat.undo(undo, self._chat, [self._box, self._chat], **direct)
-
-        shown = [*here, self._figures, self._earlier]
-        self._new.click(self.stop, **direct).then(js="chats.fresh", outputs=shown)
-        self._earlier.input(self.stop, **direct).then(js="chats.open", inputs=self._earlier, outputs=shown)
-        self._delete.click(self.stop, **direct).then(js="chats.remove", inputs=self._chat_id, outputs=shown)
-        for button, name, export in (
-            (self._to_markdown, "chat.md", as_markdown),
-            (self._to_json, "chat.json", as_json),
-        ):
-            button.click(export, [self._chat, self._settings[0]], self._exported, **direct).then(
-                js=f"(text) => chats.download('{name}', text)", inputs=self._exported
-            )
-
-    async def greet(self) -> list[Any]:
-        """What the server tells of itself as the page opens: its model's name, images or not, its defaults."""
-        try:
-            self._info = await server_info_async(self._url, self._api_key)
-        except ChatError:
-            self._info = None
-        info = self._info or ServerInfo([])
-        title = self._title or next(iter(info.models), "Chat")
-        fields = [_default_shown(name, info) for name in Sampling.model_fields]
-        box = gr.update(sources=["upload"] if info.images else [])
-        return [f"<h1>{html.escape(title)}</h1>", box, *fields]
-
-    async def stop(self, request: gr.Request) -> None:
-        """Stops the answers to this tab, in the engine too."""
-        for pump in self._answering.get(request.session_hash, ()):
-            pump.cancel()
-
-    def close(self) -> None:
-        """Stops all answers."""
-        for pump in set().union(*self._answering.values()):
-            pump.cancel()
-
-    async def answer(
-        self, chat_id: str, messages: Messages, request: gr.Request, system: str, *sampling: str
-    ) -> AsyncIterator[tuple[str, Messages, str]]:
-        """Answers the question that the conversation ends with.
-
-        Yields the chat's id, so that a late piece never ends up in another chat; the conversation as it grows; figures.
-        """
-        if not messages or messages[-1]["role"] != "user":
-            return
-        reply, arrived = Reply(self._words(request), self._info.context if self._info else None), asyncio.Queue()
-        pump = asyncio.create_task(_pump(self._parts(messages, system, sampling, reply.words), arrived))
-        self._answering[request.session_hash].add(pump)
-        try:
-            while not reply.ended:
-                reply.add(*await arrived.get())
-                while not arrived.empty():
-                    reply.add(*arrived.get_nowait())
-                yield chat_id, [*messages, *reply.messages()], reply.figures()
-                await asyncio.sleep(REDRAW)
-        finally:
-            pump.cancel()
-            self._answering[request.session_hash].discard(pump)
-            if not self._answering[request.session_hash]:
-                del self._answering[request.session_hash]
-
-    async def _parts(
-        self, messages: Messages, system: str, sampling: Sequence[str], words: dict[str, str]
-    ) -> AsyncIterator[Notice | Part]:
-        """The answer's parts; before them notices, while one stands in line or the server is busy."""
-        wanted = sampling_of(sampling)
-        with self._line.ticket() as ticket:
-            async for place in self._line.places(ticket):
-                yield Notice(words["place"].format(place=place))
-            for attempt in count(1):
-                try:
-                    async with aclosing(self._ask(messages, system, wanted)) as parts:
-                        async for part in parts:
-                            yield part
-                    return
-                except ChatError as error:
-                    delay = retry_delay(error, attempt)
-                    if delay is None:
-                        raise
-                for seconds in range(math.ceil(delay), 0, -1):
-                    yield Notice(words["busy"].format(seconds=seconds))
-                    await asyncio.sleep(1)
-
-    def _ask(self, messages: Messages, system: str, sampling: Sampling) -> AsyncIterator[Part]:
-        if any(part["type"] == "file" for message in messages for part in message["content"]):
-            asked = [{"role": "system", "content": system}, *with_images(messages)]
-            return stream_messages_async(self._url, asked, sampling, self._api_key)
-        return stream_chat_async(
-            self._url, text_of(messages[-1]), turns(messages[:-1]), system, sampling, self._api_key
-        )
-
-    def _words(self, request: gr.Request) -> dict[str, str]:
-        """What to say to who asks: in the language of the page, or else of the browser."""
-        language = self._language or request.headers.get("accept-language", "")
-        return WORDS["zh" if language.lower().startswith("zh") else "en"]
-
-
-def _field(name: str, say: gr.I18n) -> gr.components.Component:
-    """The field of the settings for one sampling parameter; empty, it leaves the value to the server."""
-    look = {"label": name, "info": say(f"{name}_info"), "elem_id": name}
+def _field(name: str, say: Callable[[str], Any]) -> gr.components.Component:
+    """Return the settings' field for a sampling parameter. An empty field leaves the value to the server."""
+    look: dict[str, Any] = {"label": name, "info": say(f"{name}_info"), "elem_id": name}
     match name:
         case "stop":
             return gr.Textbox(lines=2, **look)
@@ -239,67 +94,131 @@ def _field(name: str, say: gr.I18n) -> gr.components.Component:
 
 
 def _default_shown(name: str, info: ServerInfo) -> dict[str, Any]:
-    """The field's update that shows what the server does where the field is empty."""
+    """Return the update of a field that shows what the server does where the field is empty."""
     if name == "model":
         return gr.update(choices=info.models, visible=len(info.models) > 1)
     return gr.update(placeholder=str(info.defaults[name])) if name in info.defaults else gr.skip()
 
 
-def sampling_of(values: Sequence[Any]) -> Sampling:
-    """The sampling parameters from the fields of the settings, in the protocol's order.
+class Page:
+    """The page in front of the model server at `url`. It keeps nothing of a conversation itself."""
 
-    Raises:
-        ChatError: naming the parameter whose value is not allowed.
-    """
-    filled = {name: value for name, value in zip(Sampling.model_fields, values, strict=True) if value}
-    return validated(Sampling, {name: _parsed(name, value) for name, value in filled.items()})
+    def __init__(
+        self, url: str, api_key: str | None, title: str | None, language: str | None, line: WaitingLine
+    ) -> None:
+        self._url, self._api_key, self._title, self._language = url, api_key, title, language
+        self.streams = AnswerStreams(url, api_key, line)
+        self._info: ServerInfo | None = None
 
+    def build(self) -> gr.Blocks:
+        """Return the page's components, with what happens on each event."""
+        with gr.Blocks(title=self._title or "Chat", analytics_enabled=False, fill_height=True) as page:
+            self._connect(page, Components(gr.I18n(**words_for(self._language))))
+        page.max_threads = (
+            self.streams.line.limit + 1
+        )  # by default Gradio works on 40 events at once, and hides who waits
+        return page.queue()
 
-def _parsed(name: str, value: str) -> Any:
-    match name:
-        case "model":
-            return value
-        case "stop":
-            return [word for word in value.splitlines() if word]
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value  # which the protocol refuses in plain words
+    def _connect(self, page: gr.Blocks, on: Components) -> None:
+        here, settings, asking = [on.chat_id, on.chat], [on.system, *on.sampling], [on.box, on.chat]
+        shown = [*here, on.figures, on.earlier]
+        page.load(self.greet, None, [on.heading, on.box, *on.sampling], **UNQUEUED).then(js="showTitle")
+        page.load(js="chats.restore", inputs=settings, outputs=[*shown, *settings])
+        page.unload(self.stop)
+        on.chat.change(js="chats.save", inputs=here, outputs=shown)
+        gr.on([setting.change for setting in settings], js="chats.keepSettings", inputs=settings)
 
+        for start in (
+            on.box.submit(begin, asking, asking, **UNQUEUED),
+            on.chat.retry(retry, on.chat, asking, **UNQUEUED),
+            on.chat.edit(edit, on.chat, asking, **UNQUEUED),
+        ):
+            start.then(
+                self.answer,
+                [*here, *settings],
+                [*here, on.figures],
+                concurrency_limit=None,  # `WaitingLine` has the bounds, and tells people their places
+                show_progress="hidden",
+                api_visibility="private",
+            ).then(ready, None, on.box, **UNQUEUED).then(js="focusBox")
+        on.box.stop(self.stop, **UNQUEUED)
+        on.chat.undo(undo, on.chat, asking, **UNQUEUED)
 
-BUSY_BOX = {"interactive": False, "submit_btn": False, "stop_btn": True}
+        on.new.click(self.stop, **UNQUEUED).then(js="chats.fresh", outputs=shown)
+        on.earlier.input(self.stop, **UNQUEUED).then(js="chats.open", inputs=on.earlier, outputs=shown)
+        on.delete.click(self.stop, **UNQUEUED).then(js="chats.remove", inputs=on.chat_id, outputs=shown)
+        for button, export, save in (
+            (on.to_markdown, as_markdown, "chats.saveMarkdown"),
+            (on.to_json, as_json, "chats.saveJson"),
+        ):
+            button.click(export, [on.chat, on.system], on.exported, **UNQUEUED).then(js=save, inputs=on.exported)
+
+    async def greet(self) -> list[Any]:
+        """Return what the server tells of itself as the page opens: its model's name, images or not, its defaults."""
+        try:
+            self._info = await server_info_async(self._url, self._api_key)
+        except ChatError:
+            self._info = None
+        info = self._info or ServerInfo([])
+        title = self._title or next(iter(info.models), "Chat")
+        fields = [_default_shown(name, info) for name in Sampling.model_fields]
+        box = gr.update(sources=["upload"] if info.images else [])
+        return [f"<h1>{html.escape(title)}</h1>", box, *fields]
+
+    async def answer(
+        self, chat_id: str, messages: Messages, request: gr.Request, system: str, *settings: str
+    ) -> AsyncIterator[tuple[str, Messages, str]]:
+        """Answer the question that the conversation ends with.
+
+        Yields the chat's id, so that a late piece never ends up in another chat; the conversation as it grows; figures.
+        """
+        if not messages or messages[-1]["role"] != "user":
+            return
+        language = self._language or request.headers.get("accept-language", "")
+        words = WORDS["zh" if language.lower().startswith("zh") else "en"]
+        reply = Reply(words, self._info.context if self._info else None)
+        with self.streams.grow(reply, str(request.session_hash), messages, system, settings):
+            while reply.changed.is_set() or not reply.ended:  # the end may come while this sleeps
+                await reply.changed.wait()
+                reply.changed.clear()
+                yield chat_id, [*messages, *reply.messages()], reply.figures()
+                await asyncio.sleep(REDRAW)
+
+    async def stop(self, request: gr.Request) -> None:
+        """Stop the answers to this tab, in the engine too."""
+        self.streams.stop(str(request.session_hash))
 
 
 def begin(asked: dict[str, Any], messages: Messages) -> tuple[Any, Messages]:
-    """Moves the question from the box into the conversation."""
-    text = _said("user", asked["text"])["content"] if asked["text"].strip() else []
-    content = [{"path": path} for path in asked["files"]] + text
-    question = [{"role": "user", "content": content}] if content else []
+    """Move the question from the box into the conversation."""
+    images = [{"path": path} for path in asked["files"]]
+    text = text_message("user", asked["text"])["content"] if asked["text"].strip() else []
+    question = [{"role": "user", "content": images + text}] if images or text else []
     return gr.update(value=None, **BUSY_BOX), [*messages, *question]
 
 
 def retry(messages: Messages, data: gr.RetryData) -> tuple[Any, Messages]:
-    """The conversation up to the question that is to be answered again."""
+    """Cut the conversation behind the question that is to be answered again."""
     return gr.update(**BUSY_BOX), messages[: data.index + 1]
 
 
 def edit(messages: Messages, data: gr.EditData) -> tuple[Any, Messages]:
-    """The conversation up to the question that was edited, and that as it is now."""
-    return gr.update(**BUSY_BOX), [*messages[: data.index], _said("user", data.value)]
+    """Cut the conversation behind the edited question, and put the new text there."""
+    return gr.update(**BUSY_BOX), [*messages[: data.index], text_message("user", data.value)]
 
 
 def undo(messages: Messages, data: gr.UndoData) -> tuple[Any, Messages]:
-    """Moves the last question back into the box; its answer goes."""
+    """Move the last question back into the box; drop its answer."""
     return gr.update(value={"text": text_of(messages[data.index]), "files": []}), messages[: data.index]
 
 
 def ready() -> Any:
-    """The box as it is while no answer comes."""
+    """Return the update of the box for a page that waits for a question."""
     return gr.update(interactive=True, submit_btn=True, stop_btn=False)
 
 
 class LocalOnly:
-    """ASGI middleware that lets the page load from, and send to, its own server alone, whatever an answer holds."""
+    """ASGI middleware with a policy that the browser enforces: the page talks to its own server only."""
 
     POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-action 'self'; base-uri 'self'"
 
@@ -316,7 +235,7 @@ class LocalOnly:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The program's flags; `auth` holds (user, password) pairs."""
+    """Return the program's flags. `auth` holds (user, password) pairs."""
     parser = argparse.ArgumentParser(prog="gradio_webui.py", description="Chat with a server in the browser.")
     default = os.environ.get("QWEN_URL", DEFAULT_URL)
     parser.add_argument("--server-url", default=default, help="the model server (default: %(default)s)")
@@ -351,15 +270,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def build_app(args: argparse.Namespace) -> FastAPI:
-    """The page as an ASGI application."""
+def build_app(page: Page, args: argparse.Namespace) -> FastAPI:
+    """Return the page as an ASGI application."""
     style, script = (files("qwen_vllm.webui").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
+    words = words_for(args.lang)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.page = Page(args.server_url, args.api_key, args.title, args.lang, Line(args.concurrency, args.queue))
     app.add_middleware(LocalOnly)
     return gr.mount_gradio_app(
         app,
-        app.state.page.build(),
+        page.build(),
         path="/",
         auth=args.auth or None,
         root_path=args.root_path,
@@ -369,25 +288,32 @@ def build_app(args: argparse.Namespace) -> FastAPI:
         ssr_mode=False,
         show_error=False,
         max_file_size="20mb",
-        i18n=gr.I18n(**spoken(args.lang)),
-        theme=THEME,
+        i18n=gr.I18n(**words),
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=style,
-        head=f"<script>const WORDS = {json.dumps(spoken(args.lang))};\n{script}</script>",
+        head=f"<script>const WORDS = {json.dumps(words)};\n{script}</script>",
     )
 
 
 class PageServer(uvicorn.Server):
-    """uvicorn, for the app of `build_app`. Streams to open tabs would keep it from ending: they are ended first."""
+    """uvicorn with the page. The streams to open tabs would keep it from ending, so it ends them first."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        line = WaitingLine(args.concurrency, args.queue)
+        self._page = Page(args.server_url, args.api_key, args.title, args.lang, line)
+        self._app = build_app(self._page, args)
+        tls: dict[str, Any] = {"ssl_certfile": args.ssl_certfile, "ssl_keyfile": args.ssl_keyfile}
+        super().__init__(uvicorn.Config(self._app, log_level="warning", timeout_graceful_shutdown=CLOSE_TIMEOUT, **tls))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stops the answers on their way, so that they end in order, and then the server."""
-        self.config.app.state.page.close()
-        self.config.app.routes[-1].app.stop_event.set()  # Gradio's heartbeats
+        """Stop the answers on their way, so that they end in order, then the server."""
+        self._page.streams.stop()
+        self._app.routes[-1].app.stop_event.set()  # Gradio's heartbeats
         await super().shutdown(sockets)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serves the page until Ctrl-C; returns the exit status."""
+    """Serve the page until Ctrl-C. Return the exit status."""
     args = parse_args(argv)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     try:
@@ -398,20 +324,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    config = uvicorn.Config(
-        build_app(args),
-        log_level="warning",
-        timeout_graceful_shutdown=CLOSE_TIMEOUT,
-        ssl_certfile=args.ssl_certfile,
-        ssl_keyfile=args.ssl_keyfile,
-    )
+    server = PageServer(args)
     if args.host not in ("127.0.0.1", "localhost", "::1") and not args.auth:
         print(f"Warning: {args.host} can be reached from other machines, and no --auth is set.", file=sys.stderr)
     host = f"[{args.host}]" if ":" in args.host else args.host
     scheme, port = "https" if args.ssl_certfile else "http", listener.getsockname()[1]
     print(f"The page is at {scheme}://{host}:{port}{args.root_path}  (Ctrl-C ends it)", flush=True)
-    with suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended
-        PageServer(config).run(sockets=[listener])
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again when it has ended
+        server.run(sockets=[listener])
     return 0
 
 

@@ -1,18 +1,23 @@
-"""An answer on its way to the page, and the line of those who wait for one."""
+"""Answers the questions of the page: the line in front of the model server, and the replies that grow."""
 
 import asyncio
+import json
+import math
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
-from qwen_vllm.protocol import ChatError, ChatResult, Part, Reasoning
-from qwen_vllm.webui.conversation import NO_ANSWER, Messages, _said
+from qwen_vllm.protocol import ChatError, ChatResult, Part, Reasoning, Sampling, validated
+from qwen_vllm.retry import retry_delay
+from qwen_vllm.webui.conversation import Message, Messages, openai_messages, remark, text_message, text_of, turns
+from qwen_vllm.webui.words import Words
+from vllm_client import stream_chat_async, stream_messages_async
 
 
-class Line:
-    """The people who ask: the first `at_once` of them are answered, up to `waiting` more stand in line."""
+class WaitingLine:
+    """Admits `at_once` requests; up to `waiting` more wait in order."""
 
     def __init__(self, at_once: int, waiting: int) -> None:
         self._at_once, self.limit = at_once, at_once + waiting
@@ -20,7 +25,7 @@ class Line:
 
     @contextmanager
     def ticket(self) -> Iterator[asyncio.Event]:
-        """One's place in the line; it is set when the line has moved.
+        """Hold a place in the line. The ticket is set each time the line moves.
 
         Raises:
             ChatError: the line is full.
@@ -37,48 +42,45 @@ class Line:
                 other.set()
 
     async def places(self, ticket: asyncio.Event) -> AsyncIterator[int]:
-        """How many are to be let in up to oneself, each time the line has moved; ends when it is one's turn."""
+        """Yield this ticket's position, from 1, each time the line moves. End when it is admitted."""
         while (place := self._tickets.index(ticket) - self._at_once + 1) > 0:
             yield place
             await ticket.wait()
             ticket.clear()
 
 
-@dataclass(frozen=True)
-class Notice:
-    """What a person is told who waits for an answer."""
-
-    text: str
-
-
 class Reply:
-    """An answer on its way, as the page shows it. `context`: the model's window in tokens, where it is known."""
+    """A growing answer as the page shows it. `context`: the model's context in tokens, None where it is unknown."""
 
-    def __init__(self, words: dict[str, str], context: int | None) -> None:
-        self.words, self.ended = words, False
+    def __init__(self, words: Words, context: int | None) -> None:
+        self.words, self.ended, self.changed = words, False, asyncio.Event()
         self._context, self._began = context, time.monotonic()
         self._first = self._last = 0.0
-        self._thought, self._text, self._notice = "", "", ""
+        self._reasoning, self._text, self._notice = "", "", ""
         self._end: ChatResult | ChatError | None = None
 
-    def add(self, part: Notice | Part | ChatError | None, arrived: float) -> None:
-        """Takes the next part, and when it came (by `time.monotonic`); None: there are no more."""
-        self._notice = ""
+    def notify(self, notice: str) -> None:
+        """Show a notice to the person who waits, until the next part comes."""
+        self._notice = notice
+        self.changed.set()
+
+    def add(self, part: Part | ChatError | None) -> None:
+        """Take the next part of the answer, the reason why it ended early, or None at its end."""
+        self._notice, now = "", time.monotonic()
         match part:
             case None:
                 self.ended = True
-            case Notice():
-                self._notice = part.text
             case Reasoning():
-                self._thought, self._first = self._thought + part.text, self._first or arrived
+                self._reasoning, self._first = self._reasoning + part.text, self._first or now
             case str():
-                self._text, self._first = self._text + part, self._first or arrived
+                self._text, self._first = self._text + part, self._first or now
             case _:
-                self._end, self._last = part, arrived
+                self._end, self._last = part, now
+        self.changed.set()
 
     def messages(self) -> Messages:
-        """What stands under the question now: what the model thought, its answer, a remark in its place."""
-        shown = answer_messages(self._thought, self._text, self.words, ended=self.ended)
+        """Return what stands under the question now: reasoning, the answer, a remark in its place."""
+        shown = answer_messages(self._reasoning, self._text, self.words, ended=self.ended)
         if self._notice:
             shown.append(remark(self._notice, status="pending"))
         elif isinstance(self._end, ChatError):
@@ -88,7 +90,7 @@ class Reply:
         return shown
 
     def figures(self) -> str:
-        """The line under the answer: how fast it came, and how much of the model's window the conversation takes."""
+        """Return the line under the answer: its speed, and how much of the context the conversation takes."""
         if not isinstance(self._end, ChatResult):
             return self.words["stopped"] if self.ended and not self._end else ""
         words, result = self.words, self._end
@@ -105,39 +107,97 @@ class Reply:
         return " · ".join(figures)
 
 
-async def _pump(parts: AsyncIterator[Any], arrived: asyncio.Queue) -> None:
-    """Puts the parts into the queue, each with its time, then why they ended early if they did, and None."""
-    try:
-        async with aclosing(parts):
-            async for part in parts:
-                arrived.put_nowait((part, time.monotonic()))
-    except ChatError as error:
-        arrived.put_nowait((error, time.monotonic()))
-    finally:
-        arrived.put_nowait((None, time.monotonic()))
-
-
-def answer_messages(thought: str, text: str, words: dict[str, str], ended: bool = False) -> Messages:
-    """An answer, whole or so far, as the page shows it: what the model thought folded away, then the rest."""
+def answer_messages(reasoning: str, text: str, words: Words, ended: bool = False) -> Messages:
+    """Return an answer, whole or so far, as messages: the reasoning folded, then the text."""
     messages = []
-    if thought.strip():
-        state = ("thoughts", "done") if text or ended else ("thinking", "pending")
-        metadata = {"title": words[state[0]], "status": state[1]}
-        messages.append(_said("assistant", thought.strip()) | {"metadata": metadata})
-        text = text.lstrip("\n")  # which `/v1` leaves between the two
+    if reasoning.strip():
+        status = "done" if text or ended else "pending"
+        messages.append(text_message("assistant", reasoning.strip(), title=words[f"reasoning_{status}"], status=status))
+        text = text.lstrip("\n")  # `/v1` leaves line breaks between the two
     if text:
-        messages.append(_said("assistant", text))
+        messages.append(text_message("assistant", text))
     return messages
 
 
-def remark(title: str, text: str = "", **metadata: str) -> dict[str, Any]:
-    """What stands in an answer's place: a notice (`status="pending"`), or why there is none."""
-    return _said("assistant", text) | {"metadata": {"id": NO_ANSWER, "title": title, **metadata}}
-
-
-def failure(error: ChatError, words: dict[str, str]) -> dict[str, Any]:
-    """The remark that tells a person why there is no answer, or no whole one, and what to do."""
+def failure(error: ChatError, words: Words) -> Message:
+    """Return the remark that says why there is no answer, or no whole one, and what to do."""
     text = words.get(error.type, error.message)
     if error.type in ("invalid_request", "engine_error"):
         text += f"\n\n{error.message}"
     return remark(words["no_answer"], text)
+
+
+def sampling_of(settings: Sequence[str]) -> Sampling:
+    """Return the sampling parameters from the page's fields, which are in the protocol's order.
+
+    Raises:
+        ChatError: naming the parameter whose value is not allowed.
+    """
+    filled = {name: value for name, value in zip(Sampling.model_fields, settings, strict=True) if value}
+    return validated(Sampling, {name: _parsed(name, value) for name, value in filled.items()})
+
+
+def _parsed(name: str, value: str) -> Any:
+    if name == "stop":
+        return [word for word in value.splitlines() if word]
+    try:
+        return value if name == "model" else json.loads(value)
+    except ValueError:
+        return value  # the protocol refuses it and says why
+
+
+class AnswerStreams:
+    """The answers that stream to the page's tabs. Each comes from the model server at `url`, in turn by `line`."""
+
+    def __init__(self, url: str, api_key: str | None, line: WaitingLine) -> None:
+        self._url, self._api_key, self.line = url, api_key, line
+        self._readers: dict[asyncio.Task[None], str] = {}
+        """The tasks that read answers from the server, each with its tab."""
+
+    @contextmanager
+    def grow(self, reply: Reply, tab: str, messages: Messages, system: str, settings: Sequence[str]) -> Iterator[None]:
+        """Let the reply grow with the answer to the conversation's last question; stop where the block is left."""
+        reader = asyncio.create_task(self._read(reply, messages, system, settings))
+        reader.add_done_callback(lambda _: reply.add(None))
+        self._readers[reader] = tab
+        try:
+            yield
+        finally:
+            reader.cancel()
+            del self._readers[reader]
+
+    def stop(self, tab: str | None = None) -> None:
+        """Stop the answers to one tab, or to all tabs, in the engine too."""
+        for reader, owner in self._readers.items():
+            if tab in (None, owner):
+                reader.cancel()
+
+    async def _read(self, reply: Reply, messages: Messages, system: str, settings: Sequence[str]) -> None:
+        """Wait in line, ask, and ask again while the server is busy."""
+        try:
+            sampling = sampling_of(settings)
+            with self.line.ticket() as ticket:
+                async for place in self.line.places(ticket):
+                    reply.notify(reply.words["place"].format(place=place))
+                for attempt in count(1):
+                    try:
+                        async with aclosing(self._ask(messages, system, sampling)) as parts:
+                            async for part in parts:
+                                reply.add(part)
+                        return
+                    except ChatError as error:
+                        delay = retry_delay(error, attempt)
+                        if delay is None:
+                            raise
+                    for seconds in range(math.ceil(delay), 0, -1):
+                        reply.notify(reply.words["busy"].format(seconds=seconds))
+                        await asyncio.sleep(1)
+        except ChatError as error:
+            reply.add(error)
+
+    def _ask(self, messages: Messages, system: str, sampling: Sampling) -> AsyncGenerator[Part, None]:
+        *earlier, question = messages
+        if any(part["type"] == "file" for message in messages for part in message["content"]):
+            asked = [{"role": "system", "content": system}, *openai_messages(messages)]
+            return stream_messages_async(self._url, asked, sampling, self._api_key)
+        return stream_chat_async(self._url, text_of(question), turns(earlier), system, sampling, self._api_key)

@@ -1,4 +1,4 @@
-"""A conversation as Gradio holds it, as the server is asked, and as a file."""
+"""Converts a conversation: Gradio's messages, the turns that the server takes, files to save."""
 
 import base64
 import json
@@ -12,47 +12,54 @@ from gradio.utils import get_upload_folder
 
 from qwen_vllm.protocol import Turn
 
-Messages = list[dict[str, Any]]
-"""A conversation as Gradio's chatbot holds it: `{"role", "content": [{"type", "text" or "file"}], "metadata"}`. What
-has a title in its metadata is no part of the conversation: thoughts, folded away, and why there is no answer."""
+Message = dict[str, Any]
+"""One message of Gradio's chatbot: `{"role", "content": [{"type", "text" or "file"}], "metadata"}`. A message with a
+title in its metadata is folded and no part of the conversation: reasoning, or a remark on why there is no answer."""
+Messages = list[Message]
 
-NO_ANSWER = "no-answer"
-"""The `id` in the metadata of a message that stands where an answer would."""
-MARK = "\u2060"
-"""An invisible character; behind a `<` it keeps Markdown from taking what follows for HTML."""
-TAG = re.compile(r"<(?!(?:br ?/?|/?su[bp])>)(?=[a-zA-Z/!?])")
-"""The `<` of HTML, but for line breaks, sub- and superscript, which models write in tables."""
+REMARK = "no-answer"
+"""The `id` in the metadata of a remark."""
+WORD_JOINER = "\u2060"
+"""An invisible character. Behind a `<` it keeps Markdown from reading an HTML tag."""
+HTML_TAG = re.compile(r"<(?!(?:br ?/?|/?su[bp])>)(?=[a-zA-Z/!?])")
+"""The `<` of an HTML tag, except line breaks, sub- and superscript: models write those in tables."""
 CODE = re.compile(r"(```.*?(?:```|\Z)|(?<!\\)`[^`\n]*`)", re.DOTALL)
 
 
-def is_folded(message: dict[str, Any]) -> bool:
-    """Whether a message is no part of the conversation."""
+def text_message(role: str, text: str, **metadata: str) -> Message:
+    """Return a message of the chatbot that shows `text`."""
+    return {"role": role, "content": [{"type": "text", "text": as_text(text)}], "metadata": metadata or None}
+
+
+def remark(title: str, text: str = "", **metadata: str) -> Message:
+    """Return what stands in an answer's place: a notice (`status="pending"`), or why there is no answer."""
+    return text_message("assistant", text, id=REMARK, title=title, **metadata)
+
+
+def is_remark(message: Message) -> bool:
+    """Tell whether a message stands in an answer's place."""
+    return (message.get("metadata") or {}).get("id") == REMARK
+
+
+def is_folded(message: Message) -> bool:
+    """Tell whether a message is no part of the conversation."""
     return bool((message.get("metadata") or {}).get("title"))
 
 
-def is_remark(message: dict[str, Any]) -> bool:
-    """Whether a message stands in an answer's place."""
-    return (message.get("metadata") or {}).get("id") == NO_ANSWER
-
-
-def text_of(message: dict[str, Any]) -> str:
-    """A message's text as it was written, without its images."""
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text").replace(MARK, "")
-
-
-def _said(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "text", "text": as_text(text)}]}
-
-
 def as_text(text: str) -> str:
-    """Markdown whose HTML shows as it is written: only line breaks, sub- and superscript are rendered."""
-    pieces = CODE.split(text)  # by turns text and code, which shows as it is anyhow
-    pieces[::2] = [TAG.sub(f"<{MARK}", piece) for piece in pieces[::2]]
+    """Return Markdown that shows HTML as it is written. Line breaks, sub- and superscript are still rendered."""
+    pieces = CODE.split(text)  # text and code in turns; Markdown shows the HTML in code as it is
+    pieces[::2] = [HTML_TAG.sub(f"<{WORD_JOINER}", piece) for piece in pieces[::2]]
     return "".join(pieces)
 
 
-def finished(messages: Messages) -> Iterator[tuple[dict[str, Any], str]]:
-    """The questions that were answered, each with its answer; one whose answer failed is left out."""
+def text_of(message: Message) -> str:
+    """Return a message's text as it was written, without its images."""
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text").replace(WORD_JOINER, "")
+
+
+def answered_exchanges(messages: Messages) -> Iterator[tuple[Message, str]]:
+    """Yield each question that was answered, with the answer. A question whose answer failed is left out."""
     exchanges: list[Messages] = []
     for message in messages:
         if message["role"] == "user":
@@ -66,28 +73,28 @@ def finished(messages: Messages) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def turns(messages: Messages) -> list[Turn]:
-    """A conversation as the server wants its history: without thoughts, without turns that failed."""
-    return [(text_of(question), answer) for question, answer in finished(messages)]
+    """Return the history that `/chat` takes, without reasoning and without failed turns."""
+    return [(text_of(question), answer) for question, answer in answered_exchanges(messages)]
 
 
-def with_images(messages: Messages) -> list[dict[str, Any]]:
-    """A conversation that ends with a question, in OpenAI's form, its images as data."""
-    asked = []
-    for question, answer in finished(messages[:-1]):
-        asked += [{"role": "user", "content": _parts_of(question)}, {"role": "assistant", "content": answer}]
-    return [*asked, {"role": "user", "content": _parts_of(messages[-1])}]
+def openai_messages(messages: Messages) -> list[dict[str, Any]]:
+    """Return a conversation that ends with a question in OpenAI's form, its images as data URLs."""
+    asked: list[dict[str, Any]] = []
+    for question, answer in answered_exchanges(messages[:-1]):
+        asked += [{"role": "user", "content": _openai_parts(question)}, {"role": "assistant", "content": answer}]
+    return [*asked, {"role": "user", "content": _openai_parts(messages[-1])}]
 
 
-def _parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+def _openai_parts(message: Message) -> list[dict[str, Any]]:
     return [
-        {"type": "text", "text": text_of(message)} if part["type"] == "text" else _image(Path(part["file"]["path"]))
+        {"type": "text", "text": text_of(message)} if part["type"] == "text" else _image_part(part["file"]["path"])
         for part in message["content"]
     ]
 
 
-def _image(file: Path) -> dict[str, Any]:
-    """An uploaded image as data. The path comes from the browser: it must not lead to any other file."""
-    kind = mimetypes.guess_type(file)[0] or ""
+def _image_part(path: str) -> dict[str, Any]:
+    """Read an uploaded image. The browser names the path: it must not lead out of the folder of uploads."""
+    file, kind = Path(path), mimetypes.guess_type(path)[0] or ""
     uploads = Path(get_upload_folder()).resolve()
     if not (file.resolve().is_relative_to(uploads) and file.is_file() and kind.startswith("image/")):
         return {"type": "text", "text": "(an image that is not kept any more)"}
@@ -96,17 +103,18 @@ def _image(file: Path) -> dict[str, Any]:
 
 
 def as_json(messages: Messages, system: str) -> str:
-    """A chat as the terminals' /load takes it."""
-    saved = {"system": system, "history": turns(messages)}
+    """Return a chat as a JSON file that /load of the terminals' chat takes."""
+    exchanges = answered_exchanges(messages)
     images = [
-        [part["image_url"]["url"] for part in _parts_of(asked) if part["type"] == "image_url"]
-        for asked, _ in finished(messages)
+        [part["image_url"]["url"] for part in _openai_parts(question) if part["type"] == "image_url"]
+        for question, _ in exchanges
     ]
-    return json.dumps(saved | ({"images": images} if any(images) else {}), ensure_ascii=False, indent=1)
+    saved = {"system": system, "history": turns(messages)} | ({"images": images} if any(images) else {})
+    return json.dumps(saved, ensure_ascii=False, indent=1)
 
 
 def as_markdown(messages: Messages, system: str) -> str:
-    """A chat to read."""
+    """Return a chat as a Markdown file to read."""
     parts = [("System", system)]
     for question, answer in turns(messages):
         parts += [("User", question), ("Assistant", answer)]

@@ -1,6 +1,8 @@
+// The page's own script. WORDS (what the page says, by language) is set before it.
 const words = Object.entries(WORDS).find(([language]) => navigator.language.startsWith(language))?.[1] ?? WORDS.en;
 
-// A chat is kept under its id: its messages, and apart from them what the list shows, so that listing stays cheap.
+// Chats are kept in the browser under their ids: the messages, and apart from them a card for the list.
+// So the list opens without parsing the messages. What the functions return goes to Gradio's components.
 const chats = {
   key: (id) => `qwen-vllm/chat/${id}`,
   card: (id) => `qwen-vllm/card/${id}`,
@@ -21,10 +23,7 @@ const chats = {
     chats.forget(id);
     return chats.fresh();
   },
-  forget(id) {
-    localStorage.removeItem(chats.key(id));
-    localStorage.removeItem(chats.card(id));
-  },
+  forget: (id) => [chats.key(id), chats.card(id)].forEach((key) => localStorage.removeItem(key)),
 
   save(id, messages) {
     const key = chats.key(id), text = JSON.stringify(messages), open = sessionStorage["qwen-vllm/open"];
@@ -41,7 +40,7 @@ const chats = {
         chats.warned = true;
       }
     }
-    // A last piece of an answer may come when another chat has been opened: that one is what stays on the page.
+    // The last piece of an answer may come after another chat was opened: then the opened one stays on the page.
     return id === open ? [undefined, undefined, undefined, chats.list(id)] : chats.open(open);
   },
 
@@ -51,6 +50,8 @@ const chats = {
     const shown = open ? chats.open(open) : chats.fresh();
     return [...shown, ...settings.map((setting, n) => kept[n] ?? setting)];
   },
+  saveMarkdown: (text) => chats.download("chat.md", text),
+  saveJson: (text) => chats.download("chat.json", text),
   download(name, text) {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([text]));
@@ -60,7 +61,10 @@ const chats = {
   },
 };
 
-// What is copied is what was written, without the marks that keep its HTML from being rendered.
+const showTitle = () => { document.title = document.querySelector("#heading").textContent.trim(); };
+const focusBox = () => document.querySelector("#box textarea").focus();
+
+// Copies hold what was written, without the word joiners that keep its HTML from being rendered.
 const written = (text) => text.replaceAll("\u2060", "");
 const clipboard = navigator.clipboard, copy = clipboard?.writeText.bind(clipboard);
 if (copy) clipboard.writeText = (text) => copy(written(text));
@@ -70,3 +74,5 @@ addEventListener("copy", (event) => {
   event.clipboardData.setData("text/plain", written(text));
   event.preventDefault();
 });
+
+Object.assign(window, {chats, showTitle, focusBox});  // the page's events call these by name

@@ -1,9 +1,13 @@
-"""All that the page says, in two languages."""
+"""All the words of the page, in two languages."""
 
 from qwen_vllm.protocol import Sampling
 
-WORDS = {
-    "en": {
+Words = dict[str, str]
+"""What the page says in one language, by key."""
+
+WORDS: dict[str, Words] = {
+    "en": {f"{name}_info": field.description or "" for name, field in Sampling.model_fields.items()}
+    | {
         "new": "New chat",
         "earlier": "Earlier chats, kept in this browser",
         "as_markdown": "Save as Markdown",
@@ -11,7 +15,6 @@ WORDS = {
         "delete": "Delete this chat",
         "delete_sure": "Delete this chat for good?",
         "storage_full": "The browser's storage is full, so this chat is no longer kept: export it, or delete others.",
-        "settings": "Settings",
         "system": "System prompt",
         "default": "the model's default",
         "on": "on",
@@ -19,8 +22,8 @@ WORDS = {
         "stop_info": "words that end the answer, one a line",
         "ask": "Ask something (Shift-Enter: new line)",
         "welcome": "What would you like to know?",
-        "thinking": "Thinking …",
-        "thoughts": "Thoughts",
+        "reasoning_pending": "Thinking …",
+        "reasoning_done": "Thoughts",
         "stopped": "stopped",
         "stopped_early": "Stopped before the answer began.",
         "empty_answer": "The model ended its answer without a word.",
@@ -49,7 +52,6 @@ WORDS = {
         "delete": "删除此对话",
         "delete_sure": "确定永久删除此对话吗？",
         "storage_full": "浏览器存储空间已满，此对话不再保存：请导出，或删除其他对话。",
-        "settings": "设置",
         "system": "系统提示词",
         "default": "模型默认",
         "on": "开",
@@ -57,8 +59,8 @@ WORDS = {
         "stop_info": "遇到这些词时结束回答，每行一个",
         "ask": "请输入问题（Shift-回车换行）",
         "welcome": "想聊点什么？",
-        "thinking": "思考中……",
-        "thoughts": "思考过程",
+        "reasoning_pending": "思考中……",
+        "reasoning_done": "思考过程",
         "stopped": "已停止",
         "stopped_early": "在回答开始前已停止。",
         "empty_answer": "模型没有输出任何文字。",
@@ -90,11 +92,10 @@ WORDS = {
         "model_info": "模型或 LoRA 适配器的名字",
         "enable_thinking_info": "让能思考的模型（Qwen3）先思考",
     },
-}  # fmt: skip
-"""All that the page says. English descriptions of the sampling parameters come from the protocol."""
-WORDS["en"] = {f"{name}_info": field.description for name, field in Sampling.model_fields.items()} | WORDS["en"]
+}
+"""By language. The English descriptions of the sampling parameters come from the protocol."""
 
 
-def spoken(language: str | None) -> dict[str, dict[str, str]]:
-    """What the page says, by the browser's language; with a fixed language, the same to all."""
+def words_for(language: str | None) -> dict[str, Words]:
+    """Return the words by the browser's language; with a fixed `language`, the same words for all."""
     return {browser: WORDS[language or browser] for browser in WORDS}

@@ -19,7 +19,7 @@ from PIL import Image
 
 from gradio_webui import Page
 from qwen_vllm.protocol import ChatError, ChatResult, Question, Sampling
-from qwen_vllm.webui.answering import Line
+from qwen_vllm.webui.answering import WaitingLine
 from qwen_vllm.webui.conversation import text_of
 from qwen_vllm.with_server import running_server
 from tests.support.tiny_checkpoints import write_vision_model
@@ -106,7 +106,7 @@ def test_the_page_sends_images(url: str, tmp_path: Path, monkeypatch: pytest.Mon
     request = SimpleNamespace(session_hash="tab", headers={})
 
     async def shown() -> str:
-        page = Page(url, None, None, None, Line(1, 0))
+        page = Page(url, None, None, None, WaitingLine(1, 0))
         *_, (_, messages, _) = [part async for part in page.answer("chat", [question], request, "Be brief.", *fields)]
         return text_of(messages[-1])
 

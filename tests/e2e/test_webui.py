@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 import requests
-import uvicorn
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -25,11 +25,12 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.expected_conditions import alert_is_present
 from selenium.webdriver.support.ui import WebDriverWait
 
-from gradio_webui import Page, PageServer, build_app, parse_args
+from gradio_webui import Page, PageServer, parse_args
 from qwen_vllm.protocol import Sampling
-from qwen_vllm.webui.answering import Line
-from qwen_vllm.webui.conversation import MARK, text_of
+from qwen_vllm.webui.answering import WaitingLine
+from qwen_vllm.webui.conversation import WORD_JOINER, text_of
 from tests.conftest import KEY
+from tests.support.chat_messages import assistant, user
 from tests.support.probes import unfinished
 from tests.support.scripted_server import LAST, Server, line, scripted
 
@@ -52,7 +53,7 @@ ATTACK = """\
 def serving(*flags: str) -> Iterator[str]:
     """The page on a free port; yields its address."""
     listener = socket.create_server(("127.0.0.1", 0))
-    page = PageServer(uvicorn.Config(build_app(parse_args(flags)), log_level="warning", timeout_graceful_shutdown=5))
+    page = PageServer(parse_args(flags))
     thread = threading.Thread(target=page.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -87,7 +88,7 @@ class Tab:
     def texts(self, selector: str) -> list[str]:
         """What the elements show, without what is folded away and what is invisible."""
         script = "return [...document.querySelectorAll(arguments[0])].map((element) => element.innerText.trim())"
-        return [text.replace(MARK, "") for text in self.run(script, selector)]
+        return [text.replace(WORD_JOINER, "") for text in self.run(script, selector)]
 
     def messages(self) -> list[str]:
         return self.texts("#chat [data-testid=user], #chat [data-testid=bot]")
@@ -477,6 +478,18 @@ def test_images_are_taken_where_the_model_takes_them(server, page, person, tmp_p
     assert base64.b64decode(data) == image.read_bytes()
 
 
+def test_the_browser_knows_each_rule_of_the_style_sheet(server, page, person):
+    style = files("qwen_vllm.webui").joinpath("page.css").read_text("utf-8")
+    rules = re.findall(r"([^{}]+) {([^{}]+)}", style)
+    assert len(rules) == style.count("{") == style.count("}")
+    conditions = [f"selector({selector.strip()})" for selectors, _ in rules for selector in selectors.split(",")]
+    conditions += [
+        f"({declaration.strip()})" for _, body in rules for declaration in body.split(";") if declaration.strip()
+    ]
+    unknown = "return arguments[0].filter((condition) => !CSS.supports(condition))"
+    assert person(page).run(unknown, conditions) == []
+
+
 def test_a_phone_shows_all_of_the_page(server, page, person):
     server.play(line({"delta": "```\n" + "long " * 100 + "\n```\n" + "w" * 300}), line(LAST))
     tab = person(page)
@@ -542,7 +555,7 @@ def test_two_people_do_not_wait_for_each_other(demo_server, real_page, person):
 
 
 def test_twenty_conversations_at_once_do_not_mix(demo_server):
-    page = Page(demo_server, KEY, None, None, Line(20, 0))
+    page = Page(demo_server, KEY, None, None, WaitingLine(20, 0))
     examples = [said for n in ("48213", "99120", "30577") for said in (user(f"Repeat: {n}"), assistant(n))]
 
     async def answer(n: int) -> bool:
@@ -558,14 +571,6 @@ def test_twenty_conversations_at_once_do_not_mix(demo_server):
         return await asyncio.gather(*map(answer, range(20)))
 
     assert asyncio.run(all_answers()) == [True] * 20
-
-
-def user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": [{"type": "text", "text": text}]}
-
-
-def assistant(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
 def test_a_server_that_is_gone_is_told_and_the_chat_goes_on_when_it_is_back(person):

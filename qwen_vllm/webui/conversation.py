@@ -104,10 +104,9 @@ def _image_part(path: str) -> dict[str, Any]:
 
 def as_json(messages: Messages, system: str) -> str:
     """Return a chat as a JSON file that /load of the terminals' chat takes."""
-    exchanges = answered_exchanges(messages)
     images = [
         [part["image_url"]["url"] for part in _openai_parts(question) if part["type"] == "image_url"]
-        for question, _ in exchanges
+        for question, _ in answered_exchanges(messages)
     ]
     saved = {"system": system, "history": turns(messages)} | ({"images": images} if any(images) else {})
     return json.dumps(saved, ensure_ascii=False, indent=1)

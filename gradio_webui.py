@@ -308,7 +308,8 @@ class PageServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop the answers on their way, so that they end in order, then the server."""
         self._page.streams.stop()
-        self._app.routes[-1].app.stop_event.set()  # Gradio's heartbeats
+        mounted: Any = self._app.routes[-1]
+        mounted.app.stop_event.set()  # Gradio's heartbeats
         await super().shutdown(sockets)
 
 

@@ -1,99 +1,16 @@
-"""All the words of the page, in two languages."""
+"""All the words of the page, in two languages, from `words.json`."""
+
+import json
+from pathlib import Path
 
 from qwen_vllm.protocol import Sampling
 
 Words = dict[str, str]
 """What the page says in one language, by key."""
 
-WORDS: dict[str, Words] = {
-    "en": {f"{name}_info": field.description or "" for name, field in Sampling.model_fields.items()}
-    | {
-        "new": "New chat",
-        "earlier": "Earlier chats, kept in this browser",
-        "as_markdown": "Save as Markdown",
-        "as_json": "Save as JSON",
-        "delete": "Delete this chat",
-        "delete_sure": "Delete this chat for good?",
-        "storage_full": "The browser's storage is full, so this chat is no longer kept: export it, or delete others.",
-        "system": "System prompt",
-        "default": "the model's default",
-        "on": "on",
-        "off": "off",
-        "stop_info": "words that end the answer, one a line",
-        "ask": "Ask something (Shift-Enter: new line)",
-        "welcome": "What would you like to know?",
-        "reasoning_pending": "Thinking …",
-        "reasoning_done": "Thoughts",
-        "stopped": "stopped",
-        "stopped_early": "Stopped before the answer began.",
-        "empty_answer": "The model ended its answer without a word.",
-        "no_answer": "⚠️ No answer",
-        "place": "Many people are asking just now: you are number {place} in line.",
-        "line_full": "Too many people are asking just now. Your question is kept here: press retry in a moment.",
-        "busy": "The server is busy. Asking again in {seconds} s …",
-        "unreachable": "The model server does not answer. Nothing is lost: press retry in a moment.",
-        "incomplete": "The connection to the model server broke off. Press retry.",
-        "engine_error": "The model server could not finish this answer. Press retry in a moment.",
-        "overloaded": "The server is busy and stayed so. Your question is kept here: press retry in a moment.",
-        "unauthorized": "The model server does not accept this page's key (--api-key).",
-        "invalid_request": "The model server cannot answer this. Edit the question or the settings.",
-        "first_token": "first token {seconds:.2f} s",
-        "speed": "{speed:.1f} tokens/s",
-        "window": "{used:,} of {context:,} tokens",
-        "tokens": "{used:,} tokens",
-        "cut": "cut at the token limit",
-        "dropped": "old turns left out: {turns}",
-    },
-    "zh": {
-        "new": "新对话",
-        "earlier": "历史对话（保存在此浏览器中）",
-        "as_markdown": "导出 Markdown",
-        "as_json": "导出 JSON",
-        "delete": "删除此对话",
-        "delete_sure": "确定永久删除此对话吗？",
-        "storage_full": "浏览器存储空间已满，此对话不再保存：请导出，或删除其他对话。",
-        "system": "系统提示词",
-        "default": "模型默认",
-        "on": "开",
-        "off": "关",
-        "stop_info": "遇到这些词时结束回答，每行一个",
-        "ask": "请输入问题（Shift-回车换行）",
-        "welcome": "想聊点什么？",
-        "reasoning_pending": "思考中……",
-        "reasoning_done": "思考过程",
-        "stopped": "已停止",
-        "stopped_early": "在回答开始前已停止。",
-        "empty_answer": "模型没有输出任何文字。",
-        "no_answer": "⚠️ 没有回答",
-        "place": "现在提问的人很多：您排在第 {place} 位。",
-        "line_full": "现在提问的人太多。您的问题已保留，请稍后点击重试。",
-        "busy": "服务端繁忙，{seconds} 秒后再次提问……",
-        "unreachable": "模型服务端没有响应。对话不会丢失，请稍后点击重试。",
-        "incomplete": "与模型服务端的连接中断，请点击重试。",
-        "engine_error": "模型服务端未能完成此回答，请稍后点击重试。",
-        "overloaded": "服务端一直繁忙。您的问题已保留，请稍后点击重试。",
-        "unauthorized": "模型服务端不接受此页面的密钥（--api-key）。",
-        "invalid_request": "模型服务端无法回答，请修改问题或设置。",
-        "first_token": "首个词元 {seconds:.2f} 秒",
-        "speed": "{speed:.1f} 词元/秒",
-        "window": "已用 {used:,} / {context:,} 词元",
-        "tokens": "{used:,} 词元",
-        "cut": "达到词元上限，已截断",
-        "dropped": "略去最早的 {turns} 轮",
-        "max_tokens_info": "回答的最大词元数",
-        "temperature_info": "随机程度；0 总是选择概率最大的词元",
-        "top_p_info": "只在累计概率达到此值的词元中采样",
-        "top_k_info": "只在概率最大的这些词元中采样；0 或 -1 为全部",
-        "min_p_info": "词元的最小概率（相对于最大概率）",
-        "repetition_penalty_info": "大于 1 时减少重复（含提示词）",
-        "presence_penalty_info": "大于 0 时避免已出现的词元",
-        "frequency_penalty_info": "大于 0 时按出现次数避免重复",
-        "seed_info": "使采样可重复",
-        "model_info": "模型或 LoRA 适配器的名字",
-        "enable_thinking_info": "让能思考的模型（Qwen3）先思考",
-    },
-}
+WORDS: dict[str, Words] = json.loads(Path(__file__).with_name("words.json").read_bytes())
 """By language. The English descriptions of the sampling parameters come from the protocol."""
+WORDS["en"] = {f"{name}_info": field.description or "" for name, field in Sampling.model_fields.items()} | WORDS["en"]
 
 
 def words_for(language: str | None) -> dict[str, Words]:

@@ -31,7 +31,7 @@ LOG = CACHE / "offline.log"
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Our flags, and the rest, which is for vLLM's engine."""
+    """Parse our flags; return them and the rest, which is for vLLM's engine."""
     parser = argparse.ArgumentParser(
         prog="vllm_offline.py",
         description="Chat with a model without a server, or answer a file of rows.",
@@ -76,7 +76,7 @@ def _adapter(text: str) -> tuple[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The offline chat; returns the exit status."""
+    """Chat or answer a file; return the exit status."""
     args, engine_flags = parse_args(argv)
     load = partial(_load, args, engine_flags)
     try:
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _answer_file(args: argparse.Namespace, sampling: Sampling, load: Callable[[], "ChatModel"]) -> int:
-    """Answers the rows of --input; returns the exit status: 1 where a row has no answer."""
+    """Answer the rows of --input; return the exit status: 1 where a row has no answer."""
     with closing(Batch(args.input, args.output, args.reference)) as batch:
         try:
             batch.run(load, args.system, sampling)
@@ -152,7 +152,7 @@ def _load(args: argparse.Namespace, engine_flags: list[str]) -> "ChatModel":
 
 
 def _engine_args(flags: list[str]) -> dict[str, Any]:
-    """Return what vLLM's own flags say, by the names of `vllm.EngineArgs`; only what they name."""
+    """Parse vLLM's own flags; return only what they name, by the names of `vllm.EngineArgs`."""
     set_environment()
     from vllm import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -166,8 +166,9 @@ def _engine_args(flags: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def _output_to(path: Path, shown: bool) -> Iterator[None]:
-    """Sends all output of the block to a file, that of child processes and of compiled code too; `shown`: it stays
-    visible. Log handlers made in the block keep writing there.
+    """Send all output of the block to a file, also that of child processes and of compiled code.
+
+    Log handlers made in the block keep writing there. `shown`: the output stays visible.
     """
     log = open_log(path, shown)
     kept = os.dup(1), os.dup(2)

@@ -40,7 +40,7 @@ LIMITS = (
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """Every flag of `vllm serve`, with our defaults, and --model_path as another name for --model."""
+    """Parse every flag of `vllm serve`, with our defaults, and --model_path as another name for --model."""
     from vllm.config import StructuredOutputsConfig
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -96,7 +96,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def _adapters(args: Namespace) -> dict[str, str]:
-    """The folders of --lora-modules by their names, which are told apart from the model's."""
+    """Return the folders of --lora-modules by their names, which must differ from the model's."""
     modules = args.lora_modules or []
     if modules and not args.enable_lora:
         raise ModelUnavailable("--lora-modules needs --enable-lora")
@@ -109,7 +109,7 @@ def _adapters(args: Namespace) -> dict[str, str]:
 
 
 def _check_port(args: Namespace) -> None:
-    """Ends the program where the port is taken, before anything is fetched or loaded."""
+    """End the program where the port is taken, before anything is fetched or loaded."""
     if args.uds or args.headless:
         return
     family = socket.AF_INET6 if ":" in (args.host or "") else socket.AF_INET
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _other_plugins(allowed: list[str] | None) -> list[str]:
-    """The plugins that vLLM would load without ours: naming one shuts out all that are not named."""
+    """List the plugins that vLLM would load without ours: naming one shuts out all that are not named."""
     if allowed is not None:
         return allowed
     groups = ("general", "platform", "io_processor", "stat_logger")

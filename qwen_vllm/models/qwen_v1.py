@@ -1,7 +1,7 @@
 """First-generation Qwen (`QWenLMHeadModel`, such as Qwen-7B-Chat), which vLLM and transformers do not know.
 
-Up to its trained length its network is Qwen2's under other names. So a checkpoint is described anew in a small folder:
-Qwen2's config, a tokenizer made from its `qwen.tiktoken`, and links to the weights, which `qwen_v1_model.py` renames
+Up to its trained length its network is Qwen2's under other names. A small folder describes the checkpoint anew: Qwen2's
+config, a tokenizer made from its `qwen.tiktoken`, and links to the weights, which `qwen_v1_model.py` renames
 as vLLM loads them. The Python files that a checkpoint brings are neither linked nor named there, so none can run.
 """
 
@@ -48,14 +48,14 @@ CHAT_TEMPLATE = (
 
 
 def register() -> None:
-    """Tells vLLM of the model, in each process that may load or inspect it."""
+    """Tell vLLM of the model, in each process that may load or inspect it."""
     from vllm import ModelRegistry
 
     ModelRegistry.register_model(VLLM_ARCHITECTURE, f"qwen_vllm.vllm_plugin.qwen_v1_model:{VLLM_ARCHITECTURE}")
 
 
 def qwen2_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same network as Qwen2's config describes it, from a first-generation `config.json`.
+    """Describe a first-generation `config.json` as the config of a Qwen2 with the same network.
 
     Its context is `seq_length`, the length it was trained on. Beyond it the original would scale the rotary base
     (`use_dynamic_ntk`) and the queries (`use_logn_attn`), which is not done here; up to it neither changes anything.
@@ -95,7 +95,7 @@ def qwen2_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(source: Path, config: Mapping[str, Any], target: Path) -> None:
-    """Fills the empty folder `target` with what vLLM needs to serve the checkpoint `source`, whose config this is.
+    """Fill the empty folder `target` with what vLLM needs to serve the checkpoint `source` with this config.
 
     Raises:
         ValueError: as in `qwen2_config`; or the tokenizer's file is missing or damaged.
@@ -118,7 +118,7 @@ def describe(source: Path, config: Mapping[str, Any], target: Path) -> None:
 
 
 def build_tokenizer(file: Path, chats: bool) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a `qwen.tiktoken` file; with the chat template if the model `chats`.
+    """Build the tokenizer of a `qwen.tiktoken` file; with the chat template if the model `chats`.
 
     Raises:
         ValueError: the file is missing or damaged.
@@ -143,7 +143,7 @@ def build_tokenizer(file: Path, chats: bool) -> "PreTrainedTokenizerFast":
 
 
 def fingerprint(source: Path) -> str:
-    """Hex digits that change with the files of `source` that `describe` looks at, and with this module."""
+    """Hash the state of the files that `describe` reads, and this module."""
     seen = hashlib.sha256(Path(__file__).read_bytes())
     for file in (source / "config.json", source / "generation_config.json", source / VOCABULARY, *_linked(source)):
         if file.is_file():
@@ -157,7 +157,7 @@ def _linked(source: Path) -> list[Path]:
 
 
 def _read_vocabulary(file: Path) -> dict[bytes, int]:
-    """Each token's bytes and its id, from lines of base64 and a number."""
+    """Read each token's bytes and its id, from lines of base64 and a number."""
     try:
         pairs = [line.split() for line in file.read_bytes().splitlines()]
         ids = {base64.b64decode(token, validate=True): int(number) for token, number in pairs}
@@ -171,7 +171,7 @@ def _read_vocabulary(file: Path) -> dict[bytes, int]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """What the file holds; {} where it is missing."""
+    """Read a JSON file; {} where it is missing."""
     try:
         return json.loads(file.read_bytes()) if file.is_file() else {}
     except ValueError:

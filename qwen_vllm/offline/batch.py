@@ -1,5 +1,6 @@
-"""Answers the rows of a JSONL file, each in a line of another, so that what is done stays done: a run that was cut goes
-on where it ended. Knows files; the model is handed to it.
+"""Answers the rows of a JSONL file, a line each in another file; a run that was cut goes on where it ended.
+
+It knows files; the model is handed to it.
 """
 
 import fcntl
@@ -40,7 +41,8 @@ class Model(Protocol):
 class Batch:
     """A file of rows and the file of their answers.
 
-    Opening it checks both, mends what a cut run left of the answers, and takes failed rows out of them to try again.
+    Opening it checks both files, repairs a last line that an interrupted run left incomplete, and removes failed rows
+    from the answers, so that they are tried again.
 
     Args:
         source: JSONL, rows as `read_rows` takes them.
@@ -67,14 +69,14 @@ class Batch:
 
             self._scores = Scores()
         self._answers = AnswerFile(target)
-        # By the input's lines: where the line for it begins in the output; -1: there is none.
+        # For each line of the input, where its answer begins in the output; -1: there is none.
         self._offsets = array("q")
         self._answered = self._answered_before = self._failed = 0
         self._prompt_tokens = self._completion_tokens = 0
         self._seconds = 0.0
 
     def run(self, load: Callable[[], Model], system: str = DEFAULT_SYSTEM, sampling: Sampling | None = None) -> None:
-        """Answers the rows that are not finished; `load` is called only if there are any.
+        """Answer the rows that are not finished; `load` is called only if there are any.
 
         A line is handed to the operating system as soon as its row has finished, so it outlives this process; all are
         forced to the disk at the end.
@@ -93,13 +95,14 @@ class Batch:
         self._answers.sync()
 
     def order(self) -> None:
-        """Puts the answers into the order of the rows; those whose row is not in the input any more come last."""
+        """Put the answers into the order of the rows; those whose row is not in the input any more come last."""
         offsets = (offset for offset in self._offsets if offset >= 0)
         self._answers.rewrite(chain(offsets, self._answers.finished.values()))
 
     def summary(self) -> dict[str, Any]:
-        """Numbers of rows: answered by this run, answered before, failed; `stale` answers are to rows that are not in
-        the input any more. The tokens and seconds are this run's, the scores those of all answers.
+        """Count the rows: answered by this run, answered before, failed, `stale` (not in the input any more).
+
+        The tokens and seconds are this run's; the scores are those of all answers.
         """
         summary = {
             "answered": self._answered,
@@ -113,12 +116,12 @@ class Batch:
         return summary | ({"scores": self._scores.summary()} if self._scores else {})
 
     def close(self) -> None:
-        """Lets go of both files."""
+        """Close both files."""
         self._source.close()
         self._answers.close()
 
     def _unfinished(self) -> Iterator[Row]:
-        """The rows to be answered. Those answered before are counted, and those that cannot be answered fail."""
+        """Yield the rows to be answered; count those answered before, and fail those that cannot be answered."""
         lines: dict[bytes, int] = {}
         for row in read_rows(self._source, self._reference):
             self._offsets.extend([-1] * (row.line + 1 - len(self._offsets)))
@@ -195,7 +198,7 @@ class Batch:
 
 
 class AnswerFile:
-    """The output: a line for each answer or failed row, written by one run at a time.
+    """The output file: a line for each answer or failed row, written by one run at a time.
 
     Attributes:
         finished: where the line of an answer begins, by the key of its row.
@@ -217,23 +220,23 @@ class AnswerFile:
             raise BatchError(f"cannot write {path}: {error.strerror}") from error
 
     def append(self, record: dict[str, Any]) -> int:
-        """Adds a line and returns where it begins."""
+        """Add a line and return where it begins."""
         offset = self._file.seek(0, os.SEEK_END)
         self._write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         return offset
 
     def read(self, offset: int) -> dict[str, Any]:
-        """The record whose line begins at `offset`."""
+        """Read the record whose line begins at `offset`."""
         with self._lines() as lines:
             lines.seek(offset)
             return from_json(lines.readline())
 
     def rewrite(self, offsets: Iterable[int]) -> None:
-        """Leaves only the lines that begin at `offsets`, in their order; until that is done, all stay."""
+        """Keep only the lines that begin at `offsets`, in their order; until that is done, all stay."""
         temporary = self._path.with_name(f".{self._path.name}.new")
         file = temporary.open("wb+")
         try:
-            # Before it gets its name, so that no other run can lock it in between.
+            # Lock it before the rename, so that no other run can lock it first.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with self._lines() as lines:
                 for offset in offsets:
@@ -250,15 +253,15 @@ class AnswerFile:
         self._file = cast(FileIO, file.detach())
 
     def sync(self) -> None:
-        """Forces all lines to the disk."""
+        """Force all lines to the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Lets go of the file, for other runs to write it."""
+        """Close the file; other runs may write it now."""
         self._file.close()
 
     def _lines(self) -> BinaryIO:
-        """The whole file, to read; the lock would be lost if it were opened and closed a second time."""
+        """Open the whole file to read, on the same descriptor: closing a second one would lose the lock."""
         lines = BufferedReader(FileIO(self._file.fileno(), closefd=False))
         lines.seek(0)
         return lines
@@ -278,7 +281,7 @@ class AnswerFile:
         raise BatchError(f"another run writes {self._path}: wait for its end, or name another file")
 
     def _scan(self) -> tuple[dict[bytes, int], int]:
-        """Where the answers begin, and the number of failed rows. Mends the last line where its end is missing."""
+        """Return where the answers begin, and the number of failed rows; repair an incomplete last line."""
         finished, failed, offset = {}, 0, 0
         with self._lines() as lines:
             for number, line in enumerate(lines, start=1):
@@ -300,7 +303,7 @@ class AnswerFile:
 
 
 def _key(line: bytes) -> bytes | None:
-    """The key that stands in an answer's line; empty in a failed row's; None: the line is neither."""
+    """Read the key of an answer's line; empty: a failed row's; None: the line is neither."""
     try:
         record = from_json(line)
         return b"" if record.keys() == {"id", "line", "error"} else bytes.fromhex(record["key"])
@@ -309,7 +312,7 @@ def _key(line: bytes) -> bytes | None:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether this is the start of a line of ours, the rest of which was never written."""
+    """Tell whether this is the start of a line of ours whose rest was never written."""
     start = b'{"id": '
     with suppress(ValueError):
         from_json(line)

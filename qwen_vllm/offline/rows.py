@@ -29,17 +29,17 @@ class Row:
 
     @cached_property
     def key(self) -> bytes:
-        """16 bytes that tell the row from others: of its request, and of its id or, where it has none, its line."""
+        """Hash what tells the row from others: its request, and its id or, where it has none, its line number."""
         return digest([self.line if self.id is None else {"id": self.id}, self.request])
 
 
 def digest(value: object) -> bytes:
-    """16 bytes that stand for a JSON value."""
+    """Hash a JSON value to 16 bytes."""
     return blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).digest()
 
 
 def read_rows(file: BinaryIO, reference: str | None = None) -> Iterator[Row]:
-    """The rows of a JSONL file, bad ones with their error; only one is in memory at a time.
+    """Yield the rows of a JSONL file, bad ones with their error; only one is in memory at a time.
 
     A row is `{"query", "history"?, "system"?, "id"?}`, or has OpenAI's `messages` instead, and any sampling parameters;
     or it is a line of OpenAI's batch files, `{"custom_id", "body": {"messages", …}}`. A byte order mark, blank lines
@@ -55,7 +55,7 @@ def read_rows(file: BinaryIO, reference: str | None = None) -> Iterator[Row]:
 
 
 def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank and their numbers, from 1; of a line longer than MAX_LINE only the start."""
+    """Yield the lines that are not blank with their numbers, from 1; of a line over MAX_LINE only the start."""
     number = 0
     while line := file.readline(MAX_LINE + 1):
         number += 1
@@ -69,7 +69,7 @@ def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def _parse(row: Row, line: bytes, reference: str | None) -> None:
-    """Fills in a row; what was read before an error stays."""
+    """Fill in a row; what was read before an error stays."""
     fields = _fields(line)
     row.id = _id(fields)
     if reference:
@@ -127,7 +127,7 @@ class _Messages(BaseModel):
 
 
 def _from_openai(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a `ChatRequest` for those of OpenAI. `model` is not looked at: the one that is loaded answers."""
+    """Turn OpenAI's fields into those of a `ChatRequest`; `model` is ignored, the loaded model answers."""
     for name in ("query", "history", "system"):
         if name in fields:
             raise ChatError(f"{name}: cannot stand beside messages", param=name)

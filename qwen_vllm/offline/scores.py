@@ -1,4 +1,4 @@
-"""How close answers come to reference texts, Chinese or English; knows nothing of models or files."""
+"""Scores answers against reference texts, Chinese or English; knows nothing of models or files."""
 
 from collections import Counter
 
@@ -21,7 +21,7 @@ class Scores:
         self._lengths: Counter[str] = Counter()
 
     def add(self, answer: str, reference: str) -> None:
-        """Counts one pair in."""
+        """Count one pair in."""
         answer, reference = answer.strip(), reference.strip()
         self._pairs += 1
         self._exact += answer == reference
@@ -33,7 +33,7 @@ class Scores:
         self._lengths.update(answer=pair.sys_len, reference=pair.ref_len)
 
     def summary(self) -> dict[str, float]:
-        """The number of pairs; the mean of exact matches and of ROUGE-L (0 to 1); corpus BLEU (0 to 100)."""
+        """Return the number of pairs, the means of exact matches and ROUGE-L (0 to 1), and corpus BLEU (0 to 100)."""
         if not self._pairs:
             return {"pairs": 0}
         correct, total = (list(column) for column in zip(*self._counts, strict=True))

@@ -30,13 +30,13 @@ MAX_DEPTH = 64
 MAX_ANSWERS = 32
 """Answers to one request of the OpenAI routes (`n`)."""
 MAX_GRAMMAR = 2**15
-"""Bytes of what tells the form of an answer: the work that a schema makes grows with it."""
+"""Bytes of a grammar or schema: the work to compile it grows with its size."""
 CONVERSATIONS = {"messages", "input"}
 MEDIA = {"image_url", "audio_url", "video_url"}
 GRAMMARS = {"structured_outputs", "response_format", "text"}
 COUNTS = {f"{bound}{what}" for bound in ("min", "max") for what in ("Items", "Contains", "Properties", "Length")}
 MAX_COUNT = 10_000
-"""Largest number for a schema's COUNTS: the memory that its compilation takes can grow with it."""
+"""Largest number for a schema's COUNTS: the memory to compile it can grow with them."""
 INTEGERS = {"n": MAX_ANSWERS, "best_of": MAX_ANSWERS, "seed": INT64_MAX}
 """Largest integer a field may hold, where that is not INT32_MAX; what a field nests deeper, such as a schema's
 bounds, may be up to INT64_MAX."""
@@ -49,8 +49,10 @@ NUMBERS = {
 
 
 class Guard:
-    """ASGI middleware. With --api-key or $VLLM_API_KEY set, every path but the open ones wants one of the keys (vLLM's
-    own check covers only paths that begin with /v1 and a few others). Bodies are read once, checked, and handed on.
+    """Checks the key and the body of each request, and hands the request on.
+
+    With --api-key or $VLLM_API_KEY set, every path but the open ones wants one of the keys. vLLM's own check covers
+    only paths that begin with /v1 and a few others. Bodies are read once.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -77,13 +79,13 @@ class Guard:
 
 
 def error_response(error: ChatError) -> JSONResponse:
-    """An error as a route answers it; a 503 asks its client to wait for a second, if it does not say for how long."""
+    """Make the response of an error; a 503 that names no seconds asks the client to wait for one."""
     headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": str(error.retry_after or 1)}}.get(error.status)
     return JSONResponse(error.as_dict(), error.status, headers)
 
 
 def check_json(body: bytes) -> None:
-    """Refuses JSON that is broken or nested too deep, or holds a number or a string the engine cannot take.
+    """Refuse JSON that is broken or nested too deep, or holds a number or a string the engine cannot take.
 
     Raises:
         ChatError: naming the field.
@@ -134,7 +136,7 @@ def _check(value: Any, field: str | None, depth: int, surrogates: bool) -> None:
 
 
 def _image_pixels(value: Any, field: str) -> int:
-    """The pixels of all images in the messages; refuses what vLLM should not be asked to look for."""
+    """Count the pixels of all images in the messages; refuse what vLLM should not be asked to look for."""
     match value:
         case list():
             return sum(_image_pixels(item, field) for item in value)
@@ -149,7 +151,7 @@ def _image_pixels(value: Any, field: str) -> int:
 
 
 def _media_pixels(media: Any, field: str) -> int:
-    """The pixels of an image: the address of one, or an object that holds it or its data."""
+    """Count the pixels of an image, given as an address or as an object with the address or the data."""
     if isinstance(media, dict):
         if isinstance(data := media.get("data"), str):
             return _pixels(data)
@@ -163,7 +165,7 @@ def _media_pixels(media: Any, field: str) -> int:
 
 
 def _pixels(data: str) -> int:
-    """How many pixels an image in base64 will have when it is decoded; 0 where it is none."""
+    """Count the pixels that an image in base64 will have when it is decoded; 0 where it is none."""
     try:
         with Image.open(BytesIO(base64.b64decode(data))) as image:
             return image.width * image.height
@@ -174,7 +176,7 @@ def _pixels(data: str) -> int:
 
 
 def _check_grammar(text: str, field: str, depth: int) -> None:
-    """A schema may come as text, and within a grammar, where nothing here would find its bounds."""
+    """Check a schema that comes as text; refuse one within a grammar, where nothing here would find its bounds."""
     if "%json" in text:
         raise ChatError(f"{field}: %json is not taken in a grammar; send the schema as json", param=field)
     if text.lstrip()[:1] in ("{", "["):
@@ -222,7 +224,7 @@ def _header(scope: Scope, name: bytes) -> bytes:
 
 
 async def _read(receive: Receive, limit: int, seconds: float) -> bytes:
-    """The whole body of a request."""
+    """Read the whole body of a request."""
     body = bytearray()
     try:
         async with asyncio.timeout(seconds):
@@ -240,7 +242,7 @@ async def _read(receive: Receive, limit: int, seconds: float) -> bytes:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body that was read, then what follows."""
+    """Make a `receive` that gives the body that was read, then what follows."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

@@ -38,5 +38,5 @@ class QwenV1ForCausalLM(Qwen2ForCausalLM):
     packed_modules_mapping: ClassVar = {"qkv_proj": ["qkv_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Loads tensors under their first-generation names; returns the names of the parameters that are set."""
+        """Load tensors under their first-generation names; return the names of the parameters that are set."""
         return super().load_weights(self.hf_to_vllm_mapper.apply(weights))

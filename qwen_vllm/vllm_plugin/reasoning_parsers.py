@@ -1,4 +1,4 @@
-"""vLLM's parser of Qwen3's thoughts, for models that are otherwise: they need not think, or cannot be told not to."""
+"""Two variants of vLLM's Qwen3 reasoning parser: for models that may or may not think, and that always think."""
 
 from dataclasses import replace
 from functools import cache
@@ -13,7 +13,7 @@ from qwen_vllm.reasoning import PARSER
 
 
 class QwenParser(Qwen3Parser):
-    """Starts outside the thought, which only its mark begins: an answer without marks is text."""
+    """Starts outside the reasoning, which only its tag begins: an answer without tags is text."""
 
     def __init__(self, tokenizer: Any, tools: Any = None, **kwargs: Any) -> None:
         super().__init__(tokenizer, tools, parser_engine_config=_config(), **kwargs)
@@ -28,7 +28,7 @@ def _config() -> ParserEngineConfig:
 
 
 class AlwaysParser(Qwen3Parser):
-    """Starts in the thought, which the prompt has begun, whatever the request says of thinking."""
+    """Starts in the reasoning, which the prompt has begun, whatever the request says of thinking."""
 
     def __init__(self, tokenizer: Any, tools: Any = None, **kwargs: Any) -> None:
         super().__init__(tokenizer, tools, **{**kwargs, "chat_template_kwargs": {}})

@@ -27,7 +27,7 @@ def test_no_generic_name_is_installed() -> None:
 
 def test_a_users_own_files_change_nothing(tmp_path: Path) -> None:
     for name in GENERIC:
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('the user's file ran')")
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the user ran')")
     program = "import vllm_client, vllm_offline, vllm_server, vllm_wrapper; from qwen_vllm.vllm_plugin import plugin"
     done = subprocess.run(
         [sys.executable, "-c", f"{program}; print(plugin.is_installed())"],

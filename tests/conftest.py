@@ -23,10 +23,10 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from benchmarks import shapes
 from qwen_vllm.models.demo import demo_model
 from qwen_vllm.models.qwen_v1 import SPECIAL_TOKENS
 from qwen_vllm.with_server import SERVER, free_port
-from tests.support import shapes
 from tests.support.scripted_server import Server, scripted
 
 KEY = "e2e-key"

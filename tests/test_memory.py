@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from benchmarks.memory import BITS, MODELS, table, token_bytes, tokens_that_fit, weight_bytes
+from docs.memory import BITS, MODELS, table, token_bytes, tokens_that_fit, weight_bytes
 
 DOCS = Path(__file__).parents[1] / "docs"
 BILLIONS = {"0.5B": 0.49, "1.5B": 1.54, "3B": 3.09, "7B": 7.61, "14B": 14.7, "32B": 32.5, "72B": 72.7}

@@ -16,7 +16,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from tests.support import shapes
+from benchmarks import shapes
 
 TEXT = {
     "hidden_size": 64,

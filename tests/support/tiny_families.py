@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.shapes import PLAIN_TOKENS, TEMPLATE, qwen_tokenizer
 from qwen_vllm.models.qwen_v1 import SPECIAL_TOKENS
 from qwen_vllm.protocol import Turn
-from tests.support.shapes import PLAIN_TOKENS, TEMPLATE, qwen_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CONTEXT = 1024

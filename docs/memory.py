@@ -1,7 +1,7 @@
 """Which card for which model: the memory of the weights and of the keys and values, from the published shapes.
 
-    python -m benchmarks.memory                  the table of docs/models.md
-    python -m benchmarks.memory --model FOLDER   the same of a model's config.json
+    python -m docs.memory                  the table of docs/models.md
+    python -m docs.memory --model FOLDER   the same of a model's config.json
 
 Counted are the weights, the keys and values in 16 bits, and what vLLM wants besides (RESERVED). vLLM's log says what
 it found: "Available KV cache memory" and "GPU KV cache size".
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.support.shapes import PUBLISHED, SHAPES
+from benchmarks.shapes import PUBLISHED, SHAPES
 
 CARDS = (8, 12, 16, 24, 48, 80)
 """Counted as 10^9 bytes a GB: cards have up to 7 % more, some of which the driver and error correction take."""

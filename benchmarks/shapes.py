@@ -7,34 +7,12 @@ What they answer is noise.
 """
 
 import argparse
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, normalizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
-from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers import GenerationConfig, Qwen2Config
 
-from qwen_vllm.models.qwen_v1 import PATTERN, SPECIAL_TOKENS
+from tests.support.tokenizers import qwen_tokenizer
 
-PLAIN_TOKENS = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
-
-# The part of Qwen2.5's own template that deals with plain conversations.
-TEMPLATE = """\
-{%- if messages[0]['role'] == 'system' %}
-    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
-{%- else %}
-    {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role != 'system' or not loop.first %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
 SHAPES = {
     "tiny": {  # next to no computing: what is left is the server
         "hidden_size": 64,
@@ -57,28 +35,6 @@ PUBLISHED = {
     "72B": (8192, 29568, 80, 64, 8, 152064, False),
 }
 SHAPES |= {name: dict(zip(SHAPES["tiny"], sizes, strict=True)) for name, sizes in PUBLISHED.items()}
-
-
-def qwen_tokenizer(chat_template: str = TEMPLATE, *vision_tokens: str) -> PreTrainedTokenizerFast:
-    """Qwen2.5's tokenizer: the vocabulary that the package `dashscope` carries, and the plain part of its template."""
-    vocabulary = Tokenizer.from_str(_vocabulary())
-    vocabulary.add_special_tokens([*SPECIAL_TOKENS, *vision_tokens])
-    return with_control_tokens(vocabulary, chat_template)
-
-
-@cache
-def _vocabulary() -> str:
-    """The tokenizer without its control tokens, as JSON; it takes seconds to make."""
-    package = find_spec("dashscope").submodule_search_locations[0]
-    vocabulary = TikTokenConverter(str(Path(package) / "resources" / "qwen.tiktoken"), PATTERN).converted()
-    vocabulary.normalizer = normalizers.NFC()
-    return vocabulary.to_str()
-
-
-def with_control_tokens(vocabulary: Tokenizer, chat_template: str) -> PreTrainedTokenizerFast:
-    """A tokenizer with Qwen's further tokens, which are not marked as special."""
-    vocabulary.add_tokens([AddedToken(token, normalized=False, special=False) for token in PLAIN_TOKENS])
-    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="<|im_end|>", chat_template=chat_template)
 
 
 def write(shape: str, folder: Path) -> None:

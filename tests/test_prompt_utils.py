@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prompt_utils import PromptBuilder, PromptTooLong, Turn, UnsupportedTemplate
-from tests.conftest import byte_tokenizer
 from tests.support.tiny_checkpoints import VISION_TEMPLATE, VISION_TOKENS
+from tests.support.tokenizers import byte_tokenizer
 
 TOKENIZERS = ["demo_tokenizer", "qwen_tokenizer", "qwen3_tokenizer"]
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -21,7 +21,7 @@ from qwen_vllm.reasoning import (
     register,
     think_tags,
 )
-from tests.conftest import QWEN3_TEMPLATE
+from tests.support.tokenizers import QWEN3_TEMPLATE
 
 END_ID = 9
 MARKS = ThinkTags("<think>", "</think>", END_ID)

@@ -9,45 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from prompt_utils import PromptBuilder, PromptTooLong, UnsupportedTemplate, UnsupportedTokenizer
 from qwen_vllm.protocol import DEFAULT_SYSTEM, Turn
-from tests.support.tiny_families import FAMILIES, REFUSED, Family
+from tests.support.tiny_families import FAMILIES, PIECES, REFUSED, Family, tokenizer_of
 
 MANY = 2**20
-PIECES = [
-    "",
-    " ",
-    "\n",
-    "\r\n\t",
-    "\n\n  ",
-    "\x00\x7f",
-    "\u200b\ufeff",
-    "你好，",
-    "请用中文写一首诗：春天。",
-    "１２３，３．１４",
-    "👩‍👩‍👧‍👦",
-    "🇨🇳❤️",
-    "e\u0301\u0301",
-    "שלום مرحبا",
-    "The capital of France is Paris.",
-    " 3.14159e-12",
-    "1234567890",
-    "def f(x):\n\treturn x if x < 3 else f(x - 1)\n",
-    "```python\nprint('hi')\n```",
-    '<div class="a">&amp;</div>',
-    "| a | b |\n|---|---|\n",
-    "system\n",
-    "user",
-    "assistant\n",
-    "{{ messages }} {% raw %}",
-    "⟦system⟧⟦query⟧",
-    "<|im_",
-    "INST]",
-]
 THOUGHTS = ["<think>\nHm.\n</think>\n\n", "</think>\n\n  "]
-
-
-@cache
-def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
-    return {**FAMILIES, **REFUSED}[name].tokenizer(small=True)
 
 
 @cache

@@ -7,7 +7,7 @@ import pytest
 import vllm_offline
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.protocol import ChatError
-from tests.offline.test_batch import ScriptedModel, texts, write
+from tests.support.scripted_model import ScriptedModel, texts, write
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.server.endpoint import ChatEndpoint, announcement
 from qwen_vllm.server.guard import Guard
-from tests.conftest import MAX_BODY, guard_args, write_model
-from tests.support.tiny_checkpoints import TEXT, write_adapter
+from tests.support.guard_args import MAX_BODY, guard_args
+from tests.support.tiny_checkpoints import TEXT, write_adapter, write_model
 from vllm_server import parse_args
 
 Engines = Callable[..., Any]

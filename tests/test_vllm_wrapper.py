@@ -10,8 +10,7 @@ import vllm_wrapper
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.protocol import ChatError, Reasoning, Sampling
 from qwen_vllm.vllm_plugin import plugin
-from tests.conftest import write_model
-from tests.support.tiny_checkpoints import write_adapter
+from tests.support.tiny_checkpoints import write_adapter, write_model
 from vllm_wrapper import ChatModel
 
 

@@ -20,12 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
 from qwen_vllm.protocol import ChatError, Sampling
-from tests.conftest import DEADLINE, ROOM
+from tests.support.demo import FRANCE, MODEL, PARIS
 from tests.support.probes import gauge, server_process, unfinished
+from tests.support.programs import DEADLINE, ROOM
 from vllm_client import stream_chat
-
-MODEL = "SmolLM2-135M-Instruct"
-FRANCE, PARIS = "What is the capital of France?", "The capital of France is Paris."
 
 
 @pytest.fixture

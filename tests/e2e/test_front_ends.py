@@ -17,13 +17,12 @@ import requests
 
 from qwen_vllm.protocol import ChatError, Sampling
 from qwen_vllm.with_server import ServerFailed, free_port, running_server
+from tests.support import ROOT
+from tests.support.demo import FRANCE
 from tests.support.probes import server_process
 from vllm_client import stream_chat
 
 pytestmark = pytest.mark.long
-
-ROOT = Path(__file__).parents[2]
-FRANCE = "What is the capital of France?"
 ROOM = 6
 FLAGS = f"--api-server-count 2 --max-num-seqs 2 --max-num-queued-reqs {ROOM} --shutdown-timeout 3".split()
 

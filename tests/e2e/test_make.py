@@ -4,7 +4,8 @@ import subprocess
 
 import psutil
 
-from tests.conftest import ENVIRONMENT, ROOT
+from tests.support import ROOT
+from tests.support.programs import ENVIRONMENT
 
 
 def test_make_chat_answers_a_question_from_a_pipe_and_leaves_nothing_running(piped_chat: subprocess.Popen) -> None:

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import openai
 import pexpect
@@ -18,14 +17,13 @@ import pytest
 import requests
 
 from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Sampling
-from tests.conftest import CONVERSATIONS, KEY
+from tests.support import ROOT
+from tests.support.demo import CONVERSATIONS, FRANCE, MODEL
 from tests.support.probes import server_process, unfinished
+from tests.support.programs import KEY
 from vllm_client import stream_chat
 
-ROOT = Path(__file__).parents[2]
-MODEL = "SmolLM2-135M-Instruct"
 GREEDY = Sampling(temperature=0)
-FRANCE = "What is the capital of France?"
 
 
 @pytest.fixture
@@ -101,7 +99,7 @@ def test_both_apis_see_the_same_prompt(url):
     assert "Paris" in completion.choices[0].text
 
 
-def test_every_way_in_gives_the_same_answers(url, first_said):
+def test_every_way_in_gives_the_same_answers(url, said_by_vllm):
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY)
     texts = []
     for system, history, query in CONVERSATIONS:
@@ -114,7 +112,7 @@ def test_every_way_in_gives_the_same_answers(url, first_said):
         create = partial(client.chat.completions.create, model=MODEL, messages=messages, temperature=0, max_tokens=10)
         assert create().choices[0].message.content == texts[-1]
         assert "".join(chunk.choices[0].delta.content or "" for chunk in create(stream=True)) == texts[-1]
-    assert first_said.setdefault("texts", texts) == texts
+    assert texts == said_by_vllm
 
 
 def test_a_text_is_completed_the_same_whole_and_streamed(url):

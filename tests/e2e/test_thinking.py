@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from qwen_vllm.protocol import ChatResult, Part, Reasoning, Sampling
 from qwen_vllm.with_server import running_server
-from tests.conftest import QWEN3_TEMPLATE
 from tests.support.tiny_reciter import write_reciter
+from tests.support.tokenizers import QWEN3_TEMPLATE
 from vllm_client import stream_messages_async
 from vllm_wrapper import ChatModel
 

@@ -29,9 +29,9 @@ from gradio_webui import Page, PageServer, parse_args
 from qwen_vllm.protocol import Sampling
 from qwen_vllm.webui.answering import WaitingLine
 from qwen_vllm.webui.conversation import WORD_JOINER, text_of
-from tests.conftest import KEY
 from tests.support.chat_messages import assistant, user
 from tests.support.probes import unfinished
+from tests.support.programs import KEY
 from tests.support.scripted_server import LAST, Server, line, scripted
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from qwen_vllm.models.adapters import check_adapter
-from tests.conftest import write_model
-from tests.support.tiny_checkpoints import TEXT, write_adapter
+from tests.support.tiny_checkpoints import TEXT, write_adapter, write_model
 
 CONFIG = {"hidden_size": TEXT["hidden_size"], "num_hidden_layers": TEXT["num_hidden_layers"]}
 

@@ -9,7 +9,7 @@ import pytest
 from qwen_vllm import hardware
 from qwen_vllm.models import checks
 from qwen_vllm.models.checks import ModelUnavailable, check_loadable, number_format
-from tests.conftest import write_model
+from tests.support.tiny_checkpoints import write_model
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 LOADING = {"tokenizer": None, "skip_tokenizer_init": False, "trust_remote_code": False, "load_format": "auto"}

@@ -12,7 +12,7 @@ import pytest
 
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.models.resolve import resolve_model
-from tests.conftest import write_model
+from tests.support.tiny_checkpoints import write_model
 
 
 class ScriptedHub:

@@ -1,13 +1,12 @@
 """Files of rows and of answers, with a scripted model: what is done stays done, whatever happens."""
 
-import json
 import os
 import resource
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,53 +15,14 @@ from typing import Any
 import pytest
 
 from qwen_vllm.offline.batch import Batch, BatchError
-from qwen_vllm.protocol import ChatError, ChatResult, Sampling
-
-ROOT = Path(__file__).parents[2]
-
-
-class ScriptedModel:
-    """Answers a query with its upper case, the last drawn of `window` first; what is in `script` is yielded or raised.
-
-    Records the requests it drew.
-    """
-
-    def __init__(self, script: dict[str, BaseException] | None = None, window: int = 3) -> None:
-        self._script, self._window = script or {}, window
-        self.requests: list[dict[str, Any]] = []
-        self.sampling: Sampling | None = None
-
-    @property
-    def queries(self) -> list[str]:
-        return [request["query"] for request in self.requests]
-
-    def stream_batch(
-        self, rows: Iterable[dict[str, Any]], sampling: Sampling | None, deltas: bool
-    ) -> Iterator[tuple[int, ChatResult | ChatError]]:
-        assert not deltas
-        source, running, self.sampling = enumerate(rows), [], sampling
-        while True:
-            while len(running) < self._window and (drawn := next(source, None)):
-                running.append(drawn)
-                self.requests.append(drawn[1])
-            if not running:
-                return
-            i, request = running.pop()
-            query = request["query"]
-            outcome = self._script.get(query)
-            if outcome and getattr(outcome, "type", "") != "invalid_request":
-                raise outcome
-            history = [*request.get("history", []), (query, query.upper())]
-            yield i, outcome or ChatResult(query.upper(), history, "stop", None, 9, 2, 0)
+from qwen_vllm.protocol import ChatError, Sampling
+from tests.support import ROOT
+from tests.support.scripted_model import ScriptedModel, records, texts, write
 
 
 @pytest.fixture
 def files(tmp_path):
     return tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
-
-
-def write(path: Path, *rows: dict[str, Any] | str) -> None:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
 
 
 def no_model() -> ScriptedModel:
@@ -80,17 +40,6 @@ def answer(
         if ordered:
             batch.order()
         return batch.summary()
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def texts(path: Path) -> dict[Any, str]:
-    """Answers by id, or by line where there is none; each row must have one line."""
-    found = [(record["id"] or record["line"], record.get("text", "error")) for record in records(path)]
-    assert len(dict(found)) == len(found)
-    return dict(found)
 
 
 def counts(summary: dict[str, Any]) -> tuple[int, int, int]:
@@ -316,7 +265,8 @@ def run_apart(files: tuple[Path, Path], then: str, **kwargs) -> subprocess.Popen
     program = f"""
         import os, signal, sys, time
         from pathlib import Path
-        from tests.offline.test_batch import Batch, ScriptedModel
+        from qwen_vllm.offline.batch import Batch
+        from tests.support.scripted_model import ScriptedModel
 
         class Model(ScriptedModel):
             def stream_batch(self, *args, **kwargs):

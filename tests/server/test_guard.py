@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 
 from qwen_vllm.protocol import INT32_MAX, INT64_MAX, ChatError
 from qwen_vllm.server.guard import MAX_ANSWERS, MAX_DEPTH, Guard, check_json
-from tests.conftest import guard_args
+from tests.support.guard_args import guard_args
 
 KEYS = ["right", "other"]
 PATHS = ["/chat", "/v1/models", "//v1/models", "/v1/../chat", "/docs/", "/metrics", "/tokenize", "/health/", "/"]

@@ -1,13 +1,5 @@
-"""What planning a step and taking its results cost vLLM's scheduler, in microseconds a request, without any model: with
-vLLM's own KV cache manager and with ours, by turns.
+"""vLLM's scheduler, driven step by step without a model."""
 
-    python -m benchmarks.scheduler_steps [--requests 256 1024] [--rounds 3]
-"""
-
-import argparse
-import time
-from itertools import product
-from statistics import quantiles
 from unittest.mock import patch
 
 import torch
@@ -25,10 +17,8 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from qwen_vllm.models.demo import demo_model
-from qwen_vllm.vllm_plugin.speedups import QuickKVCacheManager
 
 BLOCK, TOKEN = 16, 5
-GREEDY = SamplingParams(max_tokens=256, temperature=0, ignore_eos=True)
 SPEC = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
 
 
@@ -56,55 +46,20 @@ class Steps:
             self.scheduler = AsyncScheduler(config, cache, structured, BLOCK, BLOCK, log_stats=True)
         self._running: list[tuple[SchedulerOutput, ModelRunnerOutput]] = []
 
-    def add(self, name: str, prompt: list[int], params: SamplingParams = GREEDY) -> None:
+    def add(self, name: str, prompt: list[int], params: SamplingParams) -> None:
         """A new request."""
         self.scheduler.add_request(Request(name, prompt, params, None, block_hasher=self._hasher))
 
-    def step(self) -> tuple[SchedulerOutput, dict[int, EngineCoreOutputs], float, float]:
+    def step(self) -> tuple[SchedulerOutput, dict[int, EngineCoreOutputs]]:
         """Plans a step and, as vLLM does, takes the results of the one before while it runs.
 
         Returns:
-            (the plan, outputs, seconds that planning took, seconds that taking results took)
+            (the plan, outputs)
         """
-        began = time.perf_counter()
         plan = self.scheduler.schedule()
-        planned = time.perf_counter()
         names = list(plan.num_scheduled_tokens)
         if names:
             sampled = [[] if self.scheduler.requests[name].is_prefill_chunk else [TOKEN] for name in names]
             self._running.append((plan, ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, sampled)))
         done = self._running.pop(0) if self._running and (len(self._running) > 1 or not names) else None
-        updating = time.perf_counter()
-        outputs = self.scheduler.update_from_output(*done) if done else {}
-        return plan, outputs, planned - began, time.perf_counter() - updating
-
-
-def microseconds(manager: type[KVCacheManager], caching: bool, requests: int) -> tuple[float, float]:
-    """(planning, taking results) of a request in a step where all run; the fastest tenth counts."""
-    steps = Steps(manager, caching)
-    for i in range(requests):
-        steps.add(f"chat-{i:032x}", [(i * 7919 + j * 31) % 40_000 for j in range(69)])
-    taken = []
-    while steps.scheduler.has_requests():
-        plan, _, planning, updating = steps.step()
-        if plan.total_num_scheduled_tokens == len(plan.num_scheduled_tokens) == requests:
-            taken.append((planning, updating))
-    return tuple(quantiles(times, n=10)[0] / requests * 1e6 for times in zip(*taken, strict=True))
-
-
-def main() -> None:
-    """Prints a row for each manager, in each round."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    print(f"{'manager':20} {'prefix caching':14} {'requests':>8} {'planning':>9} {'results':>8}")
-    for _, requests, caching in product(range(args.rounds), args.requests, (False, True)):
-        for manager in (KVCacheManager, QuickKVCacheManager):
-            planning, updating = microseconds(manager, caching, requests)
-            name = manager.__name__
-            print(f"{name:20} {caching!s:14} {requests:8} {planning:6.1f} µs {updating:5.1f} µs", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        return plan, self.scheduler.update_from_output(*done) if done else {}

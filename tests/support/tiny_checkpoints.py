@@ -16,7 +16,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from benchmarks import shapes
+from tests.support.tokenizers import qwen_tokenizer
 
 TEXT = {
     "hidden_size": 64,
@@ -65,7 +65,7 @@ VISION_TOKENS = [
 
 def write_text_model(folder: Path, **config: Any) -> Path:
     """A Qwen2; `config` goes over TEXT."""
-    return _write(folder, Qwen2ForCausalLM, Qwen2Config(**{**TEXT, **config}), shapes.qwen_tokenizer())
+    return _write(folder, Qwen2ForCausalLM, Qwen2Config(**{**TEXT, **config}), qwen_tokenizer())
 
 
 def write_vision_model(folder: Path) -> Path:
@@ -80,7 +80,7 @@ def write_vision_model(folder: Path) -> Path:
         "initializer_range": 0.2,
     }
     rotary = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6}
-    tokenizer = shapes.qwen_tokenizer(VISION_TEMPLATE, *VISION_TOKENS)
+    tokenizer = qwen_tokenizer(VISION_TEMPLATE, *VISION_TOKENS)
     start, end, _, image, video = tokenizer.convert_tokens_to_ids(VISION_TOKENS[-5:])
     tokens = {"vision_start_token_id": start, "vision_end_token_id": end, "image_token_id": image}
     config = Qwen2_5_VLConfig(
@@ -148,4 +148,13 @@ def write_merged(folder: Path, model: Path, adapter: Path) -> Path:
             target = name.removeprefix("base_model.model.").replace(".lora_A", "")
             weights[target] += SCALE * low_rank[name.replace(".lora_A", ".lora_B")] @ a
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_model(folder: Path, **config: Any) -> Path:
+    """The files of a model as far as they are looked at before it is loaded; `config` goes into its config.json."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"], **config}))
+    (folder / "tokenizer.json").write_text("{}")
+    save_file({"weight": torch.zeros(100)}, folder / "model.safetensors")
     return folder

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.shapes import PLAIN_TOKENS, TEMPLATE, qwen_tokenizer
 from qwen_vllm.models.qwen_v1 import SPECIAL_TOKENS
 from qwen_vllm.protocol import Turn
+from tests.support import ROOT
+from tests.support.tokenizers import PLAIN_TOKENS, QWEN25_TEMPLATE, qwen_tokenizer
 
-ROOT = Path(__file__).parents[2]
 CONTEXT = 1024
 
 CHATML = r"""
@@ -407,7 +407,7 @@ _gemma = partial(Family, vocabulary=_pieces, control=GEMMA_TOKENS, bos="<bos>", 
 FAMILIES = {
     "Qwen1.5": _qwen_family(CHATML, config={"model_type": "qwen2"}),
     "Qwen2": _qwen_family(CHATML.replace("assistant<|im_end|>", "assistant.<|im_end|>")),
-    "Qwen2.5": _qwen_family(TEMPLATE, config={"model_type": "qwen2"}),
+    "Qwen2.5": _qwen_family(QWEN25_TEMPLATE, config={"model_type": "qwen2"}),
     "Qwen1.5-MoE": _qwen_family(
         CHATML, config={"model_type": "qwen2_moe", **EXPERTS, "shared_expert_intermediate_size": 64}
     ),
@@ -438,3 +438,40 @@ REFUSED = {
     "Vicuna": Family(VICUNA, _pieces, ("<s>", "</s>"), "</s>"),
 }
 """Plain text stands between a user's text and the answer: a text could pass for a turn."""
+PIECES = [
+    "",
+    " ",
+    "\n",
+    "\r\n\t",
+    "\n\n  ",
+    "\x00\x7f",
+    "\u200b\ufeff",
+    "你好，",
+    "请用中文写一首诗：春天。",
+    "１２３，３．１４",
+    "👩‍👩‍👧‍👦",
+    "🇨🇳❤️",
+    "e\u0301\u0301",
+    "שלום مرحبا",
+    "The capital of France is Paris.",
+    " 3.14159e-12",
+    "1234567890",
+    "def f(x):\n\treturn x if x < 3 else f(x - 1)\n",
+    "```python\nprint('hi')\n```",
+    '<div class="a">&amp;</div>',
+    "| a | b |\n|---|---|\n",
+    "system\n",
+    "user",
+    "assistant\n",
+    "{{ messages }} {% raw %}",
+    "⟦system⟧⟦query⟧",
+    "<|im_",
+    "INST]",
+]
+"""Texts that a tokenizer may stumble over."""
+
+
+@cache
+def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
+    """A small tokenizer of a family."""
+    return {**FAMILIES, **REFUSED}[name].tokenizer(small=True)

@@ -16,8 +16,7 @@ from vllm.v1.request import RequestStatus
 
 from qwen_vllm.vllm_plugin.speedups import PROMPT_END, QuickDetokenizer, QuickKVCacheManager
 from tests.support.scheduler_steps import BLOCK, SPEC, Steps
-from tests.support.tiny_families import FAMILIES
-from tests.test_templates import PIECES, tokenizer_of
+from tests.support.tiny_families import FAMILIES, PIECES, tokenizer_of
 
 WINDOW = SlidingWindowSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=40)
 TIGHT = {"max_num_seqs": 32, "max_model_len": 400, "max_num_batched_tokens": 100}
@@ -37,7 +36,7 @@ def day_of(manager: type[KVCacheManager], seed: int, caching: bool, specs: tuple
             steps.add(names[-1], chance.choice(prefixes) + tail, params)
         if names and chance.random() < 0.02:
             steps.scheduler.finish_requests(chance.choice(names), RequestStatus.FINISHED_ABORTED)
-        plan, outputs, *_ = steps.step()
+        plan, outputs = steps.step()
         seen.append([plan.num_scheduled_tokens, plan.preempted_req_ids, plan.finished_req_ids])
         seen.append([(new.req_id, new.num_computed_tokens, new.block_ids) for new in plan.scheduled_new_reqs])
         known = plan.scheduled_cached_reqs
@@ -68,7 +67,7 @@ def test_a_growing_answer_asks_for_a_block_when_its_last_is_full(caching: bool) 
         steps.add("a request", list(range(40)), SamplingParams(max_tokens=160, ignore_eos=True))
         tokens = 0
         while steps.scheduler.has_requests():
-            _, outputs, *_ = steps.step()
+            _, outputs = steps.step()
             tokens += sum(len(output.new_token_ids) for answers in outputs.values() for output in answers.outputs)
     assert tokens == 160
     assert asked.call_count <= 2 * 160 / BLOCK + 2

@@ -1,0 +1,12 @@
+"""The guard's flags."""
+
+from argparse import Namespace
+from typing import Any
+
+MAX_BODY = 2**20
+
+
+def guard_args(**flags: Any) -> Namespace:
+    """The command line as the guard sees it, with its defaults."""
+    defaults = {"api_key": None, "max_body_size": MAX_BODY, "body_timeout": 30.0}
+    return Namespace(**{**defaults, "disable_fastapi_docs": False, "enable_offline_docs": False, **flags})

@@ -34,7 +34,7 @@ test: setup lint  ## all tests, on the real engine too
 test-long: setup  ## what takes longer: servers of several processes, families of models, adapters, thoughts
 	$(PY) -m pytest -m long $(ARGS)
 
-soak: setup  ## load, faults and poison on this machine, as a table; ARGS="--minutes 30" for a long mix
+soak: setup  ## load and faults on this machine, as a table; ARGS="--minutes 30" for a long mix
 	$(PY) -m benchmarks.soak $(ARGS)
 
 lint: setup  ## check the style

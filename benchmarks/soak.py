@@ -1,4 +1,4 @@
-"""What the server holds on this machine with the demo model: load, clients that leave, stop reading or send poison.
+"""What the server holds on this machine with the demo model: load, clients that leave, are silent or ask too much.
 
     python -m benchmarks.soak [--minutes 30]
 
@@ -30,14 +30,15 @@ from vllm_client import stream_chat
 
 RUNNING, ROOM = 32, 64
 FLAGS = ["--max-num-seqs", str(RUNNING), "--max-num-queued-reqs", str(ROOM), "--write-timeout", "5"]
-POISON = (
-    {"max_tokens": 2**70},
-    {"structured_outputs": {"regex": "((.{1,500}){1,500}){1,500}"}},
-    {"structured_outputs": {"json": {"allOf": [{"type": "string", "pattern": f"(.*{c}.{{20}})*"} for c in "abcdef"]}}},
-    {"structured_outputs": {"choice": [f"{i:020}" for i in range(1000)]}},
-    {"structured_outputs": {"grammar": "root ::= root"}},
-    {"stop": ["x" * 10_000], "n": 16384},
+OVER_LIMITS = (
+    {"max_tokens": 2**31},
+    {"n": 33},
+    {"structured_outputs": {"regex": "a" * 2**15}},
+    {"structured_outputs": {"choice": ["word"] * 5000}},
+    {"structured_outputs": {"json": {"type": "array", "maxItems": 10_001}}},
+    {"structured_outputs": {"regex": "["}},
 )
+"""Fields that the server refuses: each is just over a limit, or no pattern."""
 
 Row = tuple[str, str, str, bool]
 """Name of the case, what was seen, what is asked for, whether it holds."""
@@ -150,8 +151,8 @@ def beside_long_answers(load: Load) -> Iterator[Row]:
     yield "one token beside 8 long answers", f"{beside / alone:.1f} x its idle time", "< 10 x", beside < 10 * alone
 
 
-def poison(load: Load) -> Iterator[Row]:
-    """The longest silence of an answer while others send poison, and how that ends."""
+def over_limits(load: Load) -> Iterator[Row]:
+    """The longest silence of an answer while others ask for what is over the limits, and how that ends."""
     statuses, gaps = Counter(), []
 
     def read() -> None:
@@ -164,11 +165,16 @@ def poison(load: Load) -> Iterator[Row]:
     reader = threading.Thread(target=read)
     reader.start()
     model = requests.get(f"{load.url}/v1/models", timeout=30).json()["data"][0]["id"]
-    for extra in POISON * 3:
+    for extra in OVER_LIMITS * 3:
         body = {"model": model, "prompt": "x", "max_tokens": 8, **extra}
         statuses[requests.post(f"{load.url}/v1/completions", json=body, timeout=120).status_code] += 1
     reader.join()
-    yield "poison on /v1: statuses", json.dumps(statuses), "no 5xx", not any(status >= 500 for status in statuses)
+    yield (
+        "over the limits on /v1: statuses",
+        json.dumps(statuses),
+        "no 5xx",
+        not any(status >= 500 for status in statuses),
+    )
     yield "longest silence of an answer beside it", f"{max(gaps[1:]):.2f} s", "< 1 s", max(gaps[1:]) < 1
 
 
@@ -197,7 +203,7 @@ def memory(load: Load, server: psutil.Process) -> Iterator[Row]:
 
 
 def mix(load: Load, minutes: float) -> Iterator[Row]:
-    """All of it together for some minutes: short, long, left, too many, poison, silent."""
+    """All of it together for some minutes: short, long, left, too many, over limits, silent."""
     load.ends.clear()
     until = time.monotonic() + minutes * 60
     port = int(load.url.rpartition(":")[2])
@@ -214,8 +220,10 @@ def mix(load: Load, minutes: float) -> Iterator[Row]:
                         silent.send(b"POST /chat HTTP/1.1\r\n")
                         time.sleep(random.random())
                 case 4:
-                    body = {"query": "x", "stop": [""], **random.choice(POISON)}
-                    load.ends["poison"] += requests.post(f"{load.url}/chat", json=body, timeout=60).status_code == 400
+                    body = {"query": "x", "stop": [""], **random.choice(OVER_LIMITS)}
+                    load.ends["over limits"] += (
+                        requests.post(f"{load.url}/chat", json=body, timeout=60).status_code == 400
+                    )
                 case _:
                     load.ask(max_tokens=random.randrange(1, 40))
 
@@ -240,7 +248,7 @@ def main() -> int:
             overload(load),
             leaving(load),
             beside_long_answers(load),
-            poison(load),
+            over_limits(load),
             memory(load, server_process(url)),
         ]
         for case in [*cases, *([mix(load, minutes)] if minutes else [])]:

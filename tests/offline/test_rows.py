@@ -62,7 +62,7 @@ def test_messages_whose_roles_make_no_conversation(roles):
         ('{"query": ', "not JSON"),
         ('{"query": "a", "temperature": NaN}', "not JSON"),
         ('{"query": "\\ud800"}', "not JSON"),
-        ("[" * 100_000, "not JSON"),
+        ("[" * 2000, "not JSON"),
         ('"hello"', "not an object"),
         ("[]", "not an object"),
         ("42", "not an object"),

@@ -34,8 +34,6 @@ KEY = "e2e-key"
 """The key of `demo_server`."""
 ROOM, DEADLINE = 8, 2
 """Of `small_server`: requests at a time, and seconds that slow clients have."""
-# To fill a larger cache with zeros takes seconds of each start.
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
 """As in a user's terminal, and not as under `make test`, where make tells of each folder it enters."""
 

@@ -28,8 +28,9 @@ serve: setup  ## start a server
 offline: setup  ## chat without a server
 	exec $(PY) vllm_offline.py $(SERVER_ARGS)
 
-test: setup lint  ## all tests, on the real engine too
-	$(PY) -m pytest $(ARGS)
+test: setup lint  ## all tests, on the real engine too; without ARGS, how much of the code they run as well
+	$(PY) -m coverage run -m pytest $(ARGS)
+	$(if $(ARGS),,$(PY) -m coverage report)
 
 test-long: setup  ## what takes longer: servers of several processes, families of models, adapters, thoughts
 	$(PY) -m pytest -m long $(ARGS)
@@ -44,5 +45,5 @@ lock: ## write the locked requirements anew from pyproject.toml
 	./setup.sh lock
 
 clean:  ## remove what setup and tests made here; the model cache stays
-	rm -rf .venv .tools *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .tools *.egg-info .coverage .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

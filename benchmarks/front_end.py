@@ -108,7 +108,8 @@ async def main() -> None:
     from vllm.entrypoints.launchers.app import build_app
     from vllm.v1.engine.async_llm import AsyncLLM, EngineCoreClient
 
-    from vllm_server import ChatEndpoint, parse_args
+    from qwen_vllm.server.endpoint import ChatEndpoint
+    from vllm_server import parse_args
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
@@ -128,7 +129,7 @@ async def main() -> None:
         check_json(body)
 
     async def build(body: bytes) -> None:
-        endpoint._requests.build(validated(ChatRequest, body), True)
+        app.state.chat._requests.build(validated(ChatRequest, body), True)
 
     print(f"{'turns':>6} {'request':>8} {'check':>8} {'prompt':>8}")
     for turns in (0, 10, 100):

@@ -36,7 +36,7 @@ def bare(model: ChatModel, questions: list[dict]) -> Callable[[], int]:
     prompts = [{"prompt_token_ids": prompt.token_ids} for prompt, _ in built]
     params = [params for _, params in built]
     return lambda: sum(
-        len(output.outputs[0].token_ids) for output in model._llm.generate(prompts, params, use_tqdm=False)
+        len(output.outputs[0].token_ids) for output in model.llm.generate(prompts, params, use_tqdm=False)
     )
 
 
@@ -91,7 +91,7 @@ def main() -> None:
     steps = time_steps(model)
     for round in range(args.rounds):
         for name in list(sides)[:: 1 if round % 2 else -1]:
-            model._llm.reset_prefix_cache()
+            model.llm.reset_prefix_cache()
             steps[0], began = 0.0, time.monotonic()
             tokens = sides[name]()
             seconds = time.monotonic() - began

@@ -92,7 +92,7 @@ def chats(family: Family, model: ChatModel) -> Said:
     kept = [(system, history[ours[i][2] :], query) for i, (system, history, query) in enumerate(CONVERSATIONS)]
     params = SamplingParams(temperature=0, max_tokens=GREEDY.max_tokens, stop_token_ids=[builder.stop_token_id])
     messages = [family.messages(*conversation) for conversation in kept]
-    outputs = model._llm.chat(messages, params, chat_template=builder._template, use_tqdm=False)
+    outputs = model.llm.chat(messages, params, chat_template=family.template, use_tqdm=False)
     return Said(
         prompts=[output.prompt_token_ids for output in outputs],
         # Line breaks at the end of a thought are no part of it.
@@ -119,9 +119,9 @@ def logprobs(model: ChatModel) -> list[float]:
     """Of the tokens of TEXT but the first."""
     from vllm import SamplingParams
 
-    prompt = model._llm.get_tokenizer().encode(TEXT)
+    prompt = model.llm.get_tokenizer().encode(TEXT)
     params = SamplingParams(max_tokens=1, prompt_logprobs=0)
-    (output,) = model._llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    (output,) = model.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
     return [step[token].logprob for step, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)]
 
 

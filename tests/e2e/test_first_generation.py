@@ -37,10 +37,10 @@ def ask(folder: str) -> Said:
     from vllm import SamplingParams
 
     model = ChatModel(folder, dtype="float32")
-    context = model._llm.model_config.max_model_len
-    prompt = model._llm.get_tokenizer().encode(TEXT)[: context - ANSWER]
+    context = model.llm.model_config.max_model_len
+    prompt = model.llm.get_tokenizer().encode(TEXT)[: context - ANSWER]
     params = SamplingParams(temperature=0, max_tokens=ANSWER, prompt_logprobs=0, logprobs=0, ignore_eos=True)
-    (output,) = model._llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    (output,) = model.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
     answer = output.outputs[0]
     token_ids = [*prompt, *answer.token_ids]
     steps = [*output.prompt_logprobs[1:], *answer.logprobs]

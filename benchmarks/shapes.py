@@ -9,10 +9,6 @@ What they answer is noise.
 import argparse
 from pathlib import Path
 
-from transformers import GenerationConfig, Qwen2Config
-
-from tests.support.tokenizers import qwen_tokenizer
-
 SHAPES = {
     "tiny": {  # next to no computing: what is left is the server
         "hidden_size": 64,
@@ -39,6 +35,11 @@ SHAPES |= {name: dict(zip(SHAPES["tiny"], sizes, strict=True)) for name, sizes i
 
 def write(shape: str, folder: Path) -> None:
     """Writes the description and the tokenizer of a model, with the sampling that Qwen2.5 recommends."""
+    # Here, so that docs.memory, which needs the numbers alone, does not wait for them.
+    from transformers import GenerationConfig, Qwen2Config
+
+    from tests.support.tokenizers import qwen_tokenizer
+
     qwen_tokenizer().save_pretrained(folder)
     config = Qwen2Config(**SHAPES[shape], rope_theta=1e6, max_position_embeddings=32768, dtype="bfloat16")
     config.architectures = ["Qwen2ForCausalLM"]

@@ -17,7 +17,7 @@ from unittest.mock import MagicMock, patch
 from docs import chinese
 from docs.memory import MODELS, table
 from qwen_vllm import console, hardware
-from qwen_vllm.models.resolve import CACHE
+from qwen_vllm.cache import CACHE
 from qwen_vllm.protocol import INT32_MAX, ChatRequest, Sampling
 
 for variable in ("QWEN_URL", "QWEN_API_KEY"):

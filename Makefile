@@ -6,7 +6,7 @@ PY := .venv/bin/python
 SERVER_ARGS := $(if $(MODEL),--model $(MODEL)) $(ARGS)
 export PYTHON
 
-.PHONY: help setup chat webui serve offline test test-long soak lint lock clean
+.PHONY: help setup chat webui serve offline test test-long soak lint docs lock clean
 .SILENT:
 
 help:  ## this list
@@ -38,12 +38,18 @@ test-long: setup  ## what takes longer: servers of several processes, families o
 soak: setup  ## load and faults on this machine, as a table; ARGS="--minutes 30" for a long mix
 	$(PY) -m benchmarks.soak $(ARGS)
 
-lint: setup  ## check the style
+lint: setup  ## check style, types, the page's script, and that the docs are up to date
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	$(PY) -m mypy --no-error-summary
+	.venv/bin/oxlint --silent --deny-warnings qwen_vllm/webui
+	$(PY) -m cogapp -P --check --diff --verbosity=0 docs/*.md
+
+docs: setup  ## write the generated parts of the docs anew
+	$(PY) -m cogapp -P -r --verbosity=0 docs/*.md
 
 lock: ## write the locked requirements anew from pyproject.toml
 	./setup.sh lock
 
 clean:  ## remove what setup and tests made here; the model cache stays
-	rm -rf .venv .tools *.egg-info .coverage .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .tools *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -18,7 +18,7 @@ from qwen_vllm.models.demo import demo_model
 from qwen_vllm.with_server import SERVER, running_server
 
 TOKENS, REQUESTS = 64, 32
-VLLM = ("env", "VLLM_PLUGINS=", sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+VLLM = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 
 
 def completion(url: str, i: int) -> int:

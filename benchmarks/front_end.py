@@ -2,7 +2,7 @@
 from its parsed head to its first piece of text, the guard's check of its body, its prompt with the sampling
 parameters, and each further piece of text.
 
-    python -m benchmarks.front_end [--model FOLDER]
+    python -m benchmarks.front_end [--model FOLDER] [--without-patches]
 
 64 requests at once. Each history is asked for again and again, with questions of 50 words that were not seen before.
 """
@@ -109,16 +109,22 @@ async def main() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM, EngineCoreClient
 
     from qwen_vllm.server.endpoint import ChatEndpoint
+    from qwen_vllm.vllm_plugin import plugin
     from vllm_server import parse_args
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
-    model = parser.parse_args().model
+    parser.add_argument("--without-patches", action="store_true", help="vLLM's own scheduler and detokenizer")
+    flags = parser.parse_args()
+    model = flags.model
+    if not flags.without_patches:
+        plugin.begin_ours()
     args = parse_args(["--load-format", "dummy", *(["--model", model] if model else [])])
     with patch.object(EngineCoreClient, "make_async_mp_client", ScriptedCore):
         engine = AsyncLLM(AsyncEngineArgs.from_cli_args(args).create_engine_config(), None, True, log_requests=False)
     app, endpoint = build_app(args, ("generate",)), ChatEndpoint()
     endpoint.attach_router(app)
+    app.state.lifecycle = SimpleNamespace(stopping=False)
     app.state.openai_serving_models = SimpleNamespace(is_base_model=bool, lora_requests={})
     await endpoint.init_state(engine, app.state, args)
 

@@ -19,8 +19,8 @@ from benchmarks.load import HEAD, PATHS, Seen, add_flags, load, rate, row
 from qwen_vllm.cache import CACHE
 from qwen_vllm.with_server import SERVER, running_server
 
-VLLM = ("env", "VLLM_PLUGINS=", sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")
-PROGRAMS = {"vllm": VLLM, "rust": ("env", "VLLM_USE_RUST_FRONTEND=1", *VLLM[1:])}
+VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")
+PROGRAMS = {"vllm": VLLM, "rust": ("env", "VLLM_USE_RUST_FRONTEND=1", *VLLM)}
 
 
 def start(stack: ExitStack, number: int, side: str, flags: list[str]) -> str:

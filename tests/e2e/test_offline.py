@@ -8,6 +8,7 @@ from copy import deepcopy
 
 import pexpect
 import pytest
+from vllm import envs
 
 import vllm_offline
 from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling
@@ -21,6 +22,7 @@ ROLES = ("user", "assistant")
 
 @pytest.fixture(scope="module")
 def model():
+    envs.disable_envs_cache()  # tests of the server leave one, without what ChatModel sets
     return ChatModel(max_model_len=2048)
 
 

@@ -38,7 +38,8 @@ class ChatError(Exception):
     `message` is for the user. `status` is the HTTP status. `retry_after`: seconds until a busy server can be asked.
 
     type                status
-    invalid_request     400, 404, 408, 413, 415   the request must change; `param` names the field
+    invalid_request     400, 404, 408, 413,       the request must change; `param` names the field
+                        415, 431
     unauthorized        401                       the key is missing or wrong
     overloaded          503                       the queue is full or the server stops: try again in a moment
     engine_error        500, 503                  the engine failed or is shutting down
@@ -129,7 +130,7 @@ class ChatResult:
     """Holds a finished answer.
 
     `history` ends with this turn, ready for the next request; it contains no reasoning. `finish_reason` is "stop" or
-    "length". `stop_reason` is the stop word that matched, or None where the model ended by itself. `dropped_turns`
+    "length". `stop_reason` is the stop word that matched, or None. `dropped_turns`
     counts the oldest turns, which did not fit the context. `reasoning_tokens` are included in `completion_tokens`.
     """
 

@@ -2,8 +2,8 @@
 
 Nothing else in this project replaces code of vLLM or of another library. `server/` only configures vLLM's app.
 
-A speed-up is made for one source. Where the source differs, the speed-up is left out, with one line in the log.
-A repair has a probe. It is applied only where the probe still shows the fault.
+A patch with a probe, a repair, is applied where the probe shows the fault. Any other is made for one source: where the
+source differs, it is left out, with one line in the log.
 """
 
 import inspect
@@ -34,7 +34,7 @@ class Patch:
         upstream: where the change was proposed, or what it waits for.
         replaces: for each dotted name, a function from the original object to the one that takes its place.
         made_for: for each function whose source the change relies on, its dotted name and `source_hash`.
-        shows_fault: for a repair, whether the fault is there; None for a speed-up.
+        shows_fault: the probe of a repair; None: applied only where the source is the one in `made_for`.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Patch:
         return [name for name, known in self.made_for.items() if source_hash(name) != known]
 
     def is_wanted(self) -> bool:
-        """Tell whether to apply the change here; log one line where a speed-up is left out."""
+        """Tell whether to apply the change here; log one line where it is left out for its source."""
         if self.shows_fault:
             return self.shows_fault()
         if changed := self.changed():

@@ -11,7 +11,7 @@ from qwen_vllm.models import qwen_v1
 from qwen_vllm.vllm_plugin import patches
 
 NAME = "qwen_chat"
-"""Of our plugins, in pyproject.toml and in $VLLM_PLUGINS."""
+"""The name of our entry points in pyproject.toml and in $VLLM_PLUGINS."""
 OURS = "QWEN_VLLM"
 """The environment variable that marks our programs and what they start; a plain `vllm serve` stays vLLM's own."""
 
@@ -28,9 +28,10 @@ def begin_ours() -> None:
 
 
 def begin_process() -> None:
-    """Register our model and parsers, apply the patches, and end with the parent; called twice, it does no more.
+    """Register our model and parsers, apply the patches, and end with the parent.
 
-    vLLM calls this in each of its processes, as a general plugin. It does nothing in other programs.
+    vLLM calls this in each of its processes, as a general plugin. It does nothing in other programs; to call it
+    again does no harm.
     """
     if OURS not in os.environ:
         return

@@ -34,8 +34,8 @@ KEY = "e2e-key"
 """The key of `demo_server`."""
 ROOM, DEADLINE = 8, 2
 """Of `small_server`: requests at a time, and seconds that slow clients have."""
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-"""As in a user's terminal, and not as under `make test`, where make tells of each folder it enters."""
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("ARGS", "MAKE", "MFLAGS"))}
+"""As in a user's terminal, and not as under `make test`, whose variables a `make` within it would take for its own."""
 
 
 @contextmanager

@@ -114,9 +114,8 @@ class Page:
         """Return the page's components, with what happens on each event."""
         with gr.Blocks(title=self._title or "Chat", analytics_enabled=False, fill_height=True) as page:
             self._connect(page, Components(gr.I18n(**words_for(self._language))))
-        page.max_threads = (
-            self.streams.line.limit + 1
-        )  # by default Gradio works on 40 events at once, and hides who waits
+        # By default Gradio works on 40 events at once, and hides who waits.
+        page.max_threads = self.streams.line.limit + 1
         return page.queue()
 
     def _connect(self, page: gr.Blocks, on: Components) -> None:

@@ -114,8 +114,7 @@ class ChatModel:
             ChatError: the request is not valid, or longer than the context.
         """
         *_, result = self.stream_chat(query, history, system, sampling)
-        if not isinstance(result, ChatResult):
-            raise ChatError("the answer ended without a result", "engine_error", status=500)
+        assert isinstance(result, ChatResult)
         return result
 
     def stream_chat(
@@ -201,7 +200,7 @@ class ChatModel:
                 )
             running.append(row)
         self._finish(running)
-        return [row.answer.text for row in running]
+        return [row.text for row in running]
 
     def _prepare(self, number: int, row: Row, sampling: Sampling | None, stream: bool) -> "_RunningRow | _BadRow":
         """Make ready what the engine takes for a row; or its error, where the row is not valid."""
@@ -309,19 +308,24 @@ class _RunningRow:
     answer: RunningAnswer
     request: ChatRequest | None = None
     error: ChatError | None = None
+    text: str = ""
+    reasoning: str = ""
 
     def add(self, output: "RequestOutput") -> tuple[str, str]:
         """Take in the engine's next output; return (new reasoning, new text)."""
         try:
-            return self.answer.add(output.outputs[0])
+            reasoning, text = self.answer.add(output.outputs[0])
         except ChatError as error:
             self.error = error
             return "", ""
+        self.reasoning += reasoning
+        self.text += text
+        return reasoning, text
 
     def result(self) -> ChatResult:
         """Return the finished answer to a chat request."""
-        turns = [*self.request.history, (self.request.query, self.answer.text)] if self.request else []
-        return self.answer.result(turns)
+        turns = [*self.request.history, (self.request.query, self.text)] if self.request else []
+        return self.answer.result(self.text, self.reasoning, turns)
 
 
 def _fields(row: Row, sampling: Sampling | None) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def sampling_defaults(context: int, configured: Mapping[str, Any]) -> dict[str, 
 
 
 class RunningAnswer:
-    """One answer as it grows: adds up what the engine gives, in deltas or at once.
+    """One answer as it grows: splits what the engine gives, in deltas or at once, and counts. It keeps no text.
 
     Attributes:
         prompt: what is answered.
@@ -110,15 +110,8 @@ class RunningAnswer:
         self.prompt = prompt
         self.finish_reason: str | None = None
         self._splitter = splitter
-        self._reasoning: list[str] = []
-        self._text: list[str] = []
         self._completion_tokens = 0
         self._stop_reason: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The text so far."""
-        return "".join(self._text)
 
     def add(self, completion: "CompletionOutput") -> tuple[str, str]:
         """Take in the engine's next output; return (new reasoning, new text).
@@ -129,10 +122,6 @@ class RunningAnswer:
         last = completion.finish_reason is not None
         reasoning, text = self._splitter.split(completion.text, completion.token_ids, last)
         self._completion_tokens += len(completion.token_ids)
-        if reasoning:
-            self._reasoning.append(reasoning)
-        if text:
-            self._text.append(text)
         if last:
             if completion.finish_reason not in ("stop", "length"):
                 message = "the engine gave this request up, or the server is stopping: send it again"
@@ -141,23 +130,23 @@ class RunningAnswer:
             self._stop_reason = completion.stop_reason if isinstance(completion.stop_reason, str) else None
         return reasoning, text
 
-    def result(self, history: list[Turn]) -> ChatResult:
-        """Return the finished answer; `history` ends with its turn."""
+    def result(self, text: str, reasoning: str, history: list[Turn]) -> ChatResult:
+        """Return the finished answer; `text` and `reasoning` are its pieces together, `history` ends with its turn."""
         return ChatResult(
-            text=self.text,
+            text=text,
             history=history,
             finish_reason=self.finish_reason or "",
             stop_reason=self._stop_reason,
             prompt_tokens=len(self.prompt.token_ids),
             completion_tokens=self._completion_tokens,
             dropped_turns=self.prompt.dropped_turns,
-            reasoning="".join(self._reasoning),
+            reasoning=reasoning,
             reasoning_tokens=self._splitter.tokens,
         )
 
     def ending(self) -> dict[str, Any]:
         """Return the last line of the stream: the finished answer in wire form, without its text."""
-        result = self.result([])
+        result = self.result("", "", [])
         return {
             "finish_reason": result.finish_reason,
             "stop_reason": result.stop_reason,

@@ -95,12 +95,12 @@ def _lifespan_around(vllm_lifespan: Any) -> Any:
             state = app.state
             engine = state.engine_client
             state.lifecycle = Lifecycle(engine, state.server, state.args)
-            async with state.lifecycle.running():
-                is_first = engine.vllm_config.parallel_config._api_process_rank <= 0
-                announcing = asyncio.create_task(_announce(state)) if is_first else None
-                yield
-                if announcing:
-                    announcing.cancel()
+            state.lifecycle.begin()
+            is_first = engine.vllm_config.parallel_config._api_process_rank <= 0
+            announcing = asyncio.create_task(_announce(state)) if is_first else None
+            yield
+            if announcing:
+                announcing.cancel()
 
     return lifespan
 

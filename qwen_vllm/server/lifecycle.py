@@ -6,8 +6,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from typing import ClassVar
 
@@ -68,9 +67,8 @@ class Lifecycle:
         """Whether new requests are to be refused."""
         return self._stopping_since is not None
 
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Set deadlines and signal handlers, and watch the engine while the block runs."""
+    def begin(self) -> None:
+        """Set deadlines and signal handlers, and start the watch of the engine."""
         config = self._server.config
         limits = Limits(
             self._args.header_timeout,
@@ -85,7 +83,6 @@ class Lifecycle:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
         self._tasks.add(asyncio.create_task(self.watch()))
-        yield
 
     def readiness(self) -> JSONResponse:
         """Answer GET /ready: 200 where a request would be served, else 503 with the reason."""

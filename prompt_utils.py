@@ -1,12 +1,11 @@
 """Conversation → token ids, within a token budget, for a tokenizer it is handed. Knows nothing of vLLM, HTTP or files.
 
-A chat prompt is texts between separators: `system ‹S› user ‹U› assistant ‹A› user ‹Q› assistant`. The separators are
-learned from the model's own chat template. Only they may hold control tokens: texts are encoded so that nothing they
-spell becomes one. Each text is encoded once and cached, so a turn costs what is new in it.
+A chat prompt is texts between separators: `system ‹S› user ‹U› assistant ‹A› user ‹Q› assistant`. Some templates keep
+the reasoning of a turn, before its answer. `chat_template` learns the separators from the model's own template. Only
+they may hold control tokens: texts are encoded so that nothing they spell becomes one. Each text is encoded once and
+cached, so a turn costs what is new in it.
 """
 
-import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,33 +13,20 @@ from itertools import chain, product
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-from tokenizers import Tokenizer
+from qwen_vllm.chat_template import (
+    SYSTEM,
+    ChatTemplate,
+    Encoder,
+    Layout,
+    Separator,
+    UnsupportedTemplate,
+    UnsupportedTokenizer,
+    learn_format,
+)
+from qwen_vllm.protocol import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Turn = tuple[str, str]
-"""One finished exchange: what the user said, what the assistant answered."""
-Trim = Callable[[str], str]
-Thinking = bool | None
-"""Whether the model is to think first; None leaves it to the template."""
-THINKING: tuple[Thinking, ...] = (None, True, False)
-TEXTS = SYSTEM, USER, ANSWER, QUERY = "⟦system⟧", "⟦user⟧", "⟦answer⟧", "⟦query⟧"
-LEFT, RIGHT = "\v", "\f"
-"""Whitespace, to see which texts a template trims."""
-
-
-class UnsupportedTemplate(ValueError):
-    """The prompt builder cannot follow the chat template; the message says why."""
-
-
-class NoChatTemplate(UnsupportedTemplate):
-    """The model has no chat template."""
-
-
-class UnsupportedTokenizer(UnsupportedTemplate):
-    """The tokenizer is not one of the tokenizers library."""
 
 
 class PromptTooLong(ValueError):
@@ -55,152 +41,13 @@ class Prompt:
         token_ids: what the engine takes.
         dropped_turns: how many of the oldest turns were left out to fit.
         opening: the text between the query and the answer.
+        dropped_reasoning: how many of the turns that were kept lost their reasoning to fit.
     """
 
     token_ids: list[int]
     dropped_turns: int
     opening: str = ""
-
-
-@dataclass(frozen=True)
-class Separator:
-    """What the template puts between two texts: the end of the one, control tokens, the start of the other."""
-
-    before: str
-    token_ids: tuple[int, ...]
-    after: str
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the template starts a conversation, and where it puts the system prompt.
-
-    The system prompt is in its own turn, which `end` closes (ChatML: `<|im_start|>system\\n⟦system⟧<|im_end|>`). Or
-    `end` is None, and `first` or `last` is the plain text, with SYSTEM in it, before the first user text (Gemma) or
-    before the last one (Mistral: `[INST] ⟦system⟧\\n\\n⟦query⟧ [/INST]`).
-    """
-
-    start: Separator
-    end: Separator | None
-    first: str
-    last: str
-    trim_system: Trim
-    trim_first: Trim
-    trim_last: Trim
-
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """What a chat template was seen to do.
-
-    Attributes:
-        layouts: how a conversation starts without a system prompt, and with one.
-        user: what comes before a user's text in later turns.
-        assistant: what comes before an answer.
-        trim_user, trim_answer: what the template does to whitespace around these texts.
-        generate: what comes after the query, by `Thinking`.
-        after_reasoning: where the template drops the reasoning of earlier answers, the whitespace that it drops too.
-    """
-
-    layouts: tuple[Layout, Layout]
-    user: Separator
-    assistant: Separator
-    trim_user: Trim
-    trim_answer: Trim
-    generate: Mapping[Thinking, Separator]
-    after_reasoning: str | None
-
-
-class ChatTemplate:
-    """The model's own chat template, as it renders conversations.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        template: Jinja text that replaces the tokenizer's own.
-        options: what the template is given beside the messages, such as `enable_thinking`.
-
-    Attributes:
-        joins_system: whether the template takes no system prompt: then the prompt goes before the first user text.
-    """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str | None, options: Mapping[str, Any]) -> None:
-        if not (template or tokenizer.chat_template):
-            raise NoChatTemplate("the model has no chat template")
-        self._tokenizer, self._template, self._options = tokenizer, template, options
-        self.joins_system = not self._takes_system()
-
-    def render(self, system: str, history: Iterable[Turn], query: str, thinking: Thinking = None) -> str:
-        """Render a conversation; text can spell control tokens here.
-
-        Raises:
-            UnsupportedTemplate: the template fails.
-        """
-        messages = [] if self.joins_system else [{"role": "system", "content": system}]
-        for user, answer in history:
-            messages += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-        messages.append({"role": "user", "content": query})
-        if self.joins_system and system.strip():
-            messages[0]["content"] = f"{system.strip()}\n\n{messages[0]['content']}"
-        return self._render(messages, thinking)
-
-    def _render(self, messages: list[dict[str, str]], thinking: Thinking = None) -> str:
-        flags = self._options if thinking is None else {**self._options, "enable_thinking": thinking}
-        try:
-            rendered: str = self._tokenizer.apply_chat_template(
-                messages, chat_template=self._template, tokenize=False, add_generation_prompt=True, **flags
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UnsupportedTemplate(f"the model's chat template fails: {error}") from error
-        return rendered
-
-    def _takes_system(self) -> bool:
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUERY}]
-        try:
-            return SYSTEM in self._render(messages)
-        except UnsupportedTemplate:
-            return False
-
-
-class Encoder:
-    """Encodes trusted text, in which control tokens count, and texts of others, in which none does.
-
-    Control tokens are the special ones and those that the template puts between the texts of a conversation.
-    """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) -> None:
-        self._trusted: Tokenizer = tokenizer.backend_tokenizer
-        around, _, _ = template.render(SYSTEM, [(USER, ANSWER)], QUERY).partition(QUERY)
-        added = tokenizer.added_tokens_decoder.values()
-        control = [token.content for token in added if token.special or token.content in around]
-        self.control = re.compile("|".join(map(re.escape, control)) or "(?!)")
-        # A text follows a control token, so the space that some tokenizers put before a whole prompt is not its.
-        state = json.loads(self._trusted.to_str().replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
-        # An answer may hold the tokens the model wrote itself, such as <tool_call>; a user's text may hold none.
-        added = [{**token, "special": token["content"] in control} for token in state["added_tokens"]]
-        self._answers = Tokenizer.from_str(json.dumps({**state, "added_tokens": added}))
-        self._answers.encode_special_tokens = True
-        self._texts = Tokenizer.from_str(json.dumps({**state, "added_tokens": []}))
-        # One int object a token id, shared by all cached texts: 8 bytes a token instead of 36.
-        self._ints = list(range(max(tokenizer.get_vocab().values()) + 1))
-        if any(set(self.trusted(token)) & set(self.text(token)) for token in control):
-            raise UnsupportedTemplate("the model's tokenizer takes text for control tokens")
-
-    def trusted(self, text: str) -> list[int]:
-        """Encode text of the template."""
-        ids: list[int] = self._trusted.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def text(self, text: str) -> tuple[int, ...]:
-        """Encode text of a user or an operator."""
-        return self._plain(self._texts, text)
-
-    def answer(self, text: str) -> tuple[int, ...]:
-        """Encode text of the model."""
-        return self._plain(self._answers, text)
-
-    def _plain(self, tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        return tuple(map(self._ints.__getitem__, encoding.ids))
+    dropped_reasoning: int = 0
 
 
 class PromptBuilder:
@@ -226,63 +73,118 @@ class PromptBuilder:
         self._template = ChatTemplate(tokenizer, chat_template, options)
         self._encoder = Encoder(tokenizer, self._template)
         self._format = learn_format(self._template, self._encoder)
-        self._system_ids, self._turn_ids = _cached(self._encode_system), _cached(self._encode_turn)
+        self._system_ids, self._turn_ids = _cached(self._encoder.text), _cached(self._encode_turn)
         self._ends = {
-            thinking: (*separator.token_ids, *self._encoder.answer(separator.after))
-            for thinking, separator in self._format.generate.items()
-        }
-        self._openings = {
-            thinking: self.render(SYSTEM, [], QUERY, thinking).rpartition(QUERY)[2] for thinking in THINKING
+            mode: (*form.generate.token_ids, *self._encoder.answer(form.generate.after))
+            for mode, form in self._format.modes.items()
         }
         self._check_against_template()
 
     @property
     def stop_token_id(self) -> int:
         """The control token that ends an assistant's turn."""
-        return self._format.user.token_ids[0]
+        return self._format.turn.user.token_ids[0]
+
+    @property
+    def keeps_reasoning(self) -> bool:
+        """Whether the template writes the reasoning of earlier turns into the prompt."""
+        return self._format.turn.reasoning is not None
+
+    @property
+    def efforts(self) -> tuple[str, ...]:
+        """The levels of reasoning effort that the template knows, from the least; () where it knows none."""
+        return self._format.efforts
 
     def build(
-        self, system: str, history: Sequence[Turn], query: str, budget: int, enable_thinking: Thinking = None
+        self,
+        system: str,
+        history: Sequence[Turn],
+        query: str,
+        budget: int,
+        enable_thinking: bool | None = None,
+        reasoning_effort: str | None = None,
     ) -> Prompt:
-        """Build the prompt for `query`, of at most `budget` tokens. Keep the newest whole turns that fit, in order.
+        """Build the prompt for `query`, of at most `budget` tokens, with the newest whole turns that fit, in order.
+
+        Where not all fits, reasoning is left out before turns are, from the oldest turn on.
+
+        Args:
+            reasoning_effort: one of `efforts`.
 
         Raises:
             PromptTooLong: system and query alone do not fit; they are never cut.
         """
-        system = system.strip() if self._template.joins_system else system
-        layout, generate = self._format.layouts[bool(system)], self._format.generate[enable_thinking]
-        end = self._ends[enable_thinking]
-        system = layout.trim_system(system)
+        mode = enable_thinking, reasoning_effort
+        form, end = self._format.modes[mode], self._ends[mode]
+        system = system.strip() if self._template.joins_system else form.layouts[True].trim_system(system)
+        layout = form.layouts[bool(system)]
         first, last = layout.first.replace(SYSTEM, system), layout.last.replace(SYSTEM, system)
-        start = [*layout.start.token_ids, *(self._system_ids(system) if layout.end else ())]
-        later = query_ids = self._user_ids(last + layout.trim_last(query), generate)
+        start = [*layout.start.token_ids]
+        if layout.end:
+            start += (*self._system_ids(layout.start.after + system + layout.end.before), *layout.end.token_ids)
+        later = query_ids = self._user_ids(last + layout.trim_last(query), form.generate)
         if first:
-            query_ids = self._user_ids(self._with_lead(first, layout, last + query), generate)
+            query_ids = self._user_ids(self._with_lead(first, layout, last + query), form.generate)
         room = budget - len(start) - len(query_ids) - len(end)
         if room < 0:
             raise PromptTooLong(f"system and query take {budget - room} tokens, but only {max(budget, 0)} fit")
-        kept = []
-        room += len(query_ids) - len(later)
-        for user, answer in reversed(history):
-            # As the first turn, which may hold the system prompt; as a later one it does not.
-            opening = self._turn_ids(self._with_lead(first, layout, user), answer)
-            if len(opening) > room:
-                break
-            turn = self._turn_ids(self._format.trim_user(user), answer) if first else opening
-            room -= len(turn)
-            kept.append(turn)
-            oldest = opening
-        if kept:
-            kept[-1], query_ids = oldest, later
-        token_ids = [*start, *chain.from_iterable(reversed(kept)), *query_ids, *end]
-        return Prompt(token_ids, len(history) - len(kept), self._openings[enable_thinking])
+        kept, dropped_reasoning = self._fit(history, room + len(query_ids) - len(later), layout, first)
+        token_ids = [*start, *chain.from_iterable(reversed(kept)), *(later if kept else query_ids), *end]
+        return Prompt(token_ids, len(history) - len(kept), form.opening, dropped_reasoning)
 
-    def render(self, system: str, history: Iterable[Turn], query: str, enable_thinking: Thinking = None) -> str:
+    def render(
+        self,
+        system: str,
+        history: Iterable[Turn],
+        query: str,
+        enable_thinking: bool | None = None,
+        reasoning_effort: str | None = None,
+    ) -> str:
         """Render the same conversation by the model's own template, where text can spell control tokens.
 
         Where the template takes no system prompt, that goes before the user's first text, with an empty line between.
         """
-        return self._template.render(system, history, query, enable_thinking)
+        return self._template.render(system, history, query, (enable_thinking, reasoning_effort))
+
+    def _fit(self, history: Sequence[Turn], room: int, layout: Layout, lead: str) -> tuple[list[tuple[int, ...]], int]:
+        """Encode the newest turns that fit into `room` tokens.
+
+        Returns (their token ids, the newest first; how many of them lost their reasoning).
+        """
+        kept = self._newest(history, room, layout, lead)
+        if len(kept) == len(history) or not self.keeps_reasoning:
+            return kept, 0
+        kept = self._newest([(user, answer) for user, answer, *_ in history], room, layout, lead)
+        room -= sum(map(len, kept))
+        newest = history[: -len(kept) - 1 : -1]
+        for n, turn in enumerate(newest):
+            whole = self._turn(turn, layout, lead, oldest=n == len(newest) - 1)
+            room -= len(whole) - len(kept[n])
+            if room < 0:
+                return kept, sum(any(reasoning) for _, _, *reasoning in newest[n:])
+            kept[n] = whole
+        return kept, 0
+
+    def _newest(self, turns: Sequence[Turn], room: int, layout: Layout, lead: str) -> list[tuple[int, ...]]:
+        """Encode the newest whole turns that fit into `room` tokens, the newest first."""
+        kept = []
+        for turn in reversed(turns):
+            opening = self._turn(turn, layout, lead, oldest=True)
+            if len(opening) > room:
+                break
+            later = self._turn(turn, layout, lead, oldest=False) if lead else opening
+            room -= len(later)
+            kept.append(later)
+            oldest = opening
+        if kept:
+            kept[-1] = oldest
+        return kept
+
+    def _turn(self, turn: Turn, layout: Layout, lead: str, oldest: bool) -> tuple[int, ...]:
+        """Encode a turn: the oldest one may hold the system prompt, `lead`."""
+        user, *said = turn
+        trim_user = self._format.turn.trim_user
+        return self._turn_ids(self._with_lead(lead, layout, user) if oldest or not lead else trim_user(user), *said)
 
     def _with_lead(self, lead: str, layout: Layout, text: str) -> str:
         """Put the system prompt before the user's first text; trim both as one where the template sees them as one."""
@@ -290,135 +192,43 @@ class PromptBuilder:
 
     def _user_ids(self, text: str, closing: Separator) -> tuple[int, ...]:
         """Encode a user's text with the plain ends of the separators around it, which the tokenizer merges with it."""
-        return self._encoder.text(self._format.user.after + text + closing.before)
+        return self._encoder.text(self._format.turn.user.after + text + closing.before)
 
-    def _encode_system(self, system: str) -> tuple[int, ...]:
-        start, end = self._format.layouts[True].start, self._format.layouts[True].end
-        return (*self._encoder.text(start.after + system + end.before), *end.token_ids) if end else ()
-
-    def _encode_turn(self, user: str, answer: str) -> tuple[int, ...]:
+    def _encode_turn(self, user: str, answer: str, reasoning: str = "") -> tuple[int, ...]:
         """Encode from the start of a user's text up to the start of the next one."""
-        form = self._format
+        form = self._format.turn
         answer = form.trim_answer(answer)
-        if form.after_reasoning is not None and "</think>" in answer:
-            answer = answer.split("</think>")[-1].lstrip(form.after_reasoning)
+        gap = form.after_reasoning[bool(reasoning)]
+        if gap is not None and "</think>" in answer:
+            before, *_, after = answer.split("</think>")
+            reasoning = reasoning or before.rstrip("\n").split("<think>")[-1].lstrip("\n")
+            answer = after.lstrip(gap)
+        reasoning = form.trim_reasoning(reasoning)
+        if reasoning and form.reasoning:
+            asked, answered = form.reasoning
+            reasoned = self._encoder.text(asked.after + reasoning + answered.before)
+            separator = *asked.token_ids, *reasoned, *answered.token_ids
+        else:
+            asked = answered = form.assistant
+            separator = asked.token_ids
         return (
-            *self._user_ids(user, form.assistant),
-            *form.assistant.token_ids,
-            *self._encoder.answer(form.assistant.after + answer + form.user.before),
+            *self._user_ids(user, asked),
+            *separator,
+            *self._encoder.answer(answered.after + answer + form.user.before),
             *form.user.token_ids,
         )
 
     def _check_against_template(self) -> None:
-        history = [("1 + 1 = ?", "2"), ("你好\n", " 你好！"), ("?", "<think>\nHm.\n</think>\n\nYes.")]
-        query = "  def f():\n\treturn 42\n"
-        for thinking, system, turns in product(THINKING, ("", "Be brief.\n"), (history, history[:1], [])):
-            probe = system, turns, query
-            if self.build(*probe, 2**20, thinking).token_ids != self._encoder.trusted(self.render(*probe, thinking)):
+        turns: list[Turn] = [("1 + 1 = ?", "2", " Hm.\n1, 2.\n"), ("你好\n", " 你好！"), ("?", "\n")]
+        tagged: list[Turn] = [("?", "<think>\nHm.\n</think>\n\nYes."), ("?", "<think>A</think>\n\nB", "\n\n好。")]
+        systems, query = ("", " \n", "Be brief.\n"), "  def f():\n\treturn 42\n"
+        for mode, system, history in product(self._format.modes, systems, (turns, turns + tagged, turns[:1], [])):
+            probe = system, history, query
+            built, rendered = self.build(*probe, 2**20, *mode).token_ids, self.render(*probe, *mode)
+            same = built == self._encoder.trusted(rendered)
+            # Where a tag is a control token, one in a text is no token of ours, but of the template's.
+            if not (same or (tagged[0] in history and self._encoder.decode(built) == rendered)):
                 raise UnsupportedTemplate("the prompt builder and the model's chat template disagree")
-
-
-def learn_format(template: ChatTemplate, encoder: Encoder) -> ChatFormat:
-    """Learn from known texts what the template does.
-
-    Raises:
-        UnsupportedTemplate: it is not texts between fixed separators.
-    """
-    learned = [_learn(template, encoder, system, thinking) for thinking in THINKING for system in ("", SYSTEM)]
-    layouts, turns, generate = ([*column] for column in zip(*learned, strict=True))
-    same_layouts = all(layouts[i : i + 2] == layouts[:2] for i in (2, 4))
-    if {*turns} != {turns[0]} or not same_layouts or generate[::2] != generate[1::2]:
-        raise UnsupportedTemplate("the chat template writes turns in more than one way")
-    # Qwen3's template drops the reasoning of earlier answers, and the empty lines after it.
-    texts = ANSWER, f"\n\n{ANSWER}", f"<think>{USER}</think>\n\n{ANSWER}"
-    answer, gap, reasoned = (template.render("", [("", text)], "") for text in texts)
-    after_reasoning = "\n" if reasoned == answer else "" if reasoned == gap else None
-    user, assistant, trim_user, trim_answer = turns[0]
-    return ChatFormat(
-        layouts=(layouts[0], layouts[1]),
-        user=user,
-        assistant=assistant,
-        trim_user=trim_user,
-        trim_answer=trim_answer,
-        generate=dict(zip(THINKING, generate[::2], strict=True)),
-        after_reasoning=after_reasoning,
-    )
-
-
-def _learn(
-    template: ChatTemplate, encoder: Encoder, system: str, thinking: Thinking
-) -> tuple[Layout, tuple[Separator, Separator, Trim, Trim], Separator]:
-    """Learn how a conversation starts, what stands around its turns, and what the answer comes after."""
-    prompt = template.render(system, [(USER, ANSWER)], QUERY, thinking)
-    padded = template.render(_padded(system), [(_padded(USER), _padded(ANSWER))], _padded(QUERY), thinking)
-    trims = _trims(prompt, padded)
-    if [text for text in trims if text != SYSTEM] != [USER, ANSWER, QUERY] or (SYSTEM in trims) != bool(system):
-        raise UnsupportedTemplate("the chat template does not keep system, user and assistant texts as they are")
-    head, answering, asking, generating = re.split(f"{USER}|{ANSWER}|{QUERY}", prompt)
-    user, first = _separator(encoder, asking), head[_last_control(encoder, head) :]
-    if system and SYSTEM not in head + user.after:
-        raise UnsupportedTemplate("the chat template puts the system prompt into the middle of the conversation")
-    head, last = head.removesuffix(first), user.after
-    common = min(first, last, key=len)
-    if not (first.startswith(common) and last.startswith(common)):
-        raise UnsupportedTemplate("the chat template opens the first user turn and later ones differently")
-    opening, is_turn, closing = head.partition(SYSTEM)
-    cut = _last_control(encoder, opening)
-    layout = Layout(
-        start=Separator("", tuple(encoder.trusted(opening[:cut])), opening[cut:]),
-        end=_separator(encoder, closing) if is_turn else None,
-        first=first.removeprefix(common),
-        last=last.removeprefix(common),
-        trim_system=trims.get(SYSTEM, str),
-        trim_first=trims[USER],
-        trim_last=trims[QUERY],
-    )
-    user = Separator(user.before, user.token_ids, common)
-    trim_user = layout.trim_last if layout.first else layout.trim_first
-    turn = user, _separator(encoder, answering), trim_user, trims[ANSWER]
-    return layout, turn, _separator(encoder, generating)
-
-
-def _separator(encoder: Encoder, literal: str) -> Separator:
-    first = encoder.control.search(literal)
-    if not first:
-        raise UnsupportedTemplate(
-            "the chat template separates texts without control tokens, so that text can pass for a turn"
-        )
-    start, end = first.start(), _last_control(encoder, literal)
-    return Separator(literal[:start], tuple(encoder.trusted(literal[start:end])), literal[end:])
-
-
-def _last_control(encoder: Encoder, literal: str) -> int:
-    """Find where the last control token ends; 0: there is none."""
-    return max((found.end() for found in encoder.control.finditer(literal)), default=0)
-
-
-def _padded(text: str) -> str:
-    return text and f"{LEFT}{text}{RIGHT}"
-
-
-def _trims(prompt: str, padded: str) -> dict[str, Trim]:
-    """Find what the template does to whitespace around each of the known texts, in their order.
-
-    Args:
-        prompt: rendered from the texts.
-        padded: rendered from the texts with whitespace around them.
-
-    Returns {} where the template does more than trim, or where one of the texts comes twice.
-    """
-    kinds: dict[tuple[bool, bool], Trim] = {
-        (True, True): str,
-        (False, True): str.lstrip,
-        (True, False): str.rstrip,
-        (False, False): str.strip,
-    }
-    parts, around = (re.split(f"({'|'.join(TEXTS)})", text) for text in (prompt, padded))
-    if [part.removeprefix(RIGHT).removesuffix(LEFT) for part in around] != parts:
-        return {}
-    places = range(1, len(parts), 2)
-    trims = {parts[i]: kinds[around[i - 1].endswith(LEFT), around[i + 1].startswith(RIGHT)] for i in places}
-    return trims if len(trims) == len(places) else {}
 
 
 def _cached(encode: Callable[..., tuple[int, ...]]) -> Callable[..., tuple[int, ...]]:

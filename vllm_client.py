@@ -31,6 +31,7 @@ from qwen_vllm.protocol import (
     ServerInfo,
     Turn,
     text_turns,
+    turn,
 )
 
 __all__ = ["ChatError", "ChatResult", "Reasoning", "Sampling", "ServerInfo", "server_info", "server_info_async"]
@@ -126,10 +127,10 @@ async def server_info_async(url: str, api_key: str | None = None) -> ServerInfo:
 def openai_messages(query: Question, history: Sequence[AskedTurn], system: str) -> list[dict[str, Any]]:
     """Return a conversation in OpenAI's form, with the images of its questions."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}]
-    for question, answer in [*history, (query, "")]:
+    for question, answer, reasoning in [*history, (query, "", "")]:
         images = [{"type": "image_url", "image_url": {"url": image}} for image in question.images]
         messages.append({"role": "user", "content": [*images, {"type": "text", "text": question.text}]})
-        messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "assistant", "content": answer, **({"reasoning": reasoning} if reasoning else {})})
     return messages[:-1]  # the query has no answer yet
 
 
@@ -142,6 +143,8 @@ def _openai_body(messages: Sequence[dict[str, Any]], sampling: Sampling | None) 
     wanted = sampling.sampling() if sampling else {}
     if "enable_thinking" in wanted:
         wanted["chat_template_kwargs"] = {"enable_thinking": wanted.pop("enable_thinking")}
+    if "thinking_budget" in wanted:
+        wanted["thinking_token_budget"] = wanted.pop("thinking_budget")
     return {"messages": list(messages), "stream": True, "stream_options": {"include_usage": True}, **wanted}
 
 
@@ -185,9 +188,10 @@ class _ChatLines(_AnswerReader):
         elif "reasoning" in value:
             yield Reasoning(value["reasoning"])
         else:
+            kept = self._reasoning if value["keeps_reasoning"] else ""
             yield ChatResult(
                 text=self._text,
-                history=[*self._history, (self._query, self._text)],
+                history=[*self._history, turn(self._query, self._text, kept)],
                 finish_reason=value["finish_reason"],
                 stop_reason=value["stop_reason"],
                 prompt_tokens=value["usage"]["prompt_tokens"],
@@ -195,6 +199,7 @@ class _ChatLines(_AnswerReader):
                 dropped_turns=value["dropped_turns"],
                 reasoning=self._reasoning,
                 reasoning_tokens=value["usage"]["reasoning_tokens"],
+                dropped_reasoning=value["dropped_reasoning"],
             )
 
 
@@ -384,7 +389,7 @@ def main(argv: list[str] | None = None) -> int:
     url, key = args.url.rstrip("/"), args.api_key
 
     def ask(query: Question, history: Sequence[AskedTurn], system: str, sampling: Sampling) -> Iterator[Part]:
-        if query.images or any(question.images for question, _ in history):
+        if query.images or any(question.images for question, *_ in history):
             return stream_messages(url, openai_messages(query, history, system), sampling, key)
         return stream_chat(url, query.text, text_turns(history), system, sampling, key)
 

@@ -19,6 +19,7 @@ from qwen_vllm.models.prepare import prepare
 from qwen_vllm.models.resolve import resolve_model
 from qwen_vllm.protocol import (
     DEFAULT_SYSTEM,
+    PROMPT_FIELDS,
     ChatError,
     ChatRequest,
     ChatResult,
@@ -188,12 +189,12 @@ class ChatModel:
 
         config, tokenizer = self.llm.model_config, self.llm.get_tokenizer()
         wanted = sampling_defaults(config.max_model_len, config.get_diff_sampling_param())
-        wanted |= sampling.model_dump(exclude={"model", "enable_thinking"}, exclude_none=True) if sampling else {}
+        wanted |= sampling.sampling(exclude=PROMPT_FIELDS | {"thinking_budget"}) if sampling else {}
         params = SamplingParams(**wanted, output_kind=RequestOutputKind.FINAL_ONLY)
         running = []
         for i, text in enumerate(prompts):
             prompt = Prompt(tokenizer.encode(text), 0)
-            row = _RunningRow(i, params, RunningAnswer(prompt, ReasoningSplitter(None, "")))
+            row = _RunningRow(i, params, RunningAnswer(prompt, ReasoningSplitter(None, ""), False))
             if len(prompt.token_ids) >= config.max_model_len:
                 row.error = ChatError(
                     f"prompt takes {len(prompt.token_ids)} tokens, the context is {config.max_model_len}"
@@ -324,8 +325,8 @@ class _RunningRow:
 
     def result(self) -> ChatResult:
         """Return the finished answer to a chat request."""
-        turns = [*self.request.history, (self.request.query, self.text)] if self.request else []
-        return self.answer.result(self.text, self.reasoning, turns)
+        assert self.request
+        return self.answer.result(self.text, self.reasoning, self.request.query, self.request.history)
 
 
 def _fields(row: Row, sampling: Sampling | None) -> dict[str, Any]:

@@ -65,6 +65,8 @@ FIELDS = {
     "stop": "停止词：遇到即结束回答，本身不出现在回答中",
     "model": "模型或 LoRA 适配器的名字",
     "enable_thinking": "让会思考的模型（Qwen3）先思考，或不思考",
+    "reasoning_effort": "思考的深度，用于分级的模型（Qwen3.8：low、medium、xhigh）",
+    "thinking_budget": "思考最多用多少词元（计入 max_tokens）；用完即开始回答",
 }
 
 TYPES = {"string": "字符串", "integer": "整数", "number": "数", "boolean": "布尔值", "array": "列表"}

@@ -136,14 +136,16 @@ class Chat:
     def _answer(self, question: Question, earlier: list[AskedTurn]) -> bool:
         """Print the answer and add the turn to `earlier`; Ctrl-C keeps what has arrived."""
         began, first = time.monotonic(), None
-        text, figures, in_reasoning = "", "", False
+        text, reasoning, figures, in_reasoning = "", "", "", False
         parts = self._ask_until_answered(question, self._sent_along(earlier))
         try:
             for part in parts:
                 first = time.monotonic() if first is None else first
                 if isinstance(part, ChatResult):
                     figures = figures_line(part, began, first)
+                    reasoning = part.kept_reasoning
                 elif isinstance(part, Reasoning):
+                    reasoning += part.text
                     self.remark(part.text, end="")
                     in_reasoning = self.shows_remarks
                 else:
@@ -164,7 +166,7 @@ class Chat:
         print(flush=True)
         self.remark(figures or "stopped")
         if figures or text:
-            self.history = [*earlier, (question, text)]
+            self.history = [*earlier, (question, text, reasoning)]
         return True
 
     def _sent_along(self, turns: list[AskedTurn]) -> list[AskedTurn]:
@@ -227,7 +229,7 @@ class Chat:
         print(self._shown(self.system))
 
     def _show_history(self) -> None:
-        for query, answer in self.history:
+        for query, answer, _ in self.history:
             images = f"[images: {len(query.images)}] " if query.images else ""
             print(self._shown(f"> {images}{query.text}\n{answer}"))
 
@@ -259,7 +261,7 @@ class Chat:
             if not info.images:
                 raise ChatError(f"{info.models[0]} takes no images.")
             image = image_url(Path(path).expanduser())
-            sent_again = [url for query, _ in self._sent_along(self.history) for url in query.images]
+            sent_again = [url for query, *_ in self._sent_along(self.history) for url in query.images]
             size = sum(len(url) for url in (image, *self.attached.values(), *sent_again))
             if size > info.max_body_size:
                 raise ChatError(
@@ -272,13 +274,13 @@ class Chat:
     def _regenerate(self) -> None:
         if not self.history:
             raise ChatError("There is nothing to answer again.")
-        *earlier, (question, _) = self.history
+        *earlier, (question, *_) = self.history
         self._answer(question, earlier)
 
     def _save(self, path: str) -> None:
         conversation: dict[str, Any] = {"system": self.system, "history": text_turns(self.history)}
-        if any(query.images for query, _ in self.history):
-            conversation["images"] = [query.images for query, _ in self.history]
+        if any(query.images for query, *_ in self.history):
+            conversation["images"] = [query.images for query, *_ in self.history]
         text = json.dumps(conversation, ensure_ascii=False, indent=1) + "\n"
         _file(path).write_text(text, encoding="utf-8")
 
@@ -288,12 +290,12 @@ class Chat:
             images = TypeAdapter(list[tuple[ImageURL, ...]]).validate_python(saved.pop("images", []))
             chat = validated(ChatRequest, json.dumps({"query": "-", **saved}).encode())
             turns = zip(chat.history, images or [()] * len(chat.history), strict=True)
-            history = [(Question(query, own), answer) for (query, answer), own in turns]
+            history = [(Question(query, own), answer, "".join(kept)) for (query, answer, *kept), own in turns]
         except (ValueError, TypeError, AttributeError, RecursionError):
             raise ChatError(f"{path} holds no saved conversation.") from None
         if images and not self.info().images:
             print(self._shown(f"Its images are left out: {self.info().models[0]} takes none."))
-            history = [(Question(query.text), answer) for query, answer in history]
+            history = [(Question(query.text), answer, kept) for query, answer, kept in history]
         self.system, self.history = chat.system, history
         print(f"{len(self.history)} turns")
 

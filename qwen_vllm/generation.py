@@ -1,11 +1,15 @@
 """From a chat request to what the engine takes, and from what the engine gives to an answer."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import product
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from prompt_utils import NoChatTemplate, Prompt, PromptBuilder, PromptTooLong, UnsupportedTemplate, UnsupportedTokenizer
-from qwen_vllm.protocol import ChatError, ChatRequest, ChatResult, Turn
+from prompt_utils import Prompt, PromptBuilder, PromptTooLong
+from qwen_vllm.chat_template import NoChatTemplate, UnsupportedTemplate, UnsupportedTokenizer
+from qwen_vllm.protocol import PROMPT_FIELDS, ChatError, ChatRequest, ChatResult, Turn, turn
 from qwen_vllm.reasoning import ReasoningSplitter, parser_for, think_tags
 
 if TYPE_CHECKING:
@@ -48,7 +52,9 @@ class RequestBuilder:
         try:
             self.prompts = PromptBuilder(tokenizer, chat_template, template_options)
         except UnsupportedTemplate as reason:
-            raise ChatError(f"{reason}: {ADVICE[type(reason)]}") from reason
+            helping = helping_options(tokenizer, chat_template, template_options)
+            advice = f"start with --default-chat-template-kwargs '{json.dumps(helping)}', or " if helping else ""
+            raise ChatError(f"{reason}: {advice}{ADVICE[type(reason)]}") from reason
         parser = reasoning_parser or parser_for(tokenizer, chat_template, template_options)
         self._tags = think_tags(parser, tokenizer)
         self._sampling_params, self._kinds = SamplingParams, RequestOutputKind
@@ -63,16 +69,17 @@ class RequestBuilder:
         Raises:
             ChatError: system, query and answer together are longer than the context.
         """
-        wanted = self.defaults | request.sampling()
+        wanted = self.defaults | request.sampling(exclude=PROMPT_FIELDS)
         if wanted["max_tokens"] >= self.context:
             raise ChatError(f"max_tokens: must be less than the context of {self.context}", param="max_tokens")
         room = self.context - wanted["max_tokens"]
-        thinking = wanted.pop("enable_thinking", None)
+        if "thinking_budget" in wanted:
+            wanted["thinking_token_budget"] = self._checked_budget(wanted.pop("thinking_budget"), wanted["max_tokens"])
+        mode = request.enable_thinking, self._checked_effort(request.reasoning_effort)
         try:
-            prompt = self.prompts.build(request.system, request.history, request.query, room, thinking)
+            prompt = self.prompts.build(request.system, request.history, request.query, room, *mode)
         except PromptTooLong as error:
             raise ChatError(f"{error}: shorten them or ask for fewer max_tokens", param="query") from error
-        wanted.pop("model", None)
         kind = self._kinds.DELTA if stream else self._kinds.FINAL_ONLY
         stop_token_ids = [self.prompts.stop_token_id]
         params = self._sampling_params(**wanted, stop_token_ids=stop_token_ids, output_kind=kind, skip_clone=True)
@@ -80,7 +87,34 @@ class RequestBuilder:
 
     def answer(self, prompt: Prompt) -> "RunningAnswer":
         """Begin the answer to a prompt."""
-        return RunningAnswer(prompt, ReasoningSplitter(self._tags, prompt.opening))
+        return RunningAnswer(prompt, ReasoningSplitter(self._tags, prompt.opening), self.prompts.keeps_reasoning)
+
+    def _checked_effort(self, effort: str | None) -> str | None:
+        levels = self.prompts.efforts
+        if effort is None or effort in levels:
+            return effort
+        known = f"must be one of {', '.join(levels)}" if levels else "this model has no levels of it: leave it out"
+        raise ChatError(f"reasoning_effort: {known}", param="reasoning_effort")
+
+    def _checked_budget(self, budget: int, max_tokens: int) -> int:
+        if not self._tags:
+            message = "this model does not think: leave it out"
+        elif budget > max_tokens:
+            message = f"must not be over max_tokens, {max_tokens}"
+        else:
+            return budget
+        raise ChatError(f"thinking_budget: {message}", param="thinking_budget")
+
+
+def helping_options(
+    tokenizer: "PreTrainedTokenizerBase", chat_template: str | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Find one more option with which the prompt builder can follow a chat template; {}: there is none."""
+    for name, value in product(("preserve_thinking", "enable_thinking"), (False, True)):
+        with suppress(UnsupportedTemplate):
+            PromptBuilder(tokenizer, chat_template, {**options, name: value})
+            return {**options, name: value}
+    return {}
 
 
 def sampling_defaults(context: int, configured: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,11 +137,12 @@ class RunningAnswer:
 
     Attributes:
         prompt: what is answered.
+        keeps_reasoning: whether the model's chat template reads the reasoning of earlier turns.
         finish_reason: "stop" or "length" when the answer has ended; None before.
     """
 
-    def __init__(self, prompt: Prompt, splitter: ReasoningSplitter) -> None:
-        self.prompt = prompt
+    def __init__(self, prompt: Prompt, splitter: ReasoningSplitter, keeps_reasoning: bool) -> None:
+        self.prompt, self.keeps_reasoning = prompt, keeps_reasoning
         self.finish_reason: str | None = None
         self._splitter = splitter
         self._completion_tokens = 0
@@ -130,11 +165,16 @@ class RunningAnswer:
             self._stop_reason = completion.stop_reason if isinstance(completion.stop_reason, str) else None
         return reasoning, text
 
-    def result(self, text: str, reasoning: str, history: list[Turn]) -> ChatResult:
-        """Return the finished answer; `text` and `reasoning` are its pieces together, `history` ends with its turn."""
+    def result(self, text: str, reasoning: str, query: str = "", earlier: Sequence[Turn] = ()) -> ChatResult:
+        """Return the finished answer.
+
+        Args:
+            text, reasoning: its pieces together.
+            query, earlier: what was asked, after which turns.
+        """
         return ChatResult(
             text=text,
-            history=history,
+            history=[*earlier, turn(query, text, reasoning if self.keeps_reasoning else "")],
             finish_reason=self.finish_reason or "",
             stop_reason=self._stop_reason,
             prompt_tokens=len(self.prompt.token_ids),
@@ -142,14 +182,17 @@ class RunningAnswer:
             dropped_turns=self.prompt.dropped_turns,
             reasoning=reasoning,
             reasoning_tokens=self._splitter.tokens,
+            dropped_reasoning=self.prompt.dropped_reasoning,
         )
 
     def ending(self) -> dict[str, Any]:
         """Return the last line of the stream: the finished answer in wire form, without its text."""
-        result = self.result("", "", [])
+        result = self.result("", "")
         return {
             "finish_reason": result.finish_reason,
             "stop_reason": result.stop_reason,
             "usage": result.usage,
             "dropped_turns": result.dropped_turns,
+            "dropped_reasoning": result.dropped_reasoning,
+            "keeps_reasoning": self.keeps_reasoning,
         }

@@ -4,7 +4,7 @@ The server, its clients and the offline engine share these types. Of HTTP this m
 error. It knows nothing of terminals or vLLM and imports nothing of the project.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
@@ -23,11 +23,13 @@ from pydantic import (
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
-Turn = tuple[str, str]
-"""One finished exchange: what the user said, what the assistant answered."""
-RequestTurn = Annotated[tuple[StrictStr, StrictStr], Strict(False)]
+Turn = tuple[str, ...]
+"""One finished exchange: (user, assistant) or (user, assistant, reasoning)."""
+RequestTurn = Annotated[tuple[StrictStr, ...], Field(min_length=2, max_length=3), Strict(False)]
 """The same in a request, where it may be a list, as JSON has it."""
 
+PROMPT_FIELDS = frozenset({"model", "enable_thinking", "reasoning_effort"})
+"""The fields of `Sampling` that choose the model and its prompt; the others are for the engine's sampler."""
 StopWord = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
@@ -92,10 +94,14 @@ class Sampling(BaseModel):
     """name of the model or of a LoRA adapter"""
     enable_thinking: bool | None = None
     """let a model that can think (Qwen3) do so, or not"""
+    reasoning_effort: str | None = Field(None, min_length=1, max_length=32)
+    """how much a model thinks that has levels for it (Qwen3.8: low, medium, xhigh)"""
+    thinking_budget: int | None = Field(None, ge=1, le=INT32_MAX)
+    """most tokens of reasoning, included in max_tokens; then the answer comes"""
 
-    def sampling(self) -> dict[str, Any]:
+    def sampling(self, exclude: Set[str] = frozenset()) -> dict[str, Any]:
         """Return the sampling parameters that are not None, by name."""
-        return self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
+        return self.model_dump(include=Sampling.model_fields.keys() - exclude, exclude_none=True)
 
 
 class ChatRequest(Sampling):
@@ -104,7 +110,7 @@ class ChatRequest(Sampling):
     query: str
     """what the user says now"""
     history: Annotated[list[RequestTurn], FailFast(), Strict(False)] = []
-    """earlier turns, oldest first: [[user, assistant], …]"""
+    """earlier turns, oldest first: [[user, assistant], …], or [user, assistant, reasoning] for a model that reads it"""
     system: str = DEFAULT_SYSTEM
     """how the model should behave"""
     stream: bool = False
@@ -129,9 +135,10 @@ class Reasoning:
 class ChatResult:
     """Holds a finished answer.
 
-    `history` ends with this turn, ready for the next request; it contains no reasoning. `finish_reason` is "stop" or
-    "length". `stop_reason` is the stop word that matched, or None. `dropped_turns`
-    counts the oldest turns, which did not fit the context. `reasoning_tokens` are included in `completion_tokens`.
+    `history` ends with this turn, ready for the next request; the turn has its reasoning where the chat template keeps
+    that. `finish_reason` is "stop" or "length". `stop_reason` is the stop word that matched, or None. `dropped_turns`
+    counts the oldest turns, which did not fit the context; `dropped_reasoning` counts those of the others whose
+    reasoning did not. `reasoning_tokens` are included in `completion_tokens`.
     """
 
     text: str
@@ -143,6 +150,17 @@ class ChatResult:
     dropped_turns: int
     reasoning: str = ""
     reasoning_tokens: int = 0
+    dropped_reasoning: int = 0
+
+    @property
+    def kept_reasoning(self) -> str:
+        """The reasoning to send along with this turn; an answer without history leaves that to the server."""
+        return "".join(self.history[-1][2:]) if self.history else self.reasoning
+
+    @property
+    def ended_in_reasoning(self) -> bool:
+        """Whether the token limit came before the answer began."""
+        return self.finish_reason == "length" and bool(self.reasoning) and not self.text.strip()
 
     @property
     def usage(self) -> dict[str, int]:
@@ -166,13 +184,18 @@ class Question:
     images: tuple[str, ...] = ()
 
 
-AskedTurn = tuple[Question, str]
-"""A turn whose question may have images."""
+AskedTurn = tuple[Question, str, str]
+"""A turn whose question may have images: (question, answer, reasoning or "")."""
 
 
 def text_turns(history: Sequence[AskedTurn]) -> list[Turn]:
     """Return the turns without their images."""
-    return [(question.text, answer) for question, answer in history]
+    return [turn(question.text, answer, reasoning) for question, answer, reasoning in history]
+
+
+def turn(user: str, assistant: str, reasoning: str) -> Turn:
+    """Make a turn, without reasoning where that is empty."""
+    return (user, assistant, reasoning) if reasoning else (user, assistant)
 
 
 @dataclass(frozen=True)
@@ -180,7 +203,8 @@ class ServerInfo:
     """Describes a server.
 
     `models` names the model, then its LoRA adapters. `context` is in tokens, `max_body_size` in bytes. `defaults` are
-    the sampling parameters of a request that sets none.
+    the sampling parameters of a request that sets none. `reasoning_efforts` are the levels of `reasoning_effort`, from
+    the least.
     """
 
     models: list[str]
@@ -188,6 +212,7 @@ class ServerInfo:
     images: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
     max_body_size: int = 0
+    reasoning_efforts: list[str] = field(default_factory=list)
 
 
 Model = TypeVar("Model", bound=BaseModel)

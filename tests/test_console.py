@@ -51,7 +51,7 @@ class ScriptedAsk:
                 query=query.text,
                 images=list(query.images),
                 history=text_turns(history),
-                history_images=[list(question.images) for question, _ in history],
+                history_images=[list(question.images) for question, *_ in history],
                 system=system,
                 sampling=sampling.sampling(),
             )

@@ -7,8 +7,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from qwen_vllm.generation import RequestBuilder, sampling_defaults
-from qwen_vllm.protocol import ChatError, ChatRequest
-from tests.support.tiny_families import FAMILIES, REFUSED
+from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, ChatRequest
+from tests.support.tiny_families import FAMILIES, QWEN38, REFUSED
 
 MODEL_CONFIG = SimpleNamespace(max_model_len=400, get_diff_sampling_param=lambda: {"temperature": 0.2})
 
@@ -60,6 +60,35 @@ def test_room_for_the_answer_comes_before_the_history(builder: RequestBuilder) -
     assert len(long.token_ids) + 300 <= 400
 
 
+def test_effort_and_budget_reach_the_template_and_the_engine() -> None:
+    builder = RequestBuilder(MODEL_CONFIG, FAMILIES["Qwen3.8"].tokenizer(small=True))
+    prompt, params = builder.build(ChatRequest(query="q", reasoning_effort="low", thinking_budget=7), False)
+    assert prompt == builder.prompts.build(DEFAULT_SYSTEM, [], "q", 300, reasoning_effort="low")
+    assert params.thinking_token_budget == 7
+    usual, params = builder.build(ChatRequest(query="q"), False)
+    assert len(usual.token_ids) != len(prompt.token_ids)
+    assert params.thinking_token_budget is None
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "param", "message"),
+    [
+        ("Qwen3.8", {"reasoning_effort": "high"}, "reasoning_effort", "one of low, medium, xhigh"),
+        ("Qwen3", {"reasoning_effort": "low"}, "reasoning_effort", "no levels of it: leave it out"),
+        ("Qwen3", {"thinking_budget": 101}, "thinking_budget", "not be over max_tokens, 100"),
+        ("Qwen3", {"thinking_budget": 9, "max_tokens": 8}, "thinking_budget", "not be over max_tokens, 8"),
+        ("Qwen2.5", {"thinking_budget": 9}, "thinking_budget", "does not think: leave it out"),
+    ],
+)
+def test_a_depth_that_the_model_does_not_have_is_refused(
+    family: str, fields: dict[str, Any], param: str, message: str
+) -> None:
+    builder = RequestBuilder(MODEL_CONFIG, FAMILIES[family].tokenizer(small=True))
+    with pytest.raises(ChatError, match=f"{param}: .*{message}") as refused:
+        builder.build(ChatRequest(query="q", **fields), False)
+    assert refused.value.param == param
+
+
 @pytest.mark.parametrize("max_tokens", [400, 10_000])
 def test_an_answer_as_long_as_the_context_is_refused(builder: RequestBuilder, max_tokens: int) -> None:
     with pytest.raises(ChatError, match="400") as refused:
@@ -96,3 +125,11 @@ def test_a_tokenizer_of_another_library_has_no_chat() -> None:
 def test_a_model_without_a_template_has_no_chat(qwen3_tokenizer: PreTrainedTokenizerBase) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=qwen3_tokenizer.backend_tokenizer)
     assert "no chat template: use /v1/completions (in Python complete_batch)" in refusal(bare)
+
+
+def test_a_refusal_names_the_template_option_that_would_help() -> None:
+    counted = QWEN38.replace("'<think>", "'<think>' + loop.index|string + '", 1)
+    tokenizer = FAMILIES["Qwen3.8"].tokenizer(small=True)
+    tokenizer.chat_template = counted
+    assert """--default-chat-template-kwargs '{"preserve_thinking": false}'""" in refusal(tokenizer)
+    assert RequestBuilder(MODEL_CONFIG, tokenizer, template_options={"preserve_thinking": False})

@@ -12,7 +12,8 @@ from qwen_vllm.protocol import DEFAULT_SYSTEM, Turn
 from tests.support.tiny_families import FAMILIES, PIECES, REFUSED, Family, tokenizer_of
 
 MANY = 2**20
-THOUGHTS = ["<think>\nHm.\n</think>\n\n", "</think>\n\n  "]
+TURNS = (0, 0, 1, 1, 2, 3, 6)
+TAGGED = ["<think>\nHm.\n</think>\n\n", "<think>\n \n</think>", "</think>\n\n  "]
 
 
 @cache
@@ -42,14 +43,14 @@ def random_text(dice: random.Random, pieces: list[str]) -> str:
 
 def random_conversation(dice: random.Random, pieces: list[str]) -> tuple[str, list[Turn], str]:
     history = [
-        (random_text(dice, pieces), random_text(dice, pieces)) for _ in range(dice.choice((0, 0, 1, 1, 2, 3, 6)))
+        tuple(random_text(dice, pieces) for _ in range(dice.choice((2, 2, 3)))) for _ in range(dice.choice(TURNS))
     ]
     return random_text(dice, pieces), history, random_text(dice, pieces)
 
 
 def counts(count: int) -> list[object]:
     """A count for every run, and a longer one for long runs."""
-    return [count, pytest.param(10 * count, marks=pytest.mark.long)]
+    return [count, pytest.param(25 * count, marks=pytest.mark.long)]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -57,10 +58,26 @@ def counts(count: int) -> list[object]:
 def test_any_conversation_has_the_templates_token_ids(name: str, count: int) -> None:
     dice, family, tokenizer, builder = random.Random(name), FAMILIES[name], tokenizer_of(name), builder_of(name)
     for _ in range(count):
-        conversation, thinking = random_conversation(dice, PIECES), dice.choice((None, True, False))
-        flags = {} if thinking is None else {"enable_thinking": thinking}
+        conversation = random_conversation(dice, PIECES)
+        mode = {"enable_thinking": dice.choice((None, True, False))}
+        mode |= {"reasoning_effort": dice.choice((None, *builder.efforts))}
+        flags = {name: value for name, value in mode.items() if value is not None}
         expected = by_template(tokenizer, family, *conversation, **flags)
-        assert builder.build(*conversation, MANY, thinking).token_ids == expected
+        assert builder.build(*conversation, MANY, **mode).token_ids == expected
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "Qwen" in name])
+def test_reasoning_within_an_answer_is_taken_out_as_the_template_does(name: str) -> None:
+    dice, family, tokenizer, builder = random.Random(name), FAMILIES[name], tokenizer_of(name), builder_of(name)
+    for _ in range(40):
+        history = [("?", dice.choice(TAGGED) + random_text(dice, PIECES))] * dice.randrange(1, 3)
+        token_ids, expected = (
+            builder.build("", history, "?", MANY).token_ids,
+            by_template(tokenizer, family, "", history, "?"),
+        )
+        if name in ("Qwen3.8", "Qwen3.8 medium"):  # its tags are control tokens, which no text can spell
+            token_ids, expected = tokenizer.decode(token_ids), tokenizer.decode(expected)
+        assert token_ids == expected
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -68,6 +85,7 @@ def test_any_conversation_has_the_templates_token_ids(name: str, count: int) -> 
 def test_text_that_spells_control_tokens_stays_text(name: str, count: int) -> None:
     family, tokenizer, builder = FAMILIES[name], tokenizer_of(name), builder_of(name)
     between = [token for token in family.plain if token in ("<｜User｜>", "<｜Assistant｜>")]
+    between += ["<think>", "</think>"] if builder.keeps_reasoning else []
     control = {*tokenizer.convert_tokens_to_ids([*family.control, *between])}
     spelled = [token for token in (*family.control, *between) for _ in range(3)]
     spelled += [f"{left}\n{right}assistant\n" for left in family.control for right in family.control]
@@ -76,8 +94,9 @@ def test_text_that_spells_control_tokens_stays_text(name: str, count: int) -> No
         conversation = random_conversation(dice, PIECES + spelled)
         token_ids = builder.build(*conversation, MANY).token_ids
         _, history, _ = conversation
-        system = "s" if conversation[0] else ""
-        plain = builder.build(system, [("u", "a") for _ in history], "q", MANY).token_ids
+        system = "s" if conversation[0].strip() else ""
+        said = [("u", "a", *("r" if text.strip() else "" for text in reasoning)) for _, _, *reasoning in history]
+        plain = builder.build(system, said, "q", MANY).token_ids
         assert [i for i in token_ids if i in control] == [i for i in plain if i in control]
         assert tokenizer.decode(token_ids) == builder.render(*conversation)
 
@@ -94,6 +113,22 @@ def test_the_newest_whole_turns_that_fit_are_kept(name: str, system: str) -> Non
         assert prompt.dropped_turns == min(n for n, token_ids in enumerate(whole) if len(token_ids) <= budget)
     with pytest.raises(PromptTooLong, match=f"take {len(whole[-1])} tokens, but only {len(whole[-1]) - 1} fit"):
         builder.build(system, history, "q", len(whole[-1]) - 1)
+
+
+@pytest.mark.parametrize("name", ["Qwen3.6 keeping", "Qwen3.8"])
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_reasoning_goes_before_turns_and_the_oldest_first(name: str, system: str) -> None:
+    builder = builder_of(name)
+    history = [(f"question {n}", f"answer {n}", f"thought {n} " * n if n != 3 else "") for n in range(1, 6)]
+    bare = [turn[:2] for turn in history]
+    kept = [[*bare[:n], *history[n:]] for n in range(5)] + [bare[n:] for n in range(6)]
+    whole = [builder.build(system, turns, "q", MANY).token_ids for turns in kept]
+    counts = [(0, 0), (0, 1), (0, 2), (0, 2), (0, 3), (0, 4), *((n, 4 - n + (n > 2)) for n in range(1, 6))]
+    for budget in range(len(whole[-1]), len(whole[0]) + 1):
+        prompt = builder.build(system, history, "q", budget)
+        fitting = next(n for n, token_ids in enumerate(whole) if len(token_ids) <= budget)
+        assert prompt.token_ids == whole[fitting]
+        assert (prompt.dropped_turns, prompt.dropped_reasoning) == counts[fitting]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -271,7 +271,7 @@ def test_a_conversation_with_images_goes_to_the_openai_route(server: Server, siz
 
 def test_questions_with_images_in_openais_form() -> None:
     first, now = Question("What?", ("data:image/png;base64,AA", "data:image/gif;base64,BB")), Question("And?")
-    assert openai_messages(now, [(first, "A cat.")], "Be brief.") == [
+    assert openai_messages(now, [(first, "A cat.", "Fur.")], "Be brief.") == [
         {"role": "system", "content": "Be brief."},
         {
             "role": "user",
@@ -281,7 +281,7 @@ def test_questions_with_images_in_openais_form() -> None:
                 {"type": "text", "text": "What?"},
             ],
         },
-        {"role": "assistant", "content": "A cat."},
+        {"role": "assistant", "content": "A cat.", "reasoning": "Fur."},
         {"role": "user", "content": [{"type": "text", "text": "And?"}]},
     ]
 
@@ -378,7 +378,7 @@ def test_the_programs_questions_go_where_their_images_are_taken(
     assert info().images
     text, image, settings = Question("one"), Question("two", ("data:image/png;base64,AA",)), Sampling(model="poet")
     assert [part for part in ask(text, [], "S", settings) if isinstance(part, str)] == ["Hi"]
-    for query, history in ((image, []), (text, [(image, "a")])):
+    for query, history in ((image, []), (text, [(image, "a", "")])):
         assert [part for part in ask(query, history, "S", settings) if isinstance(part, str)] == ["你", "好"]
     asked = [(path, body) for path, _, body in server.requests if body]
     assert [path for path, _ in asked] == ["/chat", "/v1/chat/completions", "/v1/chat/completions"]

@@ -88,6 +88,8 @@ def test_streamed_and_whole_answers_agree(scripted_engine: Engines, pieces: list
             "reasoning_tokens": 0,
         },
         "dropped_turns": 0,
+        "dropped_reasoning": 0,
+        "keeps_reasoning": False,
     }
     assert not any(call.aborted for call in engine.calls)
 
@@ -152,6 +154,7 @@ def test_the_server_tells_of_itself(scripted_engine: Engines) -> None:
         "images": False,
         "defaults": defaults,
         "max_body_size": MAX_BODY,
+        "reasoning_efforts": [],
     }
 
 

@@ -182,6 +182,7 @@ class Batch:
             "stop_reason": result.stop_reason,
             "usage": result.usage,
             "dropped_turns": result.dropped_turns,
+            "dropped_reasoning": result.dropped_reasoning,
             "history": result.history,
             "key": row.key.hex(),
         }

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import from_json
 
-from qwen_vllm.protocol import ChatError, validated
+from qwen_vllm.protocol import ChatError, turn, validated
 
 MAX_LINE = 8 * 2**20
 """Bytes in the longest row that is read."""
@@ -120,6 +120,13 @@ class _Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     role: Literal["system", "user", "assistant"]
     content: str
+    reasoning: str | None = Field(None, validation_alias=AliasChoices("reasoning", "reasoning_content"))
+
+    @model_validator(mode="after")
+    def _answers_reason(self) -> Self:
+        if self.reasoning and self.role != "assistant":
+            raise ValueError("only an assistant's message has reasoning")
+        return self
 
 
 class _Messages(BaseModel):
@@ -135,13 +142,17 @@ def _from_openai(fields: dict[str, Any]) -> dict[str, Any]:
     ours = {name: value for name, value in fields.items() if name not in ("messages", "model")}
     if messages and messages[0].role == "system":
         ours["system"] = messages.pop(0).content
-    texts = [message.content for message in messages]
-    if [message.role for message in messages] != [("user", "assistant")[i % 2] for i in range(len(texts) // 2 * 2 + 1)]:
+    if [message.role for message in messages] != [
+        ("user", "assistant")[i % 2] for i in range(len(messages) // 2 * 2 + 1)
+    ]:
         raise ChatError(
             "messages: after at most one of the system, user and assistant must take turns, the user first and last",
             param="messages",
         )
-    ours["history"], ours["query"] = list(zip(texts[:-1:2], texts[1::2], strict=True)), texts[-1]
+    *earlier, query = messages
+    turns = zip(earlier[::2], earlier[1::2], strict=True)
+    ours["history"] = [turn(user.content, answer.content, answer.reasoning or "") for user, answer in turns]
+    ours["query"] = query.content
     if "max_completion_tokens" in ours:
         ours["max_tokens"] = ours.pop("max_completion_tokens")
     if isinstance(ours.get("stop"), str):

@@ -10,6 +10,7 @@ import sys
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -148,7 +149,7 @@ class ChatService:
             if isinstance(requests, ChatError):
                 raise requests
             adapter = self._adapter(chat.model)
-            length = len(chat.system) + len(chat.query) + sum(len(user) + len(answer) for user, answer in chat.history)
+            length = sum(map(len, chain([chat.system, chat.query], *chat.history)))
             if length < LONG_TEXT:
                 prompt, params = requests.build(chat, chat.stream)
             else:
@@ -170,6 +171,7 @@ class ChatService:
             "images": config.is_multimodal_model,
             "defaults": {} if isinstance(self._requests, ChatError) else self._requests.defaults,
             "max_body_size": self._max_body_size,
+            "reasoning_efforts": [] if isinstance(self._requests, ChatError) else self._requests.prompts.efforts,
         }
 
     def _names(self) -> list[str]:

@@ -115,6 +115,6 @@ def as_json(messages: Messages, system: str) -> str:
 def as_markdown(messages: Messages, system: str) -> str:
     """Return a chat as a Markdown file to read."""
     parts = [("System", system)]
-    for question, answer in turns(messages):
+    for question, answer, *_ in turns(messages):
         parts += [("User", question), ("Assistant", answer)]
     return "\n\n".join(f"## {role}\n\n{text}" for role, text in parts) + "\n"

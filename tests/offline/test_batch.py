@@ -67,6 +67,7 @@ def test_each_row_gets_a_line(files):
         "stop_reason": None,
         "usage": {"prompt_tokens": 9, "completion_tokens": 2, "reasoning_tokens": 0},
         "dropped_turns": 0,
+        "dropped_reasoning": 0,
         "history": [["1", "2"], ["a", "A"]],
     }
     assert (last["id"], last["line"], last["text"]) == ("x", 2, "B")

@@ -13,6 +13,8 @@ LAST = {
     "stop_reason": "END",
     "usage": {"prompt_tokens": 20, "completion_tokens": 3, "reasoning_tokens": 0},
     "dropped_turns": 1,
+    "dropped_reasoning": 0,
+    "keeps_reasoning": False,
 }
 
 

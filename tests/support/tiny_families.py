@@ -49,7 +49,9 @@ QWEN3 = r"""
         {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}
     {%- elif message.role == 'assistant' %}
         {%- set thoughts = '' %}
-        {%- if '</think>' in content %}
+        {%- if message.reasoning_content is string %}
+            {%- set thoughts = message.reasoning_content %}
+        {%- elif '</think>' in content %}
             {%- set thoughts = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
             {%- set content = content.split('</think>')[-1].lstrip('\n') %}
         {%- endif %}
@@ -65,10 +67,26 @@ QWEN3 = r"""
     {{- '<|im_start|>assistant\n' }}
     {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
 {%- endif %}"""
-QWEN35 = r"""
+TAKEN_APART = r"""
+        {%- elif '</think>' in content %}
+            {%- set thoughts = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}"""
+SYSTEM35 = r"""
 {%- if messages[0].role == 'system' %}
     {{- '<|im_start|>system\n' + messages[0].content|trim + '<|im_end|>\n' }}
+{%- endif %}"""
+SYSTEM38 = r"""
+{%- set effort = '' %}
+{%- if enable_thinking is undefined or enable_thinking %}
+    {%- set level = reasoning_effort|default('xhigh') %}
+    {%- if level not in ('low', 'medium', 'xhigh') %}{{- raise_exception('There is no effort ' + level) }}{%- endif %}
+    {%- if level != 'medium' %}{%- set effort = 'Think with the effort ' + level + '.' %}{%- endif %}
 {%- endif %}
+{%- set system = messages[0].content|trim if messages[0].role == 'system' else '' %}
+{%- if system or effort %}
+    {{- '<|im_start|>system\n' + effort + ('\n\n' if system and effort else '') + system + '<|im_end|>\n' }}
+{%- endif %}"""
+TURNS35 = r"""
 {%- for message in messages %}
     {%- set content = message.content|trim %}
     {%- if message.role == 'system' and not loop.first %}
@@ -76,8 +94,12 @@ QWEN35 = r"""
     {%- elif message.role == 'user' %}
         {{- '<|im_start|>user\n' + content + '<|im_end|>' + '\n' }}
     {%- elif message.role == 'assistant' %}
-        {%- if '</think>' in content %}{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}
-        {{- '<|im_start|>assistant\n' + content + '<|im_end|>\n' }}
+        {%- set thoughts = '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set thoughts = message.reasoning_content %}TAKEN_APART
+        {%- endif %}
+        {%- set thoughts = '<think>\n' + thoughts|trim + '\n</think>\n\n' if KEPT else '' %}
+        {{- '<|im_start|>assistant\n' + thoughts + content + '<|im_end|>\n' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
@@ -88,6 +110,10 @@ QWEN35 = r"""
         {{- '<think>\n' }}
     {%- endif %}
 {%- endif %}"""
+TURNS35, TURNS38 = TURNS35.replace("TAKEN_APART", TAKEN_APART), TURNS35.replace("TAKEN_APART", "")
+QWEN35 = SYSTEM35 + TURNS35.replace("KEPT", "false")
+QWEN36 = SYSTEM35 + TURNS35.replace("KEPT", "preserve_thinking is true")
+QWEN38 = SYSTEM38 + TURNS38.replace("KEPT", "preserve_thinking is not false")
 DEEPSEEK = r"""
 {%- set ns = namespace(system='') %}
 {%- for message in messages if message['role'] == 'system' %}{%- set ns.system = message['content'] %}{%- endfor %}
@@ -226,10 +252,13 @@ class Family:
 
     def messages(self, system: str, history: list[Turn], query: str) -> list[dict[str, str]]:
         """A conversation as the family's template takes it."""
-        texts = [*(text for turn in history for text in turn), query]
+        texts = [*(text for turn in history for text in turn[:2]), query]
         if self.joins_system and system.strip():
             texts[0] = f"{system.strip()}\n\n{texts[0]}"
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+        for message, turn in zip(messages[1::2], history, strict=True):
+            if len(turn) > 2:
+                message["reasoning_content"] = turn[2]
         return messages if self.joins_system else [{"role": "system", "content": system}, *messages]
 
     def write(self, folder: Path, small: bool = False, **sizes: Any) -> Path:
@@ -414,6 +443,11 @@ FAMILIES = {
     "Qwen3": _qwen_family(QWEN3, config={"model_type": "qwen3"}),
     "Qwen3-MoE": _qwen_family(QWEN3, config={"model_type": "qwen3_moe", **EXPERTS}),
     "Qwen3.5": _qwen_family(QWEN35),
+    "Qwen3.6": _qwen_family(QWEN36),
+    "Qwen3.6 keeping": _qwen_family("{% set preserve_thinking = true %}" + QWEN36),
+    "Qwen3.8": _qwen_family(QWEN38),
+    "Qwen3.8 dropping": _qwen_family("{% set preserve_thinking = false %}" + QWEN38),
+    "Qwen3.8 medium": _qwen_family("{% set reasoning_effort = reasoning_effort|default('medium') %}" + QWEN38),
     "DeepSeek-R1-Distill-Qwen": Family(
         DEEPSEEK,
         _qwen,

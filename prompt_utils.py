@@ -74,6 +74,7 @@ class PromptBuilder:
         self._encoder = Encoder(tokenizer, self._template)
         self._format = learn_format(self._template, self._encoder)
         self._system_ids, self._turn_ids = _cached(self._encoder.text), _cached(self._encode_turn)
+        self._oldest_ids = _cached(self._encode_trimmed)
         self._ends = {
             mode: (*form.generate.token_ids, *self._encoder.answer(form.generate.after))
             for mode, form in self._format.modes.items()
@@ -121,7 +122,7 @@ class PromptBuilder:
         first, last = layout.first.replace(SYSTEM, system), layout.last.replace(SYSTEM, system)
         start = [*layout.start.token_ids]
         if layout.end:
-            start += (*self._system_ids(layout.start.after + system + layout.end.before), *layout.end.token_ids)
+            start += (*self._system_ids((layout.start.after + system + layout.end.before,)), *layout.end.token_ids)
         later = query_ids = self._user_ids(last + layout.trim_last(query), form.generate)
         if first:
             query_ids = self._user_ids(self._with_lead(first, layout, last + query), form.generate)
@@ -158,7 +159,8 @@ class PromptBuilder:
         room -= sum(map(len, kept))
         newest = history[: -len(kept) - 1 : -1]
         for n, turn in enumerate(newest):
-            whole = self._turn(turn, layout, lead, oldest=n == len(newest) - 1)
+            is_oldest = n == len(newest) - 1
+            whole = self._with_system(turn, layout, lead) if lead and is_oldest else self._turn_ids(turn)
             room -= len(whole) - len(kept[n])
             if room < 0:
                 return kept, sum(any(reasoning) for _, _, *reasoning in newest[n:])
@@ -169,22 +171,21 @@ class PromptBuilder:
         """Encode the newest whole turns that fit into `room` tokens, the newest first."""
         kept = []
         for turn in reversed(turns):
-            opening = self._turn(turn, layout, lead, oldest=True)
+            token_ids = self._turn_ids(turn)
+            opening = self._with_system(turn, layout, lead) if lead else token_ids
             if len(opening) > room:
                 break
-            later = self._turn(turn, layout, lead, oldest=False) if lead else opening
-            room -= len(later)
-            kept.append(later)
+            room -= len(token_ids)
+            kept.append(token_ids)
             oldest = opening
         if kept:
             kept[-1] = oldest
         return kept
 
-    def _turn(self, turn: Turn, layout: Layout, lead: str, oldest: bool) -> tuple[int, ...]:
-        """Encode a turn: the oldest one may hold the system prompt, `lead`."""
+    def _with_system(self, turn: Turn, layout: Layout, lead: str) -> tuple[int, ...]:
+        """Encode a turn as the oldest one, which holds the system prompt, `lead`."""
         user, *said = turn
-        trim_user = self._format.turn.trim_user
-        return self._turn_ids(self._with_lead(lead, layout, user) if oldest or not lead else trim_user(user), *said)
+        return self._oldest_ids((self._with_lead(lead, layout, user), *said))
 
     def _with_lead(self, lead: str, layout: Layout, text: str) -> str:
         """Put the system prompt before the user's first text; trim both as one where the template sees them as one."""
@@ -196,6 +197,9 @@ class PromptBuilder:
 
     def _encode_turn(self, user: str, answer: str, reasoning: str = "") -> tuple[int, ...]:
         """Encode from the start of a user's text up to the start of the next one."""
+        return self._encode_trimmed(self._format.turn.trim_user(user), answer, reasoning)
+
+    def _encode_trimmed(self, user: str, answer: str, reasoning: str = "") -> tuple[int, ...]:
         form = self._format.turn
         answer = form.trim_answer(answer)
         gap = form.after_reasoning[bool(reasoning)]
@@ -231,7 +235,11 @@ class PromptBuilder:
                 raise UnsupportedTemplate("the prompt builder and the model's chat template disagree")
 
 
-def _cached(encode: Callable[..., tuple[int, ...]]) -> Callable[..., tuple[int, ...]]:
+def _cached(encode: Callable[..., tuple[int, ...]]) -> Callable[[tuple[str, ...]], tuple[int, ...]]:
     """Cache the ids of many short texts or a few long ones, so that memory is bounded."""
-    short, long = lru_cache(4096)(encode), lru_cache(32)(encode)
-    return lambda *texts: (short if sum(map(len, texts)) < 16_384 else long)(*texts)
+
+    def encoded(texts: tuple[str, ...]) -> tuple[int, ...]:
+        return encode(*texts)
+
+    short, long = lru_cache(4096)(encoded), lru_cache(32)(encoded)
+    return lambda texts: (short if sum(map(len, texts)) < 16_384 else long)(texts)

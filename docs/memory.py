@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import PUBLISHED, SHAPES
+from docs.published import QWEN15_14B, QWEN25
 
 CARDS = (8, 12, 16, 24, 48, 80)
 """Counted as 10^9 bytes a GB: cards have up to 7 % more, some of which the driver and error correction take."""
@@ -21,10 +21,7 @@ UTILIZATION = 0.92
 """vLLM's default of --gpu-memory-utilization."""
 RESERVED = 1.5e9
 """Bytes for CUDA itself, its graphs and the largest step: a guess, vLLM measures it."""
-MODELS = {f"Qwen2.5-{name}": SHAPES[name] for name in PUBLISHED} | {
-    # Without groups of heads that share keys and values: four times the memory a token.
-    "Qwen1.5-14B": SHAPES["14B"] | {"intermediate_size": 13696, "num_hidden_layers": 40, "num_key_value_heads": 40}
-}
+MODELS = {f"Qwen2.5-{size}": config for size, config in QWEN25.items()} | {"Qwen1.5-14B": QWEN15_14B}
 BITS = {"BF16": 16.0, "Int4": 4 + (16 + 4) / 128}
 """A weight of the layers; GPTQ and AWQ have a scale of 16 and a zero point of 4 bits for each 128. The rest has 16."""
 

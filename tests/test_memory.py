@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from docs.memory import BITS, MODELS, table, token_bytes, tokens_that_fit, weight_bytes
 
@@ -15,7 +15,7 @@ BILLIONS = {"0.5B": 0.49, "1.5B": 1.54, "3B": 3.09, "7B": 7.61, "14B": 14.7, "32
 @pytest.mark.parametrize("model", MODELS)
 def test_the_weights_are_those_of_the_network(model: str) -> None:
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(Qwen2Config(**MODELS[model]))
+        network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[model]))
     assert weight_bytes(MODELS[model], BITS["BF16"]) == 2 * network.num_parameters()
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from unittest.mock import MagicMock, patch
 
 from docs import chinese
-from docs.memory import MODELS, table
+from docs.memory import HYBRID_MODELS, MODELS, table
 from qwen_vllm import console, hardware
 from qwen_vllm.cache import CACHE
 from qwen_vllm.protocol import INT32_MAX, ChatRequest, Sampling
@@ -85,9 +85,9 @@ def front_ends(sentence: str) -> None:
     print(sentence.format(share=share, most=most, of_8=int(8 * share), of_16=min(most, int(16 * share))))
 
 
-def memory(*heads: str) -> None:
-    """Print the table of docs/memory.py, with other heads for its first columns."""
-    head, *lines = table(MODELS).splitlines()
+def memory(*heads: str, hybrid: bool = False) -> None:
+    """Print a table of docs/memory.py, with other heads for its first columns."""
+    head, *lines = table(HYBRID_MODELS if hybrid else MODELS).splitlines()
     cells = head.strip("| ").split(" | ")
     print("\n".join([f"| {' | '.join([*heads, *cells[len(heads) :]])} |", *lines]))
 

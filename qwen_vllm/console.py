@@ -181,8 +181,6 @@ class Chat:
                 return
             except ChatError as error:
                 delay = retry_delay(error, attempt)
-                if delay is None:
-                    raise
                 print(self._shown(f"{error.message}; retrying in {delay:.0f} s"), file=sys.stderr, flush=True)
                 time.sleep(delay)
 
@@ -240,7 +238,7 @@ class Chat:
         if name:
             settings.pop(name, None)
             if value:
-                settings[name] = _parsed(name, value)
+                settings[name] = typed(name, value)
             self.settings = validated(Sampling, settings)
         for name, value in self.settings.sampling().items():
             print(f"{name} = {value}")
@@ -362,12 +360,12 @@ def given_sampling(args: argparse.Namespace) -> Sampling:
         ChatError: a value is wrong; it names the parameter.
     """
     given = {name: getattr(args, name) for name in Sampling.model_fields if getattr(args, name, None) is not None}
-    given = {name: _parsed(name, value) if isinstance(value, str) else value for name, value in given.items()}
+    given = {name: typed(name, value) if isinstance(value, str) else value for name, value in given.items()}
     return validated(Sampling, given)
 
 
-def _parsed(name: str, value: str) -> object:
-    """Return a typed value: parsed where it is JSON (0.5, true, ["a"]), else as text."""
+def typed(name: str, value: str) -> object:
+    """Return a parameter's value as it was meant: parsed where it is JSON (0.5, true, ["a"]), else as text."""
     if name == "model":
         return value
     try:

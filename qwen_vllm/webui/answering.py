@@ -1,14 +1,13 @@
 """Answers the questions of the page: the line in front of the model server, and the replies that grow."""
 
 import asyncio
-import json
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from itertools import count
-from typing import Any
 
+from qwen_vllm import console
 from qwen_vllm.protocol import ChatError, ChatResult, Part, Reasoning, Sampling, validated
 from qwen_vllm.retry import retry_delay
 from qwen_vllm.webui.conversation import Message, Messages, openai_messages, remark, text_message, text_of, turns
@@ -134,16 +133,10 @@ def sampling_of(settings: Sequence[str]) -> Sampling:
         ChatError: naming the parameter whose value is not allowed.
     """
     filled = {name: value for name, value in zip(Sampling.model_fields, settings, strict=True) if value}
-    return validated(Sampling, {name: _parsed(name, value) for name, value in filled.items()})
-
-
-def _parsed(name: str, value: str) -> Any:
-    if name == "stop":
-        return [word for word in value.splitlines() if word]
-    try:
-        return value if name == "model" else json.loads(value)
-    except ValueError:
-        return value  # the protocol refuses it and says why
+    given = {name: console.typed(name, value) for name, value in filled.items()}
+    if "stop" in filled:  # here a word is a line
+        given["stop"] = [word for word in filled["stop"].splitlines() if word]
+    return validated(Sampling, given)
 
 
 class AnswerStreams:
@@ -187,8 +180,6 @@ class AnswerStreams:
                         return
                     except ChatError as error:
                         delay = retry_delay(error, attempt)
-                        if delay is None:
-                            raise
                     for seconds in range(math.ceil(delay), 0, -1):
                         reply.notify(reply.words["busy"].format(seconds=seconds))
                         await asyncio.sleep(1)

@@ -129,7 +129,8 @@ def openai_messages(query: Question, history: Sequence[AskedTurn], system: str) 
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}]
     for question, answer, reasoning in [*history, (query, "", "")]:
         images = [{"type": "image_url", "image_url": {"url": image}} for image in question.images]
-        messages.append({"role": "user", "content": [*images, {"type": "text", "text": question.text}]})
+        text = [{"type": "text", "text": question.text}] if question.text else []
+        messages.append({"role": "user", "content": images + text})
         messages.append({"role": "assistant", "content": answer, **({"reasoning": reasoning} if reasoning else {})})
     return messages[:-1]  # the query has no answer yet
 

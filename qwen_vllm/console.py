@@ -276,11 +276,7 @@ class Chat:
         self._answer(question, earlier)
 
     def _save(self, path: str) -> None:
-        conversation: dict[str, Any] = {"system": self.system, "history": text_turns(self.history)}
-        if any(query.images for query, *_ in self.history):
-            conversation["images"] = [query.images for query, *_ in self.history]
-        text = json.dumps(conversation, ensure_ascii=False, indent=1) + "\n"
-        _file(path).write_text(text, encoding="utf-8")
+        _file(path).write_text(saved(self.system, self.history), encoding="utf-8")
 
     def _load(self, path: str) -> None:
         try:
@@ -296,6 +292,14 @@ class Chat:
             history = [(Question(query.text), answer, kept) for query, answer, kept in history]
         self.system, self.history = chat.system, history
         print(f"{len(self.history)} turns")
+
+
+def saved(system: str, history: Sequence[AskedTurn]) -> str:
+    """Return a conversation as the JSON file that /load takes."""
+    conversation: dict[str, Any] = {"system": system, "history": text_turns(history)}
+    if any(query.images for query, *_ in history):
+        conversation["images"] = [query.images for query, *_ in history]
+    return json.dumps(conversation, ensure_ascii=False, indent=1) + "\n"
 
 
 def _file(path: str) -> Path:

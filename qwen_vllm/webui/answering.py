@@ -8,11 +8,11 @@ from contextlib import aclosing, contextmanager
 from itertools import count
 
 from qwen_vllm import console
-from qwen_vllm.protocol import ChatError, ChatResult, Part, Reasoning, Sampling, validated
+from qwen_vllm.protocol import ChatError, ChatResult, Part, Reasoning, Sampling, text_turns, validated
 from qwen_vllm.retry import retry_delay
-from qwen_vllm.webui.conversation import Message, Messages, openai_messages, remark, text_message, text_of, turns
+from qwen_vllm.webui.conversation import Message, Messages, question_of, remark, text_message, turns
 from qwen_vllm.webui.words import Words
-from vllm_client import stream_chat_async, stream_messages_async
+from vllm_client import openai_messages, stream_chat_async, stream_messages_async
 
 
 class WaitingLine:
@@ -187,8 +187,8 @@ class AnswerStreams:
             reply.add(error)
 
     def _ask(self, messages: Messages, system: str, sampling: Sampling) -> AsyncGenerator[Part, None]:
-        *earlier, question = messages
-        if any(part["type"] == "file" for message in messages for part in message["content"]):
-            asked = [{"role": "system", "content": system}, *openai_messages(messages)]
+        query, history = question_of(messages[-1]), turns(messages[:-1])
+        if query.images or any(earlier.images for earlier, *_ in history):
+            asked = openai_messages(query, history, system)
             return stream_messages_async(self._url, asked, sampling, self._api_key)
-        return stream_chat_async(self._url, text_of(question), turns(earlier), system, sampling, self._api_key)
+        return stream_chat_async(self._url, query.text, text_turns(history), system, sampling, self._api_key)

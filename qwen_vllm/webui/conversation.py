@@ -1,7 +1,6 @@
 """Converts a conversation: Gradio's messages, the turns that the server takes, files to save."""
 
 import base64
-import json
 import mimetypes
 import re
 from collections.abc import Iterator
@@ -10,7 +9,8 @@ from typing import Any
 
 from gradio.utils import get_upload_folder
 
-from qwen_vllm.protocol import Turn
+from qwen_vllm import console
+from qwen_vllm.protocol import AskedTurn, Question
 
 Message = dict[str, Any]
 """One message of Gradio's chatbot: `{"role", "content": [{"type", "text" or "file"}], "metadata"}`. A message with a
@@ -72,49 +72,35 @@ def answered_exchanges(messages: Messages) -> Iterator[tuple[Message, str]]:
             yield question, answer
 
 
-def turns(messages: Messages) -> list[Turn]:
-    """Return the history that `/chat` takes, without reasoning and without failed turns."""
-    return [(text_of(question), answer) for question, answer in answered_exchanges(messages)]
+def turns(messages: Messages) -> list[AskedTurn]:
+    """Return the answered turns, without reasoning and without failed ones."""
+    return [(question_of(message), answer, "") for message, answer in answered_exchanges(messages)]
 
 
-def openai_messages(messages: Messages) -> list[dict[str, Any]]:
-    """Return a conversation that ends with a question in OpenAI's form, its images as data URLs."""
-    asked: list[dict[str, Any]] = []
-    for question, answer in answered_exchanges(messages[:-1]):
-        asked += [{"role": "user", "content": _openai_parts(question)}, {"role": "assistant", "content": answer}]
-    return [*asked, {"role": "user", "content": _openai_parts(messages[-1])}]
+def question_of(message: Message) -> Question:
+    """Return a user's message with its images as data URLs; for each that is gone, its text says so."""
+    images = [_image(part["file"]["path"]) for part in message["content"] if part["type"] == "file"]
+    texts = ["(an image that is not kept any more)" for image in images if not image] + [text_of(message)]
+    return Question("\n".join(filter(None, texts)), tuple(filter(None, images)))
 
 
-def _openai_parts(message: Message) -> list[dict[str, Any]]:
-    return [
-        {"type": "text", "text": text_of(message)} if part["type"] == "text" else _image_part(part["file"]["path"])
-        for part in message["content"]
-    ]
-
-
-def _image_part(path: str) -> dict[str, Any]:
+def _image(path: str) -> str | None:
     """Read an uploaded image. The browser names the path: it must not lead out of the folder of uploads."""
     file, kind = Path(path), mimetypes.guess_type(path)[0] or ""
     uploads = Path(get_upload_folder()).resolve()
     if not (file.resolve().is_relative_to(uploads) and file.is_file() and kind.startswith("image/")):
-        return {"type": "text", "text": "(an image that is not kept any more)"}
-    data = base64.b64encode(file.read_bytes()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
+        return None
+    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
 def as_json(messages: Messages, system: str) -> str:
     """Return a chat as a JSON file that /load of the terminals' chat takes."""
-    images = [
-        [part["image_url"]["url"] for part in _openai_parts(question) if part["type"] == "image_url"]
-        for question, _ in answered_exchanges(messages)
-    ]
-    saved = {"system": system, "history": turns(messages)} | ({"images": images} if any(images) else {})
-    return json.dumps(saved, ensure_ascii=False, indent=1)
+    return console.saved(system, turns(messages))
 
 
 def as_markdown(messages: Messages, system: str) -> str:
     """Return a chat as a Markdown file to read."""
     parts = [("System", system)]
-    for question, answer, *_ in turns(messages):
-        parts += [("User", question), ("Assistant", answer)]
+    for question, answer in answered_exchanges(messages):
+        parts += [("User", text_of(question)), ("Assistant", answer)]
     return "\n\n".join(f"## {role}\n\n{text}" for role, text in parts) + "\n"

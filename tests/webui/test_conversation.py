@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from qwen_vllm.protocol import ChatRequest, validated
-from qwen_vllm.webui.conversation import as_json, as_markdown, as_text, openai_messages, remark, text_of, turns
+from qwen_vllm.protocol import ChatRequest, Question, validated
+from qwen_vllm.webui.conversation import as_json, as_markdown, as_text, question_of, remark, text_of, turns
 from tests.support.chat_messages import TALK, THOUGHT, assistant, user
+from vllm_client import openai_messages
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ def test_html_shows_as_it_is_written(text: str, rendered: str) -> None:
 
 
 def test_reasoning_and_failed_turns_are_no_history() -> None:
-    assert turns(TALK) == [("a", "b"), ("d", "half")]
+    assert turns(TALK) == [(Question("a"), "b", ""), (Question("d"), "half", "")]
     assert turns([user("a"), assistant("half"), remark("No answer", "broke off")]) == []
     assert turns([user("a"), THOUGHT]) == []
 
@@ -53,7 +54,7 @@ def test_images_go_along_as_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "dot.png").write_bytes(b"png")
     question = {"role": "user", "content": [file_part(tmp_path / "dot.png"), {"type": "text", "text": "What?"}]}
     image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(b'png').decode()}"}}
-    *earlier, now = openai_messages([*TALK[:3], question])
+    _, *earlier, now = openai_messages(question_of(question), turns(TALK[:3]), "Be brief.")
     text = [{"type": "text", "text": "a"}]
     assert earlier == [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}]
     assert now["content"] == [image, {"type": "text", "text": "What?"}]
@@ -76,5 +77,7 @@ def test_no_other_file_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (uploads / "notes.txt").write_text("secret")
     (tmp_path / "secret.png").write_text("secret")
     (uploads / "link.png").symlink_to(tmp_path / "secret.png")
-    [question] = openai_messages([{"role": "user", "content": [file_part(tmp_path / path)]}])
-    assert question["content"] == [{"type": "text", "text": "(an image that is not kept any more)"}]
+    question = question_of({"role": "user", "content": [file_part(tmp_path / path)]})
+    assert openai_messages(question, [], "Be brief.")[1]["content"] == [
+        {"type": "text", "text": "(an image that is not kept any more)"}
+    ]

@@ -21,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qwen_vllm.network import THIS_MACHINE, address, listen
 from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling, ServerInfo
 from qwen_vllm.webui.answering import AnswerStreams, Reply, WaitingLine
 from qwen_vllm.webui.conversation import Messages, as_json, as_markdown, text_message, text_of
@@ -315,21 +316,12 @@ class PageServer(uvicorn.Server):
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the page until Ctrl-C. Return the exit status."""
     args = parse_args(argv)
-    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    try:
-        listener = socket.create_server((args.host, args.port), family=family)
-    except OSError as error:
-        print(
-            f"gradio_webui.py: cannot listen on {args.host}:{args.port} ({error.strerror}): choose another --port",
-            file=sys.stderr,
-        )
-        return 1
+    listener = listen("gradio_webui.py", args.host, args.port)
     server = PageServer(args)
-    if args.host not in ("127.0.0.1", "localhost", "::1") and not args.auth:
+    if args.host not in THIS_MACHINE and not args.auth:
         print(f"Warning: {args.host} can be reached from other machines, and no --auth is set.", file=sys.stderr)
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    scheme, port = "https" if args.ssl_certfile else "http", listener.getsockname()[1]
-    print(f"The page is at {scheme}://{host}:{port}{args.root_path}  (Ctrl-C ends it)", flush=True)
+    url = address(args.host, listener.getsockname()[1], bool(args.ssl_certfile))
+    print(f"The page is at {url}{args.root_path}  (Ctrl-C ends it)", flush=True)
     with suppress(KeyboardInterrupt):  # uvicorn raises it again when it has ended
         server.run(sockets=[listener])
     return 0

@@ -19,6 +19,7 @@ import requests
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ProtocolError, ReadTimeoutError
 
 from qwen_vllm import console
+from qwen_vllm.network import THIS_MACHINE
 from qwen_vllm.protocol import (
     DEFAULT_SYSTEM,
     AskedTurn,
@@ -302,7 +303,7 @@ class _Server:
 
     def _may_use_proxy(self) -> bool:
         """Return False for servers of this machine, which a proxy cannot reach."""
-        return httpx.URL(self.url).host not in ("127.0.0.1", "localhost", "::1")
+        return httpx.URL(self.url).host not in THIS_MACHINE
 
     @contextmanager
     def _chat_errors(self) -> Iterator[None]:

@@ -6,7 +6,6 @@
 
 import os
 import signal
-import socket
 import sys
 from argparse import Namespace
 from importlib.metadata import entry_points
@@ -25,6 +24,7 @@ from qwen_vllm.hardware import (
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.models.prepare import prepare
 from qwen_vllm.models.resolve import HUBS, resolve_model
+from qwen_vllm.network import THIS_MACHINE, listen
 from qwen_vllm.protocol import reason_of
 from qwen_vllm.reasoning import parser_for_folder
 from qwen_vllm.server.guard import Guard
@@ -77,7 +77,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if args.show_defaults:
         print(table(args, [*environment_defaults(), *chosen]))
         sys.exit()
-    _check_port(args)
+    if not (args.uds or args.headless):
+        listen("vllm_server.py", args.host or "", args.port).close()  # before anything is fetched or loaded
     args.middleware = [*args.middleware, f"{Guard.__module__}.{Guard.__name__}"]
     name = args.model_tag or args.model
     args.model = args.model_tag = resolve_model(name, args.hub)
@@ -108,21 +109,6 @@ def _adapters(args: Namespace) -> dict[str, str]:
     return {module.name: module.path for module in modules}
 
 
-def _check_port(args: Namespace) -> None:
-    """End the program where the port is taken, before anything is fetched or loaded."""
-    if args.uds or args.headless:
-        return
-    family = socket.AF_INET6 if ":" in (args.host or "") else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((args.host or "", args.port))
-        except OSError as error:
-            sys.exit(
-                f"vllm_server.py: cannot listen on {args.host}:{args.port} ({error.strerror}): choose another --port"
-            )
-
-
 def main(argv: list[str] | None = None) -> None:
     """Start the server, and return when it has stopped."""
     # Until the server listens: end in order, leaving no half-made model and no engine behind.
@@ -145,11 +131,9 @@ def main(argv: list[str] | None = None) -> None:
     except ModelUnavailable as error:
         sys.exit(f"vllm_server.py: {error}")
     configure_logging_from_args(args)
-    if args.host not in ("127.0.0.1", "localhost", "::1") and not (args.api_key or envs.VLLM_API_KEY):
-        print(
-            f"Warning: {args.host or 'all addresses'} can be reached from other machines, and no --api-key is set.",
-            file=sys.stderr,
-        )
+    if args.host not in THIS_MACHINE and not (args.api_key or envs.VLLM_API_KEY):
+        host = args.host or "all addresses"
+        print(f"Warning: {host} can be reached from other machines, and no --api-key is set.", file=sys.stderr)
     try:
         serve.ServeSubcommand.cmd(args)
     except Exception as error:

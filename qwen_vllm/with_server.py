@@ -23,6 +23,7 @@ import requests
 from qwen_vllm.cache import CACHE, open_log
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.models.resolve import HUBS, resolve_model
+from qwen_vllm.network import address
 
 LOG = CACHE / "server.log"
 SERVER = (sys.executable, str(Path(__file__).parents[1] / "vllm_server.py"))
@@ -64,7 +65,7 @@ def running_server(
     if known.uds or known.ssl_certfile:
         raise ServerFailed("with TLS or a socket file, start the server by itself: make serve")
     host = "127.0.0.1" if known.host in ("0.0.0.0", "::") else known.host
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    url = address(host, port)
     with suppress(OSError), socket.create_connection((host, port), timeout=1):
         raise ServerFailed(f"port {port} is taken by another program: name another --port")
     command = [*program, *(flag for flag in flags if flag != "--verbose"), "--port", str(port)]

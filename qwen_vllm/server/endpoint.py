@@ -29,6 +29,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from qwen_vllm.generation import RequestBuilder, RunningAnswer
 from qwen_vllm.models.prepare import read_chat_template
+from qwen_vllm.network import address
 from qwen_vllm.protocol import ChatError, ChatRequest, validated
 from qwen_vllm.server.guard import error_response
 from qwen_vllm.server.lifecycle import Lifecycle
@@ -292,9 +293,7 @@ async def _announce(state: State) -> None:
 
 def announcement(name: str, args: Namespace) -> str:
     """Say how to use the server of the model `name`."""
-    host = "127.0.0.1" if args.host in (None, "", "0.0.0.0", "::") else args.host
-    host = f"[{host}]" if ":" in host else host
-    url = f"http{'s' if args.ssl_certfile else ''}://{host}:{args.port}"
+    url = address(args.host or "", args.port, bool(args.ssl_certfile))
     ask = json.dumps({"query": "What is the capital of France?", "stream": True})
     openai = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
     key = ' -H "Authorization: Bearer $QWEN_API_KEY"' if args.api_key or os.environ.get("VLLM_API_KEY") else ""

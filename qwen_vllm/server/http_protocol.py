@@ -6,8 +6,7 @@ It knows nothing of routes or models. The deadline for the body of a request is 
 import asyncio
 import json
 import socket
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -20,15 +19,11 @@ LAST_CALL = 0.5
 """Seconds for the request of a connection that was made just before the server ended."""
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """What a connection may do.
 
-    Attributes:
-        header_timeout: seconds in which the head of a request must have come.
-        write_timeout: seconds after which a client that takes nothing is cut off.
-        head_size: bytes of the head of a request.
-        header_count: headers of a request.
+    `header_timeout`: seconds in which the head of a request must have come. `write_timeout`: seconds after which a
+    client that takes nothing is cut off. `head_size` is in bytes.
     """
 
     header_timeout: float

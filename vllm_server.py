@@ -11,16 +11,7 @@ from argparse import Namespace
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from qwen_vllm.hardware import (
-    engine_defaults,
-    environment_defaults,
-    fill_in,
-    graph_defaults,
-    server_defaults,
-    set_environment,
-    table,
-    values,
-)
+from qwen_vllm import hardware
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.models.prepare import prepare
 from qwen_vllm.models.resolve import HUBS, resolve_model
@@ -69,13 +60,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         host="127.0.0.1",
         h11_max_incomplete_event_size=2**16,
         h11_max_header_count=100,
-        **values(engine_defaults()),
+        **hardware.values(hardware.engine_defaults()),
     )
     args = parser.parse_args(argv)
-    chosen = [*engine_defaults(), *graph_defaults(args), *server_defaults(args)]
-    fill_in(args, chosen)
+    chosen = [*hardware.engine_defaults(), *hardware.graph_defaults(args), *hardware.server_defaults(args)]
+    hardware.fill_in(args, chosen)
     if args.show_defaults:
-        print(table(args, [*environment_defaults(), *chosen]))
+        print(hardware.table(args, [*hardware.environment_defaults(), *chosen]))
         sys.exit()
     if not (args.uds or args.headless):
         listen("vllm_server.py", args.host or "", args.port).close()  # before anything is fetched or loaded
@@ -116,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     if not plugin.is_installed():
         sys.exit("vllm_server.py is not installed here yet: run `make setup`, or `pip install --no-deps -e .`")
-    set_environment()
+    hardware.set_environment()
     from vllm import envs
     from vllm.entrypoints.cli import serve
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup

@@ -68,6 +68,7 @@ def command_line(**flags: Any) -> Namespace:
             "grpc",
             "headless",
             "max_cudagraph_capture_size",
+            "speculative_config",
             "max_num_queued_reqs",
             "max_num_seqs",
         ]

@@ -158,6 +158,17 @@ def test_the_server_tells_of_itself(scripted_engine: Engines) -> None:
     }
 
 
+@pytest.mark.parametrize(("limits", "images"), [({}, True), ({"limit_per_prompt": {"image": 0}}, False)])
+def test_a_server_that_loads_no_vision_tower_takes_no_images(
+    scripted_engine: Engines, limits: dict[str, Any], images: bool
+) -> None:
+    from vllm.config import MultiModalConfig
+
+    engine = scripted_engine()
+    engine.model_config.multimodal_config = MultiModalConfig(**limits)
+    assert ask(engine, "GET", "/chat/info").json()["images"] == images
+
+
 def test_headers_of_a_stream(scripted_engine: Engines) -> None:
     response = chat(scripted_engine(["a"]), stream=True)
     assert response.headers["content-type"] == "application/x-ndjson"

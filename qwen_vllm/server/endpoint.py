@@ -169,7 +169,7 @@ class ChatService:
         return {
             "models": self._names(),
             "context": config.max_model_len,
-            "images": config.is_multimodal_model,
+            "images": bool(config.multimodal_config and config.multimodal_config.get_limit_per_prompt("image")),
             "defaults": {} if isinstance(self._requests, ChatError) else self._requests.defaults,
             "max_body_size": self._max_body_size,
             "reasoning_efforts": [] if isinstance(self._requests, ChatError) else self._requests.prompts.efforts,

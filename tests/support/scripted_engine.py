@@ -26,7 +26,7 @@ class ScriptedEngine:
         self._tokenizer, self._scripts, self._finish = tokenizer, list(scripts), finish
         self.model_config = SimpleNamespace(
             max_model_len=context,
-            is_multimodal_model=False,
+            multimodal_config=None,
             get_diff_sampling_param=lambda: dict(configured or {}),
         )
         self.calls: list[SimpleNamespace] = []

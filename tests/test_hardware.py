@@ -129,7 +129,8 @@ def test_what_the_user_says_goes_over_the_defaults_and_the_table_shows_it(gpu: N
     chosen = hardware.server_defaults(args)
     hardware.fill_in(args, chosen)
     assert (args.api_server_count, args.max_num_queued_reqs) == (2, 2048)
-    queue, front_ends = hardware.table(args, chosen).splitlines()
+    queue, front_ends, drafts = hardware.table(args, chosen).splitlines()
     assert queue.split()[:2] == ["max_num_queued_reqs", "2048"]
     assert front_ends.split()[:2] == ["api_server_count", "2"]
     assert "as you set it; else 6" in front_ends
+    assert drafts.startswith("speculative_config") and "num_speculative_tokens" in drafts

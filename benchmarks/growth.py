@@ -1,8 +1,9 @@
 """What turn N of a conversation costs as it grows: building its prompt, and reading it up to the first token.
 
-    python -m benchmarks.growth [--model FOLDER] [--max-model-len 8192]
+    python -m benchmarks.growth [--model FOLDER] [--max-model-len 8192] [--reasoning]
 
-`first`: nothing of the conversation was seen before; `next`: all but the last turn was, as while people chat.
+`first`: nothing of the conversation was seen before; `next`: all but the last turn was, as while people chat. With
+`--reasoning` each turn has some, as where the chat template keeps it (Qwen3.8).
 """
 
 import argparse
@@ -10,18 +11,20 @@ import time
 from statistics import median
 
 from prompt_utils import PromptBuilder
-from qwen_vllm.protocol import DEFAULT_SYSTEM, Sampling, Turn
+from qwen_vllm.protocol import DEFAULT_SYSTEM, Sampling, Turn, turn
 from vllm_wrapper import ChatModel
 
 TURNS = (1, 10, 100, 1000)
 REPEATS = 200
+REASONING = "The user asks about a number. I say what I know about it, in two sentences."
 ANSWER = "Certainly. Here is what I can tell you about it, in two sentences of the usual length. "
 ONE_TOKEN = Sampling(max_tokens=1)
 
 
-def conversation(name: str, turns: int) -> list[Turn]:
+def conversation(name: str, turns: int, reasoning: str) -> list[Turn]:
     """A conversation that shares no beginning with one of another name."""
-    return [(f"{name}: and what about the number {i}, if I may ask?", f"{i}: {ANSWER}") for i in range(turns)]
+    asked = "and what about the number {}, if I may ask?"
+    return [turn(f"{name}: {asked.format(i)}", f"{i}: {ANSWER}", reasoning) for i in range(turns)]
 
 
 def build_times(builder: PromptBuilder, history: list[Turn], budget: int) -> list[float]:
@@ -46,16 +49,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
     parser.add_argument("--max-model-len", type=int, default=8192)
+    parser.add_argument("--reasoning", action="store_const", const=REASONING, default="")
     args = parser.parse_args()
     model = ChatModel(args.model, max_model_len=args.max_model_len)
     model.chat("Warm up.", sampling=ONE_TOKEN)
     tokenizer = model.llm.get_tokenizer()
     print(f"{'turn':>6} {'tokens':>7} {'build first':>12} {'next':>8} {'token first':>12} {'next':>8}")
     for turns in TURNS:
-        built = build_times(PromptBuilder(tokenizer), conversation("a", turns - 1), args.max_model_len)
+        built = build_times(PromptBuilder(tokenizer), conversation("a", turns - 1, args.reasoning), args.max_model_len)
         first, following = [], []
         for name in "bcd":
-            history = conversation(name, turns)
+            history = conversation(name, turns, args.reasoning)
             first.append(answer_time(model, history[:-1])[0])
             seconds, tokens = answer_time(model, history)
             following.append(seconds)

@@ -104,6 +104,12 @@ def qwen_tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="session")
+def qwen36_tokenizer() -> PreTrainedTokenizerBase:
+    """Qwen3.5's and 3.6's vocabulary, real, and Qwen3's chat template."""
+    return tokenizers.qwen36_tokenizer()
+
+
+@pytest.fixture(scope="session")
 def qwen3_tokenizer() -> PreTrainedTokenizerBase:
     """Qwen3's control tokens and chat template, on a vocabulary of single bytes."""
     return tokenizers.byte_tokenizer(tokenizers.QWEN3_TEMPLATE)

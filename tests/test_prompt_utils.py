@@ -11,7 +11,7 @@ from prompt_utils import PromptBuilder, PromptTooLong, Turn, UnsupportedTemplate
 from tests.support.tiny_checkpoints import VISION_TEMPLATE, VISION_TOKENS
 from tests.support.tokenizers import byte_tokenizer
 
-TOKENIZERS = ["demo_tokenizer", "qwen_tokenizer", "qwen3_tokenizer"]
+TOKENIZERS = ["demo_tokenizer", "qwen_tokenizer", "qwen3_tokenizer", "qwen36_tokenizer"]
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 CONTROL = [
     "<|im_start|>",
@@ -126,7 +126,7 @@ def test_spelled_control_tokens_are_kept_as_text(
     assert all(f"{n}{text}" in decoded for n in (1, 2, 3, 4))
 
 
-@pytest.mark.parametrize("name", ["qwen_tokenizer", "qwen3_tokenizer"])
+@pytest.mark.parametrize("name", ["qwen_tokenizer", "qwen3_tokenizer", "qwen36_tokenizer"])
 def test_plain_added_tokens_are_tokens_only_in_answers(
     builders: dict[str, PromptBuilder], name: str, request: pytest.FixtureRequest
 ) -> None:
@@ -141,6 +141,25 @@ def test_ids_of_the_real_vocabulary(builders: dict[str, PromptBuilder]) -> None:
     expected = [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198]
     expected += [151644, 872, 198, 108386, 151645, 198, 151644, 77091, 198]
     assert prompt.token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("你好", [109266]),
+        ("สวัสดีครับ ผู้ใหญ่", [34469, 168607, 153295, 152251, 151494]),
+        ("नमस्ते हिन्दी में", [58069, 84237, 150104, 153348, 190488, 150127, 177453, 170239]),
+        ("مُحَمَّدٌ العَرَبِيَّة", [9873, 62422, 28850, 168623, 154876, 148339, 153458, 150765, 151003, 178402]),
+        ("😀🇨🇳❤️", [169706, 9008, 229, 101, 9008, 229, 111, 158938, 29545]),
+    ],
+)
+def test_ids_of_the_vocabulary_of_qwen35_and_qwen36(
+    builders: dict[str, PromptBuilder], text: str, ids: list[int]
+) -> None:
+    start, end, newline = 248045, 248046, 198
+    expected = [start, 8678, newline, 50, end, newline, start, 846, newline, *ids, end, newline]
+    prompt = builders["qwen36_tokenizer"].build("S", [], text, MANY)
+    assert prompt.token_ids == [*expected, start, 74455, newline]
 
 
 def test_a_model_that_takes_images_is_asked_in_text_as_its_template_does() -> None:

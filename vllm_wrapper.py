@@ -79,7 +79,8 @@ class ChatModel:
         engine_args |= {"enable_lora": True} if adapters else {}
         args = EngineArgs(**engine_args)
         template = prepare(args, adapters, chat_template)
-        engine_args |= {"dtype": args.dtype, "max_cudagraph_capture_size": args.max_cudagraph_capture_size}
+        engine_args |= {"tokenizer": args.tokenizer, "dtype": args.dtype}
+        engine_args |= {"max_cudagraph_capture_size": args.max_cudagraph_capture_size}
         with _children_without_interrupts():
             self.llm = LLM(**engine_args)
         self.adapters = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(adapters.items(), start=1)}

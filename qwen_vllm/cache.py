@@ -1,6 +1,7 @@
 """What is kept in the user's cache folder: models made once, and logs."""
 
 import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
@@ -39,6 +40,16 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def fingerprint(code: Path, *files: Path) -> str:
+    """Hash the text of a module and the state of the files that it reads, as far as they are there."""
+    seen = hashlib.sha256(code.read_bytes())
+    for file in files:
+        if file.exists():
+            state = file.stat()
+            seen.update(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return seen.hexdigest()[:16]
 
 
 @contextmanager

@@ -27,6 +27,8 @@ class ModelArgs(Protocol):
 
     model: str
     tokenizer: str | None
+    tokenizer_mode: str
+    tokenizer_revision: str | None
     skip_tokenizer_init: bool
     trust_remote_code: bool
     load_format: str

@@ -6,6 +6,7 @@ from typing import Any
 from qwen_vllm.hardware import fill_in, graph_defaults
 from qwen_vllm.models.adapters import check_adapters
 from qwen_vllm.models.checks import ModelUnavailable, check_loadable, number_format
+from qwen_vllm.models.tokenizer import tokenizer_as_written
 
 
 def prepare(args: Any, adapters: Mapping[str, str], chat_template: str | None) -> str | None:
@@ -13,7 +14,7 @@ def prepare(args: Any, adapters: Mapping[str, str], chat_template: str | None) -
 
     Args:
         args: `vllm.EngineArgs`, or a command line with the same names; `model` is a folder of `resolve_model`. Its
-            `dtype` and what is open of its CUDA graphs are set.
+            `tokenizer`, `dtype` and what is open of its CUDA graphs are set.
         adapters: folders of LoRA adapters by their names.
         chat_template: a file with a Jinja template that replaces the model's own, or its text.
 
@@ -22,6 +23,7 @@ def prepare(args: Any, adapters: Mapping[str, str], chat_template: str | None) -
     """
     check_loadable(args)
     check_adapters(adapters, args)
+    args.tokenizer = tokenizer_as_written(args)
     args.dtype = number_format(args)
     fill_in(args, graph_defaults(args))
     return read_chat_template(chat_template)

@@ -6,12 +6,12 @@ as vLLM loads them. The Python files that a checkpoint brings are neither linked
 """
 
 import base64
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_vllm import cache
 from qwen_vllm.protocol import DEFAULT_SYSTEM
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ def build_tokenizer(file: Path, chats: bool) -> "PreTrainedTokenizerFast":
 
     vocabulary = Converter(file, PATTERN, extra_special_tokens=[*SPECIAL_TOKENS, *UNUSED_TOKENS]).converted()
     vocabulary.normalizer = normalizers.NFC()
+    vocabulary.model.ignore_merges = False  # as Qwen2's; all its tokens come by merges
     return PreTrainedTokenizerFast(
         tokenizer_object=vocabulary,
         eos_token=END if chats else END_OF_TEXT,
@@ -144,12 +145,8 @@ def build_tokenizer(file: Path, chats: bool) -> "PreTrainedTokenizerFast":
 
 def fingerprint(source: Path) -> str:
     """Hash the state of the files that `describe` reads, and this module."""
-    seen = hashlib.sha256(Path(__file__).read_bytes())
-    for file in (source / "config.json", source / "generation_config.json", source / VOCABULARY, *_linked(source)):
-        if file.is_file():
-            state = file.stat()
-            seen.update(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}\n".encode())
-    return seen.hexdigest()[:16]
+    files = (source / name for name in ("config.json", "generation_config.json", VOCABULARY))
+    return cache.fingerprint(Path(__file__), *files, *_linked(source))
 
 
 def _linked(source: Path) -> list[Path]:

@@ -73,6 +73,7 @@ QWEN3_TEMPLATE = """\
 def qwen_tokenizer(chat_template: str = QWEN25_TEMPLATE, *vision_tokens: str) -> PreTrainedTokenizerFast:
     """Qwen2.5's tokenizer: the real vocabulary, and the plain part of its template."""
     vocabulary = Tokenizer.from_str(_vocabulary("qwen.tiktoken", PATTERN))
+    vocabulary.model.ignore_merges = False  # as in Qwen2.5's tokenizer.json; all its tokens come by merges
     vocabulary.add_special_tokens([*SPECIAL_TOKENS, *vision_tokens])
     return with_control_tokens(vocabulary, chat_template)
 

@@ -3,6 +3,7 @@
 Where transformers has a class of its own for a tokenizer, it takes only the vocabulary from the tokenizer.json. The
 normalizer, the pre-tokenizer and the decoder are the class's. If the class is not that of the model, prompts become
 other token ids than the model was trained on, and nothing says so.
+It can go when a class takes the file's parts: transformers issue 48206 tells the same of Llama's.
 """
 
 import json

@@ -109,7 +109,7 @@ class Page:
     ) -> None:
         self._url, self._api_key, self._title, self._language = url, api_key, title, language
         self.streams = AnswerStreams(url, api_key, line)
-        self._info: ServerInfo | None = None
+        self._info = ServerInfo([])
 
     def build(self) -> gr.Blocks:
         """Return the page's components, with what happens on each event."""
@@ -158,8 +158,8 @@ class Page:
         try:
             self._info = await server_info_async(self._url, self._api_key)
         except ChatError:
-            self._info = None
-        info = self._info or ServerInfo([])
+            self._info = ServerInfo([])
+        info = self._info
         title = self._title or next(iter(info.models), "Chat")
         fields = [_default_shown(name, info) for name in Sampling.model_fields]
         box = gr.update(sources=["upload"] if info.images else [])
@@ -176,7 +176,7 @@ class Page:
             return
         language = self._language or request.headers.get("accept-language", "")
         words = WORDS["zh" if language.lower().startswith("zh") else "en"]
-        reply = Reply(words, self._info.context if self._info else None)
+        reply = Reply(words, self._info)
         with self.streams.grow(reply, str(request.session_hash), messages, system, settings):
             while reply.changed.is_set() or not reply.ended:  # the end may come while this sleeps
                 await reply.changed.wait()

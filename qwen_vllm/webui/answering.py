@@ -8,9 +8,9 @@ from contextlib import aclosing, contextmanager
 from itertools import count
 
 from qwen_vllm import console
-from qwen_vllm.protocol import ChatError, ChatResult, Part, Reasoning, Sampling, text_turns, validated
+from qwen_vllm.protocol import ChatError, ChatResult, Part, Reasoning, Sampling, ServerInfo, text_turns, validated
 from qwen_vllm.retry import retry_delay
-from qwen_vllm.webui.conversation import Message, Messages, question_of, remark, text_message, turns
+from qwen_vllm.webui.conversation import KEPT, Message, Messages, question_of, remark, text_message, turns
 from qwen_vllm.webui.words import Words
 from vllm_client import openai_messages, stream_chat_async, stream_messages_async
 
@@ -49,11 +49,11 @@ class WaitingLine:
 
 
 class Reply:
-    """A growing answer as the page shows it. `context`: the model's context in tokens, None where it is unknown."""
+    """A growing answer as the page shows it. `info` describes the server, as far as it is known."""
 
-    def __init__(self, words: Words, context: int | None) -> None:
+    def __init__(self, words: Words, info: ServerInfo) -> None:
         self.words, self.ended, self.changed = words, False, asyncio.Event()
-        self._context, self._began = context, time.monotonic()
+        self._info, self._began = info, time.monotonic()
         self._first = self._last = 0.0
         self._reasoning, self._text, self._notice = "", "", ""
         self._end: ChatResult | ChatError | None = None
@@ -79,11 +79,16 @@ class Reply:
 
     def messages(self) -> Messages:
         """Return what stands under the question now: reasoning, the answer, a remark in its place."""
-        shown = answer_messages(self._reasoning, self._text, self.words, ended=self.ended)
+        result = self._end if isinstance(self._end, ChatResult) else None
+        kept = not result or bool(result.kept_reasoning)  # a stopped answer leaves it to the server
+        shown = answer_messages(self._reasoning, self._text, self.words, ended=self.ended, kept=kept)
         if self._notice:
             shown.append(remark(self._notice, status="pending"))
         elif isinstance(self._end, ChatError):
             shown.append(failure(self._end, self.words))
+        elif result and result.ended_in_reasoning:
+            effort = self.words["lower_effort"] if self._info.reasoning_efforts else ""
+            shown.append(remark(self.words["no_answer"], self.words["ended_in_reasoning"] + effort))
         elif self.ended and not shown:
             shown.append(remark(self.words["no_answer"], self.words["empty_answer" if self._end else "stopped_early"]))
         return shown
@@ -97,21 +102,24 @@ class Reply:
         figures = [words["first_token"].format(seconds=(self._first or self._last) - self._began)]
         if result.completion_tokens > 1:
             figures.append(words["speed"].format(speed=(result.completion_tokens - 1) / seconds))
-        window = words["window"] if self._context else words["tokens"]
-        figures.append(window.format(used=used, context=self._context))
+        window = words["window"] if self._info.context else words["tokens"]
+        figures.append(window.format(used=used, context=self._info.context))
         if result.dropped_turns:
             figures.append(words["dropped"].format(turns=result.dropped_turns))
+        if result.dropped_reasoning:
+            figures.append(words["dropped_reasoning"].format(turns=result.dropped_reasoning))
         if result.finish_reason == "length":
             figures.append(words["cut"])
         return " · ".join(figures)
 
 
-def answer_messages(reasoning: str, text: str, words: Words, ended: bool = False) -> Messages:
-    """Return an answer, whole or so far, as messages: the reasoning folded, then the text."""
+def answer_messages(reasoning: str, text: str, words: Words, ended: bool = False, kept: bool = True) -> Messages:
+    """Return an answer, whole or so far, as messages: the reasoning folded, and marked where it is kept; the text."""
     messages = []
     if reasoning.strip():
         status = "done" if text or ended else "pending"
-        messages.append(text_message("assistant", reasoning.strip(), title=words[f"reasoning_{status}"], status=status))
+        metadata = {"title": words[f"reasoning_{status}"], "status": status} | ({"id": KEPT} if kept else {})
+        messages.append(text_message("assistant", reasoning.strip(), **metadata))
         text = text.lstrip("\n")  # `/v1` leaves line breaks between the two
     if text:
         messages.append(text_message("assistant", text))

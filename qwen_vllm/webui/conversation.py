@@ -19,6 +19,8 @@ Messages = list[Message]
 
 REMARK = "no-answer"
 """The `id` in the metadata of a remark."""
+KEPT = "kept"
+"""The `id` in the metadata of reasoning that goes along with later questions: the chat template reads it."""
 WORD_JOINER = "\u2060"
 """An invisible character. Behind a `<` it keeps Markdown from reading an HTML tag."""
 HTML_TAG = re.compile(r"<(?!(?:br ?/?|/?su[bp])>)(?=[a-zA-Z/!?])")
@@ -36,9 +38,8 @@ def remark(title: str, text: str = "", **metadata: str) -> Message:
     return text_message("assistant", text, id=REMARK, title=title, **metadata)
 
 
-def is_remark(message: Message) -> bool:
-    """Tell whether a message stands in an answer's place."""
-    return (message.get("metadata") or {}).get("id") == REMARK
+def _id(message: Message) -> str | None:
+    return (message.get("metadata") or {}).get("id")
 
 
 def is_folded(message: Message) -> bool:
@@ -58,8 +59,8 @@ def text_of(message: Message) -> str:
     return "".join(part["text"] for part in message["content"] if part["type"] == "text").replace(WORD_JOINER, "")
 
 
-def answered_exchanges(messages: Messages) -> Iterator[tuple[Message, str]]:
-    """Yield each question that was answered, with the answer. A question whose answer failed is left out."""
+def answered_exchanges(messages: Messages) -> Iterator[tuple[Message, str, str]]:
+    """Yield each (question, answer, reasoning to send along or ""). A question whose answer failed is left out."""
     exchanges: list[Messages] = []
     for message in messages:
         if message["role"] == "user":
@@ -68,13 +69,13 @@ def answered_exchanges(messages: Messages) -> Iterator[tuple[Message, str]]:
             exchanges[-1].append(message)
     for question, *replies in exchanges:
         answer = "".join(text_of(message) for message in replies if not is_folded(message))
-        if answer.strip() and not any(map(is_remark, replies)):
-            yield question, answer
+        if answer.strip() and not any(_id(message) == REMARK for message in replies):
+            yield question, answer, "".join(text_of(message) for message in replies if _id(message) == KEPT)
 
 
 def turns(messages: Messages) -> list[AskedTurn]:
-    """Return the answered turns, without reasoning and without failed ones."""
-    return [(question_of(message), answer, "") for message, answer in answered_exchanges(messages)]
+    """Return the answered turns. One has its reasoning where the chat template keeps that."""
+    return [(question_of(message), answer, reasoning) for message, answer, reasoning in answered_exchanges(messages)]
 
 
 def question_of(message: Message) -> Question:
@@ -99,8 +100,8 @@ def as_json(messages: Messages, system: str) -> str:
 
 
 def as_markdown(messages: Messages, system: str) -> str:
-    """Return a chat as a Markdown file to read."""
+    """Return a chat as a Markdown file to read, without reasoning."""
     parts = [("System", system)]
-    for question, answer in answered_exchanges(messages):
+    for question, answer, _ in answered_exchanges(messages):
         parts += [("User", text_of(question)), ("Assistant", answer)]
     return "\n\n".join(f"## {role}\n\n{text}" for role, text in parts) + "\n"

@@ -457,6 +457,34 @@ def test_a_model_is_chosen_where_there_are_several(server, page, person):
     assert questions(server)[0]["model"] == "poet"
 
 
+def test_reasoning_goes_along_where_the_server_keeps_it_also_after_a_reload(server, page, person):
+    server.play(line({"reasoning": "A <b>."}), line({"delta": "one"}), line(LAST | {"keeps_reasoning": True}))
+    server.then_play(line({"reasoning": "Hm."}), line({"delta": "two"}), line(LAST))
+    server.then_play(line({"delta": "three"}), line(LAST))
+    tab = person(page)
+    tab.ask("first")
+    tab.driver.refresh()
+    tab.until(lambda: "one" in tab.messages())
+    tab.ask("second")
+    tab.ask("third")
+    tab.retry()
+    tab.until(lambda: len(questions(server)) == 4 and tab.is_ready())
+    first, second = ["first", "one", "A <b>."], ["second", "two"]
+    assert [body["history"] for body in questions(server)] == [[], [first], [first, second], [first, second]]
+    assert json.loads(exported(tab, "#to-json"))["history"] == [first, second, ["third", "three"]]
+
+
+def test_an_answer_that_is_cut_in_its_reasoning_says_what_to_set(server, page, person):
+    server.play(line({"reasoning": "Let me see"}), line(LAST | {"finish_reason": "length", "dropped_reasoning": 2}))
+    tab = person(page)
+    tab.send("Hard?")
+    tab.until(lambda: "still thinking when it reached the token limit" in tab.messages()[-1])
+    tab.until(lambda: "turns without their thoughts: 2 · cut at the token limit" in tab.figures())
+    server.play(line({"delta": "Yes."}), line(LAST))
+    assert tab.ask("Easy?") == "Yes."
+    assert questions(server)[-1]["history"] == []
+
+
 def test_images_are_taken_where_the_model_takes_them(server, page, person, tmp_path):
     tab = person(page)
     assert tab.run("return document.querySelectorAll('#box .upload-button').length") == 0

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qwen_vllm.webui.conversation import remark
+from qwen_vllm.webui.conversation import KEPT, remark
 
 
 def said(role: str, text: str, **metadata: str) -> dict[str, Any]:
@@ -24,4 +24,5 @@ def shown(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 THOUGHT = assistant("Hm.", title="Thoughts", status="done")
+KEPT_THOUGHT = assistant("Hm, a <\u2060b>.", title="Thoughts", status="done", id=KEPT)
 TALK = [user("a"), THOUGHT, assistant("b"), user("c"), remark("No answer", "busy"), user("d"), assistant("half")]

@@ -2,10 +2,11 @@
 
 import pytest
 
-from qwen_vllm.protocol import ChatError, Sampling
-from qwen_vllm.webui.answering import WaitingLine, answer_messages, sampling_of
+from qwen_vllm.protocol import ChatError, ChatResult, Question, Reasoning, Sampling, ServerInfo, turn
+from qwen_vllm.webui.answering import Reply, WaitingLine, answer_messages, sampling_of
+from qwen_vllm.webui.conversation import turns
 from qwen_vllm.webui.words import WORDS
-from tests.support.chat_messages import shown
+from tests.support.chat_messages import shown, user
 
 EN = WORDS["en"]
 
@@ -27,6 +28,41 @@ def filled(**settings: str) -> list[str]:
 )
 def test_reasoning_is_folded_apart_from_the_answer(reasoning: str, text: str, ended: bool, messages: list) -> None:
     assert shown(answer_messages(reasoning, text, EN, ended)) == messages
+
+
+def ended(*parts: Reasoning | str, keeps: bool = False, reason: str = "stop", efforts: tuple[str, ...] = ()) -> Reply:
+    """A reply of these parts, from a server that keeps reasoning in the conversation, or not."""
+    reply = Reply(EN, ServerInfo(["Qwen"], reasoning_efforts=list(efforts)))
+    reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
+    text = "".join(part for part in parts if isinstance(part, str))
+    history = [turn("q", text, reasoning if keeps else "")]
+    end = ChatResult(text, history, reason, None, 20, 3, 0, reasoning, dropped_reasoning=2)
+    for part in (*parts, end, None):
+        reply.add(part)
+    return reply
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_reasoning_is_sent_along_where_the_server_keeps_it(keeps: bool) -> None:
+    reply = ended(Reasoning("\nHm"), "Hello", keeps=keeps)
+    assert turns([user("q"), *reply.messages()]) == [(Question("q"), "Hello", "Hm" if keeps else "")]
+    assert reply.figures().endswith(" · 23 tokens · turns without their thoughts: 2")
+
+
+def test_the_reasoning_of_a_stopped_answer_is_sent_along() -> None:
+    reply = Reply(EN, ServerInfo([]))
+    for part in (Reasoning("Hm"), "Hel", None):
+        reply.add(part)
+    assert turns([user("q"), *reply.messages()]) == [(Question("q"), "Hel", "Hm")]
+
+
+@pytest.mark.parametrize(("efforts", "more"), [((), ""), (("low", "high"), EN["lower_effort"])])
+def test_an_answer_that_is_cut_in_its_reasoning_says_what_to_set(efforts: tuple[str, ...], more: str) -> None:
+    reply = ended(Reasoning("Hm"), reason="length", efforts=efforts)
+    told = (EN["no_answer"], EN["ended_in_reasoning"] + more)
+    assert shown(reply.messages()) == [(EN["reasoning_done"], "Hm"), told]
+    assert turns([user("q"), *reply.messages()]) == []
+    assert reply.figures().endswith(EN["cut"])
 
 
 def test_the_fields_of_the_settings_become_sampling_parameters() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from qwen_vllm.protocol import ChatRequest, Question, validated
+from qwen_vllm.protocol import ChatRequest, Question, text_turns, validated
 from qwen_vllm.webui.conversation import as_json, as_markdown, as_text, question_of, remark, text_of, turns
-from tests.support.chat_messages import TALK, THOUGHT, assistant, user
+from tests.support.chat_messages import KEPT_THOUGHT, TALK, THOUGHT, assistant, user
 from vllm_client import openai_messages
 
 
@@ -32,8 +32,20 @@ def test_html_shows_as_it_is_written(text: str, rendered: str) -> None:
     assert text_of(message) == text
 
 
-def test_reasoning_and_failed_turns_are_no_history() -> None:
-    assert turns(TALK) == [(Question("a"), "b", ""), (Question("d"), "half", "")]
+KEEPING = [user("a"), KEPT_THOUGHT, assistant("b"), *TALK]
+KEPT_TURNS = [(Question("a"), "b", "Hm, a <b>."), (Question("a"), "b", ""), (Question("d"), "half", "")]
+
+
+def test_reasoning_goes_along_where_it_is_kept() -> None:
+    assert turns(KEEPING) == KEPT_TURNS
+    assert turns([user("a"), KEPT_THOUGHT]) == []
+    loaded = validated(ChatRequest, json.dumps({"query": "-", **json.loads(as_json(KEEPING, "S"))}).encode())
+    assert loaded.history == text_turns(KEPT_TURNS)
+    assert "Hm" not in as_markdown(KEEPING, "S")
+
+
+def test_other_reasoning_and_failed_turns_are_no_history() -> None:
+    assert turns(TALK) == KEPT_TURNS[1:]
     assert turns([user("a"), assistant("half"), remark("No answer", "broke off")]) == []
     assert turns([user("a"), THOUGHT]) == []
 

@@ -25,7 +25,7 @@ from qwen_vllm.network import THIS_MACHINE, address, listen
 from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling, ServerInfo
 from qwen_vllm.webui.answering import AnswerStreams, Reply, WaitingLine
 from qwen_vllm.webui.conversation import Messages, as_json, as_markdown, text_message, text_of
-from qwen_vllm.webui.words import WORDS, words_for
+from qwen_vllm.webui.words import WORDS, Words, words_for
 from vllm_client import DEFAULT_URL, server_info_async
 
 REDRAW = 0.05
@@ -87,18 +87,27 @@ def _field(name: str, say: Callable[[str], Any]) -> gr.components.Component:
     match name:
         case "stop":
             return gr.Textbox(lines=2, **look)
-        case "model":
-            return gr.Dropdown([], value=None, allow_custom_value=True, visible=False, **look)
+        case "model" | "reasoning_effort":
+            return gr.Dropdown([], value="", allow_custom_value=True, visible=False, **look)
         case "enable_thinking":
             return gr.Radio([(say("default"), ""), (say("on"), "true"), (say("off"), "false")], value="", **look)
     return gr.Textbox(placeholder=say("default"), max_lines=1, **look)
 
 
-def _default_shown(name: str, info: ServerInfo) -> dict[str, Any]:
-    """Return the update of a field that shows what the server does where the field is empty."""
-    if name == "model":
-        return gr.update(choices=info.models, visible=len(info.models) > 1)
+def _offered(name: str, info: ServerInfo, words: Words) -> dict[str, Any]:
+    """Return the update of a field: a menu's choices, or what the server does where the field is empty."""
+    match name:
+        case "model":
+            return _menu(info.models if len(info.models) > 1 else [])
+        case "reasoning_effort":
+            levels = [(level, level) for level in info.reasoning_efforts]
+            return _menu([(words["default"], ""), *levels] if levels else [])
     return gr.update(placeholder=str(info.defaults[name])) if name in info.defaults else gr.skip()
+
+
+def _menu(choices: list[Any]) -> dict[str, Any]:
+    """Return the update of a menu. One without choices is hidden, and forgets the choice for another server."""
+    return gr.update(choices=choices, visible=True) if choices else gr.update(value="", visible=False)
 
 
 class Page:
@@ -122,8 +131,8 @@ class Page:
     def _connect(self, page: gr.Blocks, on: Components) -> None:
         here, settings, asking = [on.chat_id, on.chat], [on.system, *on.sampling], [on.box, on.chat]
         shown = [*here, on.figures, on.earlier]
-        page.load(self.greet, None, [on.heading, on.box, *on.sampling], **UNQUEUED).then(js="showTitle")
-        page.load(js="chats.restore", inputs=settings, outputs=[*shown, *settings])
+        restored = page.load(js="chats.restore", inputs=settings, outputs=[*shown, *settings])
+        restored.then(self.greet, None, [on.heading, on.box, *on.sampling], **UNQUEUED).then(js="showTitle")
         page.unload(self.stop)
         on.chat.change(js="chats.save", inputs=here, outputs=shown)
         gr.on([setting.change for setting in settings], js="chats.keepSettings", inputs=settings)
@@ -153,7 +162,7 @@ class Page:
         ):
             button.click(export, [on.chat, on.system], on.exported, **UNQUEUED).then(js=save, inputs=on.exported)
 
-    async def greet(self) -> list[Any]:
+    async def greet(self, request: gr.Request) -> list[Any]:
         """Return what the server tells of itself as the page opens: its model's name, images or not, its defaults."""
         try:
             self._info = await server_info_async(self._url, self._api_key)
@@ -161,7 +170,8 @@ class Page:
             self._info = ServerInfo([])
         info = self._info
         title = self._title or next(iter(info.models), "Chat")
-        fields = [_default_shown(name, info) for name in Sampling.model_fields]
+        words = self._words(request)
+        fields = [_offered(name, info, words) if info.models else gr.skip() for name in Sampling.model_fields]
         box = gr.update(sources=["upload"] if info.images else [])
         return [f"<h1>{html.escape(title)}</h1>", box, *fields]
 
@@ -174,15 +184,18 @@ class Page:
         """
         if not messages or messages[-1]["role"] != "user":
             return
-        language = self._language or request.headers.get("accept-language", "")
-        words = WORDS["zh" if language.lower().startswith("zh") else "en"]
-        reply = Reply(words, self._info)
+        reply = Reply(self._words(request), self._info)
         with self.streams.grow(reply, str(request.session_hash), messages, system, settings):
             while reply.changed.is_set() or not reply.ended:  # the end may come while this sleeps
                 await reply.changed.wait()
                 reply.changed.clear()
                 yield chat_id, [*messages, *reply.messages()], reply.figures()
                 await asyncio.sleep(REDRAW)
+
+    def _words(self, request: gr.Request) -> Words:
+        """Return the words in the language of the page, or of the person's browser."""
+        language = self._language or request.headers.get("accept-language", "")
+        return WORDS["zh" if language.lower().startswith("zh") else "en"]
 
     async def stop(self, request: gr.Request) -> None:
         """Stop the answers to this tab, in the engine too."""

@@ -130,6 +130,17 @@ class Tab:
         self.until(self.is_ready)
         self.press("#chat [aria-label=Retry]")
 
+    def choose(self, menu: str, n: int, of: int) -> None:
+        """Picks the nth choice of a menu that is to be seen."""
+        field = self.until(lambda: self.driver.find_elements(By.CSS_SELECTOR, f"{menu} input"))[0]
+        self.until(
+            lambda: self.run("return arguments[0].getBoundingClientRect().right < innerWidth", field)
+        )  # it moves
+        field.click()
+        choices = self.until(lambda: self.driver.find_elements(By.CSS_SELECTOR, f"{menu} [role=option]"))
+        assert len(choices) == of
+        choices[n - 1].click()
+
     def fill(self, selector: str, text: str) -> None:
         self.run(
             """const field = document.querySelector(arguments[0]);
@@ -448,13 +459,31 @@ def test_a_model_is_chosen_where_there_are_several(server, page, person):
     tab.driver.refresh()
     tab.until(lambda: tab.run("return document.querySelector('#model input')"))
     tab.press("#settings .toggle-button")
-    tab.until(lambda: tab.driver.find_element(By.CSS_SELECTOR, "#model input").is_displayed())
-    tab.driver.find_element(By.CSS_SELECTOR, "#model input").click()
-    tab.until(lambda: tab.run("return document.querySelectorAll('#model [role=option]').length") == 2)
-    tab.driver.find_element(By.CSS_SELECTOR, "#model [role=option]:nth-child(2)").click()
+    tab.choose("#model", 2, of=2)
     tab.press("#settings .toggle-button")
     assert tab.ask("A poem?") == "A rose."
     assert questions(server)[0]["model"] == "poet"
+
+
+def test_how_much_the_model_thinks_is_chosen_where_it_has_levels(server, page, person):
+    server.play(line(INFO | {"reasoning_efforts": ["low", "medium", "xhigh"]}), path="/chat/info")
+    server.play(line({"delta": "Yes."}), line(LAST))
+    tab = person(page)
+    tab.press("#settings .toggle-button")
+    tab.choose("#reasoning_effort", 2, of=4)
+    tab.fill("#thinking_budget textarea, #thinking_budget input", "64")
+    tab.press("#settings .toggle-button")
+    tab.until(lambda: '"64"' in tab.run("return localStorage['qwen-vllm/settings'] ?? ''"))
+    tab.driver.refresh()
+    assert tab.ask("Deep?") == "Yes."
+    effort = "return document.querySelector('#reasoning_effort input')?.value"
+    assert tab.run(effort) == "low"
+    server.play(line(INFO), path="/chat/info")
+    tab.driver.refresh()
+    tab.ask("And now?")
+    assert tab.run(effort) is None
+    asked = [(body.get("reasoning_effort"), body["thinking_budget"]) for body in questions(server)]
+    assert asked == [("low", 64), (None, 64)]
 
 
 def test_reasoning_goes_along_where_the_server_keeps_it_also_after_a_reload(server, page, person):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
 from importlib import import_module
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -123,6 +124,33 @@ def _shrink_own_slots(shrink: Callable[..., None]) -> Callable[..., None]:
     return shrink_own
 
 
+def _keeps_budget_of_the_gone() -> bool:
+    """Tell whether a request that moves into a slot gets the thinking budget of the one that was there."""
+    import torch
+    from vllm.v1.sample import thinking_budget_state
+    from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
+
+    tags = SimpleNamespace(reasoning_start_token_ids=[1], reasoning_end_token_ids=[2])
+    holder = thinking_budget_state.ThinkingBudgetStateHolder(tags, 2, 0, torch.device("cpu"), False)
+    params = SimpleNamespace(thinking_token_budget=1)
+    holder.sync_batch(BatchUpdate(2, removed=[], added=[(0, params, [], [])], moved=[]))
+    holder.sync_batch(BatchUpdate(1, removed=[], added=[], moved=[(1, 0, MoveDirectionality.UNIDIRECTIONAL)]))
+    return holder.has_tracked_requests()
+
+
+def _forget_budget_of_the_gone(holder: Any) -> Any:
+    from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
+
+    class ForgettingHolder(holder):
+        def sync_batch(self, batch_update: BatchUpdate | None) -> None:
+            for _, slot, direction in batch_update.moved if batch_update else ():
+                if direction is MoveDirectionality.UNIDIRECTIONAL:
+                    self._state.pop(slot, None)
+            super().sync_batch(batch_update)
+
+    return ForgettingHolder
+
+
 SCHEDULER = Patch(
     name="quick KV-cache manager",
     why="The scheduler asks for blocks at each step of each request. While an answer grows, 15 of 16 steps need none.",
@@ -165,6 +193,16 @@ LORA_SLOTS = Patch(
     },
     shows_fault=_slot_minus_one_computes,
 )
+THINKING_BUDGET = Patch(
+    name="thinking budgets of requests that have ended",
+    why="A request without a thinking budget that moves into the slot of one that has ended gets the budget of that "
+    "one: its reasoning would be cut.",
+    upstream="not proposed yet; the same for two requests that change places is mended in "
+    "https://github.com/vllm-project/vllm/pull/49613",
+    replaces={"vllm.v1.sample.thinking_budget_state.ThinkingBudgetStateHolder": _forget_budget_of_the_gone},
+    made_for={"vllm.v1.sample.thinking_budget_state.ThinkingBudgetStateHolder.sync_batch": "a69915858ac7"},
+    shows_fault=_keeps_budget_of_the_gone,
+)
 SIGNALS = Patch(
     name="signals while loading",
     why="vLLM's own server turns SIGTERM into a KeyboardInterrupt, which is lost while it waits for the engine.",
@@ -190,7 +228,7 @@ GGUF = Patch(
         "transformers.modeling_gguf_pytorch_utils.get_gguf_hf_weights_map": "38d424be4e28",
     },
 )
-IN_EVERY_PROCESS: Sequence[Patch] = (SCHEDULER, DETOKENIZER, LORA_SLOTS)
+IN_EVERY_PROCESS: Sequence[Patch] = (SCHEDULER, DETOKENIZER, LORA_SLOTS, THINKING_BUDGET)
 """Applied by `plugin.begin_process` in each of vLLM's processes. `SIGNALS` is for the server's first process alone,
 `GGUF` for the moment in which the demo model is made."""
 PATCHES: Sequence[Patch] = (*IN_EVERY_PROCESS, SIGNALS, GGUF)

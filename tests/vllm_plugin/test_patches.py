@@ -11,7 +11,7 @@ from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 
 from qwen_vllm import hardware
-from qwen_vllm.vllm_plugin.patches import LORA_SLOTS, PATCHES, Patch, source_hash
+from qwen_vllm.vllm_plugin.patches import LORA_SLOTS, PATCHES, THINKING_BUDGET, Patch, source_hash
 
 USED = {
     # The endpoint plugin, and what has to be set between building the server and listening.
@@ -115,3 +115,8 @@ def test_a_request_without_an_adapter_gets_none_where_others_have_one() -> None:
         slots, lengths, nothing = torch.tensor([-1, 1]), torch.tensor([2, 1]), torch.zeros(2)
         lora_ops.sgmv_shrink(inputs, weights, outputs, nothing, lengths, slots, 2, 2, 3, 1.0)
         assert outputs.tolist() == [[0.0] * 5, [0.0] * 5, [4.0] * 5]
+
+
+def test_a_request_gets_no_thinking_budget_of_one_that_has_ended() -> None:
+    with THINKING_BUDGET.applied():
+        assert not THINKING_BUDGET.shows_fault()

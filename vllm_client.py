@@ -359,8 +359,8 @@ def send_test_message(url: str, query: str, system: str, sampling: Sampling, api
     Raises:
         ChatError: as in `stream_chat`; also where the answer is empty.
     """
-    name = server_info(url, api_key).models[0]
-    print(f"{sampling.model or name} at {url}\n> {query}", flush=True)
+    info = server_info(url, api_key)
+    print(f"{sampling.model or info.models[0]} at {url}\n> {query}", flush=True)
     began = time.monotonic()
     parts = stream_chat(url, query, system=system, sampling=sampling, api_key=api_key)
     first_part, first = next(parts), time.monotonic()
@@ -368,9 +368,10 @@ def send_test_message(url: str, query: str, system: str, sampling: Sampling, api
     assert isinstance(result, ChatResult)
     figures = console.figures_line(result, began, first)
     total = f"total {time.monotonic() - began:.2f} s · {result.prompt_tokens} prompt tokens"
+    if result.ended_in_reasoning:
+        raise ChatError(console.only_reasoning(lambda: info), "incomplete")
     if not result.text.strip():
-        cut = "; the model still thought at its token limit: raise --max-tokens" if result.reasoning else ""
-        raise ChatError(f"the answer is empty{cut}", "incomplete")
+        raise ChatError("the answer is empty", "incomplete")
     print(f"{console.without_controls(result.text)}\n{figures} · {total}")
 
 

@@ -47,6 +47,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
         "--lora-modules", nargs="+", type=_adapter, default=[], metavar="NAME=FOLDER", help="LoRA adapters"
     )
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja template in place of the model's own")
+    parser.add_argument(
+        "--default-chat-template-kwargs",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help="""what the template is given too, such as '{"preserve_thinking": true}'""",
+    )
     parser.add_argument("--verbose", action="store_true", help=f"show vLLM's log too, which goes to {LOG}")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this, and leave")
     group = parser.add_argument_group("a file of rows")
@@ -75,6 +82,16 @@ def _adapter(text: str) -> tuple[str, str]:
     return name, str(Path(folder).expanduser())
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("must be a JSON object")
+    return value
+
+
 def main(argv: list[str] | None = None) -> int:
     """Chat or answer a file; return the exit status."""
     args, engine_flags = parse_args(argv)
@@ -90,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     name = args.model_path or DEMO_NAME
-    info = ServerInfo([name, *model.adapters])
+    info = ServerInfo([name, *model.adapters], reasoning_efforts=model.reasoning_efforts)
 
     def ask(query: Question, history: Sequence[AskedTurn], system: str, sampling: Sampling) -> Iterator[Part]:
         return model.stream_chat(query.text, text_turns(history), system, sampling)
@@ -136,6 +153,7 @@ def _load(args: argparse.Namespace, engine_flags: list[str]) -> "ChatModel":
             model = ChatModel(
                 folder,
                 chat_template=args.chat_template,
+                chat_template_options=args.default_chat_template_kwargs,
                 adapters=dict(args.lora_modules),
                 **_engine_args(engine_flags),
             )

@@ -17,7 +17,6 @@ from qwen_vllm.models.prepare import prepare
 from qwen_vllm.models.resolve import HUBS, resolve_model
 from qwen_vllm.network import THIS_MACHINE, listen
 from qwen_vllm.protocol import reason_of
-from qwen_vllm.reasoning import parser_for_folder
 from qwen_vllm.server.guard import Guard
 from qwen_vllm.vllm_plugin import patches, plugin
 
@@ -76,14 +75,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     # The name that clients see: an id as it is, of a folder no more than its last part.
     is_id = name and not Path(name).expanduser().is_dir()
     args.served_model_name = args.served_model_name or [name if is_id else Path(args.model).resolve().name]
-    template = prepare(args, _adapters(args), args.chat_template)
+    prepare(args, _adapters(args), args.chat_template, args.default_chat_template_kwargs or {})
     validate_parsed_serve_args(args)
-    args.reasoning_parser = args.reasoning_parser or parser_for_folder(
-        Path(args.tokenizer or args.model),
-        template,
-        args.default_chat_template_kwargs or {},
-        args.trust_remote_code,
-    )
     return args
 
 

@@ -48,6 +48,7 @@ class ChatModel:
         hub: "modelscope" or "huggingface", where an id is fetched from.
         adapters: folders of LoRA adapters by the names under which a row's `model` chooses them.
         chat_template: a file with the Jinja template to take in place of the model's own, or its text.
+        chat_template_options: what the template is given beside the messages, such as `{"preserve_thinking": True}`.
         engine_args: any of `vllm.EngineArgs`, over our defaults for this hardware.
 
     Attributes:
@@ -64,9 +65,10 @@ class ChatModel:
         hub: str = "modelscope",
         adapters: Mapping[str, str] | None = None,
         chat_template: str | None = None,
+        chat_template_options: Mapping[str, Any] | None = None,
         **engine_args: Any,
     ) -> None:
-        adapters = adapters or {}
+        adapters, options = adapters or {}, chat_template_options or {}
         folder = resolve_model(model, hub)
         set_environment()
         from vllm import LLM, EngineArgs, envs
@@ -78,16 +80,16 @@ class ChatModel:
         engine_args = {**values(engine_defaults()), **engine_args, "model": folder}
         engine_args |= {"enable_lora": True} if adapters else {}
         args = EngineArgs(**engine_args)
-        template = prepare(args, adapters, chat_template)
-        engine_args |= {"tokenizer": args.tokenizer, "dtype": args.dtype}
-        engine_args |= {"max_cudagraph_capture_size": args.max_cudagraph_capture_size}
+        template = prepare(args, adapters, chat_template, options)
+        prepared = ("tokenizer", "dtype", "max_cudagraph_capture_size", "reasoning_parser")
+        engine_args |= {name: getattr(args, name) for name in prepared}
         with _children_without_interrupts():
             self.llm = LLM(**engine_args)
         self.adapters = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(adapters.items(), start=1)}
         self._requests: RequestBuilder | ChatError
         try:
             self._requests = RequestBuilder(
-                self.llm.model_config, self.llm.get_tokenizer(), template, reasoning_parser=args.reasoning_parser
+                self.llm.model_config, self.llm.get_tokenizer(), template, options, args.reasoning_parser
             )
         except ChatError as reason:
             self._requests = reason
@@ -102,6 +104,11 @@ class ChatModel:
     def no_chat(self) -> ChatError | None:
         """Why the model has only `complete_batch`: the prompt builder cannot follow its chat template. Else None."""
         return self._requests if isinstance(self._requests, ChatError) else None
+
+    @property
+    def reasoning_efforts(self) -> list[str]:
+        """The levels of `reasoning_effort` that the chat template knows, from the least."""
+        return [] if isinstance(self._requests, ChatError) else list(self._requests.prompts.efforts)
 
     def chat(
         self,

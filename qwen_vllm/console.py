@@ -53,6 +53,7 @@ HELP = """\
 /history             show the conversation
 /set [NAME VALUE]    show or set a sampling parameter; without VALUE: back to the default
 /model [NAME]        show which models there are, or choose one (a LoRA adapter)
+/effort [LEVEL]      show or set how much the model reasons, if it has levels (Qwen3.8)
 /image [FILE]        attach an image to the next question, or list what is attached
 /regen               answer the last question again
 /save FILE           write the conversation to a file
@@ -126,7 +127,7 @@ class Chat:
         self.shows_remarks = self.to_terminal and sys.stdin.isatty()
 
     def answer(self, text: str) -> bool:
-        """Ask with the attached images and print the answer; return False on failure."""
+        """Ask with the attached images and print the answer; return False where there is none."""
         turns = len(self.history)
         answered = self._answer(Question(text, tuple(self.attached.values())), self.history)
         if len(self.history) > turns:
@@ -136,14 +137,14 @@ class Chat:
     def _answer(self, question: Question, earlier: list[AskedTurn]) -> bool:
         """Print the answer and add the turn to `earlier`; Ctrl-C keeps what has arrived."""
         began, first = time.monotonic(), None
-        text, reasoning, figures, in_reasoning = "", "", "", False
+        text, reasoning, figures, in_reasoning, unanswered = "", "", "", False, False
         parts = self._ask_until_answered(question, self._sent_along(earlier))
         try:
             for part in parts:
                 first = time.monotonic() if first is None else first
                 if isinstance(part, ChatResult):
                     figures = figures_line(part, began, first)
-                    reasoning = part.kept_reasoning
+                    reasoning, unanswered = part.kept_reasoning, part.ended_in_reasoning
                 elif isinstance(part, Reasoning):
                     reasoning += part.text
                     self.remark(part.text, end="")
@@ -167,7 +168,9 @@ class Chat:
         self.remark(figures or "stopped")
         if figures or text:
             self.history = [*earlier, (question, text, reasoning)]
-        return True
+        if unanswered:
+            print(only_reasoning(self.info), file=sys.stderr, flush=True)
+        return not unanswered
 
     def _sent_along(self, turns: list[AskedTurn]) -> list[AskedTurn]:
         """Return the last turns, at most `history_max`."""
@@ -195,6 +198,7 @@ class Chat:
             "history": self._show_history,
             "set": lambda: self._set(*argument.split(maxsplit=1)),
             "model": lambda: self._set_model(argument),
+            "effort": lambda: self._set_effort(argument),
             "image": lambda: self._attach(argument),
             "regen": self._regenerate,
             "save": lambda: self._save(argument),
@@ -252,6 +256,18 @@ class Chat:
             self.settings = self.settings.model_copy(update={"model": name if name != models[0] else None})
         for model in models:
             print(self._shown(f"{'*' if model == (self.settings.model or models[0]) else ' '} {model}"))
+
+    def _set_effort(self, level: str) -> None:
+        info = self.info()
+        if not info.reasoning_efforts:
+            raise ChatError(f"{info.models[0]} has no levels of reasoning effort.")
+        levels = ["default", *info.reasoning_efforts]
+        if level and level not in levels:
+            raise ChatError(f"There is no effort {level}, only {', '.join(levels)}.")
+        if level:
+            self.settings = self.settings.model_copy(update={"reasoning_effort": level if level != levels[0] else None})
+        for known in levels:
+            print(f"{'*' if known == (self.settings.reasoning_effort or levels[0]) else ' '} {known}")
 
     def _attach(self, path: str) -> None:
         if path:
@@ -354,7 +370,25 @@ def figures_line(result: ChatResult, began: float, first: float) -> str:
         figures.append("cut at the token limit")
     if result.dropped_turns:
         figures.append(f"{result.dropped_turns} old turns did not fit")
+    if result.dropped_reasoning:
+        figures.append(f"reasoning of {result.dropped_reasoning} old turns did not fit")
     return " · ".join(figures)
+
+
+def only_reasoning(info: Callable[[], ServerInfo]) -> str:
+    """Say why there is no answer where the token limit came inside the reasoning, and what to set.
+
+    `info` describes the server, with the levels of its model's reasoning effort.
+    """
+    try:
+        levels = info().reasoning_efforts
+    except ChatError:
+        levels = []
+    lower = f", or choose a lower reasoning_effort ({', '.join(levels)}; in the chat /effort)" if levels else ""
+    return (
+        "No answer: at the token limit the model was still reasoning. "
+        f"Raise max_tokens, or set a thinking_budget below it{lower}."
+    )
 
 
 def given_sampling(args: argparse.Namespace) -> Sampling:

@@ -25,6 +25,7 @@ from qwen_vllm.protocol import (
     Sampling,
     ServerInfo,
     text_turns,
+    turn,
 )
 
 INFO = ServerInfo(["base", "poet", "lawyer"], images=True, max_body_size=1000)
@@ -38,8 +39,15 @@ class ScriptedAsk:
     Records the questions with what came along, and how many answers were closed.
     """
 
-    def __init__(self, *scripts: list, finish_reason: str = "stop", dropped_turns: int = 0) -> None:
-        self._scripts, self._finish_reason, self._dropped_turns = list(scripts), finish_reason, dropped_turns
+    def __init__(
+        self,
+        *scripts: list,
+        finish_reason: str = "stop",
+        dropped: tuple[int, int] = (0, 0),
+        keeps_reasoning: bool = False,
+    ) -> None:
+        self._scripts, self._finish_reason, self._dropped = list(scripts), finish_reason, dropped
+        self._keeps_reasoning = keeps_reasoning
         self.calls: list[SimpleNamespace] = []
         self.closed = 0
 
@@ -65,14 +73,16 @@ class ScriptedAsk:
                 yield step
             text = "".join(piece for piece in pieces if isinstance(piece, str))
             thoughts = [piece.text for piece in pieces if isinstance(piece, Reasoning)]
+            kept = "".join(thoughts) if self._keeps_reasoning else ""
             yield ChatResult(
                 text=text,
-                history=[*text_turns(history), (query.text, text)],
+                history=[*text_turns(history), turn(query.text, text, kept)],
                 finish_reason=self._finish_reason,
                 stop_reason=None,
                 prompt_tokens=9,
                 completion_tokens=len(pieces),
-                dropped_turns=self._dropped_turns,
+                dropped_turns=self._dropped[0],
+                dropped_reasoning=self._dropped[1],
                 reasoning="".join(thoughts),
                 reasoning_tokens=len(thoughts),
             )
@@ -170,6 +180,47 @@ def test_an_error_in_a_thought_has_a_line_of_its_own(terminal: Callable) -> None
     assert "Error: the server is gone\n" in shown
 
 
+def test_reasoning_that_the_model_reads_is_sent_along_also_when_answering_again(terminal: Callable) -> None:
+    ask = ScriptedAsk(THINKS, THINKS, ["c"], keeps_reasoning=True)
+    shown = terminal(ask, "one", "two", "/regen", "/history")
+    assert ask.calls[1].history == ask.calls[2].history == [("one", "Hello", "Hm.\x1b[2J")]
+    assert shown.endswith("> one\nHello\n> two\nc\n")
+
+
+NO_ANSWER = "No answer: at the token limit the model was still reasoning. "
+RAISE = "Raise max_tokens, or set a thinking_budget below it"
+
+
+@pytest.mark.parametrize(
+    ("efforts", "advice"),
+    [
+        ([], f"{RAISE}."),
+        (["low", "xhigh"], f"{RAISE}, or choose a lower reasoning_effort (low, xhigh; in the chat /effort)."),
+    ],
+)
+def test_an_answer_that_ends_in_its_reasoning_says_so(terminal: Callable, efforts: list[str], advice: str) -> None:
+    ask = ScriptedAsk(THINKS[:2], ["b"], finish_reason="length")
+    shown = terminal(ask, "one", "/regen", info=ServerInfo(["base"], reasoning_efforts=efforts))
+    assert shown.endswith(f"\n{NO_ANSWER}{advice}\n")
+    assert [call.query for call in ask.calls] == ["one", "one"]
+
+
+def test_a_cut_answer_is_none_without_a_word(terminal: Callable) -> None:
+    assert NO_ANSWER not in terminal(ScriptedAsk(THINKS, finish_reason="length"), "one")
+    assert NO_ANSWER not in terminal(ScriptedAsk(THINKS[:2]), "one")
+
+
+def test_a_pipe_is_told_on_stderr_that_there_is_no_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def info() -> ServerInfo:
+        raise ChatError("no server answers")
+
+    monkeypatch.setattr("sys.stdin", Pipe("one\n"))
+    assert console.run(ScriptedAsk(THINKS[:2], finish_reason="length"), "title", parsed(), info) == 1
+    assert capsys.readouterr() == ("\n", f"{NO_ANSWER}{RAISE}.\n")
+
+
 def test_slash_lines_from_a_pipe_are_questions(pipe: Callable) -> None:
     ask = ScriptedAsk(["a"])
     pipe(ask, "/help me\n")
@@ -212,6 +263,10 @@ def test_flags_reach_the_model(pipe: Callable) -> None:
         "7",
         "--stop",
         "END",
+        "--reasoning-effort",
+        "low",
+        "--thinking-budget",
+        "8",
     ]
     pipe(ask, "q\n", *flags, "--stop", "1", "--no-enable-thinking", "--system", "Be brief.")
     assert ask.calls[0].system == "Be brief."
@@ -223,6 +278,8 @@ def test_flags_reach_the_model(pipe: Callable) -> None:
         "model": "7",
         "stop": ["END", "1"],
         "enable_thinking": False,
+        "reasoning_effort": "low",
+        "thinking_budget": 8,
     }
 
 
@@ -244,6 +301,8 @@ def test_without_flags_the_model_decides(pipe: Callable) -> None:
         ("--seed", "9" * 5000),
         ("--stop", ""),
         ("--model", ""),
+        ("--reasoning-effort", ""),
+        ("--thinking-budget", "0"),
         ("--history-max", "-1"),
         ("--history-max", "many"),
         ("--history-max", "²"),
@@ -271,10 +330,11 @@ def test_a_conversation_in_a_terminal(terminal: Callable) -> None:
 
 
 def test_the_line_of_figures(terminal: Callable) -> None:
-    shown = terminal(ScriptedAsk(["a", "b", "c"], finish_reason="length", dropped_turns=2), "one")
+    shown = terminal(ScriptedAsk(["a", "b", "c"], finish_reason="length", dropped=(2, 3)), "one")
     remark = next(line for line in shown.splitlines() if line.startswith(DIM))
-    for figure in ("first token ", "tokens/s", "3 tokens", "cut at the token limit", "2 old turns did not fit"):
+    for figure in ("first token ", "tokens/s", "3 tokens", "cut at the token limit", "· 2 old turns did not fit"):
         assert figure in remark
+    assert "· reasoning of 3 old turns did not fit" in remark
 
 
 def test_keys(terminal: Callable) -> None:
@@ -383,7 +443,7 @@ def test_a_pipe_gets_the_answer_as_it_is(pipe: Callable, capsys: pytest.CaptureF
 
 def test_help_names_every_command(terminal: Callable) -> None:
     shown = terminal(ScriptedAsk(), "/help")
-    for name in ("clear", "system", "history", "set", "model", "image", "regen", "save", "load", "exit"):
+    for name in ("clear", "system", "history", "set", "model", "effort", "image", "regen", "save", "load", "exit"):
         assert f"/{name}" in shown
 
 
@@ -474,12 +534,37 @@ def test_a_saved_conversation_goes_on(terminal: Callable, tmp_path: Path) -> Non
     assert json.loads(file.read_text(encoding="utf-8"))["history"] == [["one", "a\n你好"]]
 
 
+def test_a_saved_conversation_keeps_its_reasoning(terminal: Callable, tmp_path: Path) -> None:
+    file, turns = tmp_path / "chat.json", [("one", "Hello", "Hm.\x1b[2J"), ("two", "b")]
+    terminal(ScriptedAsk(THINKS, ["b"], keeps_reasoning=True), "one", "two", f"/save {file}")
+    assert json.loads(file.read_text(encoding="utf-8"))["history"] == [list(turn) for turn in turns]
+    ask = ScriptedAsk(["c"])
+    terminal(ask, f"/load {file}", "three")
+    assert ask.calls[0].history == turns
+
+
 def test_model_shows_and_chooses(terminal: Callable) -> None:
     ask = ScriptedAsk(["a"], ["b"])
     shown = terminal(ask, "/model", "/model poet", "one", "/model writer", "/model base", "two")
     assert shown.startswith("* base\n  poet\n  lawyer\n  base\n* poet\n  lawyer\na\n")
     assert "There is no model writer, only base, poet, lawyer.\n" in shown
     assert [call.sampling for call in ask.calls] == [{"model": "poet"}, {}]
+
+
+def test_effort_shows_and_chooses(terminal: Callable) -> None:
+    info = ServerInfo(["base"], reasoning_efforts=["low", "xhigh"])
+    ask = ScriptedAsk(["a"], ["b"])
+    shown = terminal(ask, "/effort", "/effort low", "one", "/effort high", "/effort default", "two", info=info)
+    assert shown.startswith("* default\n  low\n  xhigh\n  default\n* low\n  xhigh\na\n")
+    assert "There is no effort high, only default, low, xhigh.\n* default\n" in without_remarks(shown)
+    assert [call.sampling for call in ask.calls] == [{"reasoning_effort": "low"}, {}]
+
+
+@pytest.mark.parametrize("typed", ["/effort", "/effort low"])
+def test_a_model_without_levels_of_effort_says_so(terminal: Callable, typed: str) -> None:
+    ask = ScriptedAsk(["a"])
+    assert terminal(ask, typed, "one").startswith("base has no levels of reasoning effort.\n")
+    assert ask.calls[0].sampling == {}
 
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
@@ -572,6 +657,7 @@ BAD_FILES = [
     '"x"',
     "null",
     '{"history": [["a"]]}',
+    '{"history": [["a", "b", 1]]}',
     '{"history": "x"}',
     '{"system": 1}',
     '{"images": [["file:///"]]}',

@@ -398,7 +398,7 @@ def test_the_program_says_that_no_server_answers(
 
 
 def model_named(server: Server, name: str = "base") -> None:
-    server.play(line({"models": [name]}), path="/chat/info")
+    server.play(line({"models": [name], "reasoning_efforts": ["low", "medium"]}), path="/chat/info")
 
 
 def test_a_test_message_shows_the_model_the_answer_and_its_figures(
@@ -443,7 +443,13 @@ FAILED_TESTS = {
         "dead",
     ),
     "empty": ("/chat", 200, [line({"delta": " \n"}), line(LAST)], "the answer is empty"),
-    "thoughts only": ("/chat", 200, [line({"reasoning": "Hm"}), line(LAST)], "still thought at its token limit"),
+    "reasoning only": (
+        "/chat",
+        200,
+        [line({"reasoning": "Hm"}), line({**LAST, "finish_reason": "length"})],
+        "No answer: at the token limit the model was still reasoning. Raise max_tokens, or set a thinking_budget below "
+        "it, or choose a lower reasoning_effort (low, medium; ",
+    ),
 }
 
 
@@ -459,6 +465,19 @@ def test_a_test_message_that_fails_says_why_in_one_line(
     assert message in shown.err
     assert shown.err.count("\n") == 1
     assert "tokens/s" not in shown.out
+
+
+def test_reasoning_is_kept_where_the_template_reads_it_and_what_did_not_fit_is_told(server: Server) -> None:
+    history = [("1", "2", "One and one.")]
+    for keeps, kept in ((True, ("?", "Hi", "Hm")), (False, ("?", "Hi"))):
+        url = server.play(
+            line({"reasoning": "Hm"}),
+            line({"delta": "Hi"}),
+            line({**LAST, "keeps_reasoning": keeps, "dropped_reasoning": 1}),
+        )
+        *_, result = stream_chat(url, "?", history)
+        assert (result.history, result.dropped_reasoning) == ([*history, kept], 1)
+    assert server.requests[-1][2]["history"] == [["1", "2", "One and one."]]
 
 
 def test_a_test_message_without_a_server_or_with_a_wrong_flag(server: Server, capsys: pytest.CaptureFixture) -> None:

@@ -1,12 +1,14 @@
 """The offline program's flags and exit statuses, with the scripted model of the batch tests."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 import vllm_offline
+from qwen_vllm import console
 from qwen_vllm.models.checks import ModelUnavailable
-from qwen_vllm.protocol import ChatError
+from qwen_vllm.protocol import ChatError, ServerInfo
 from tests.support.scripted_model import ScriptedModel, texts, write
 
 
@@ -75,6 +77,8 @@ def test_how_a_run_ends(files, run, capsys, model, status, message):
         (["--prompt", "Hi", "--reference", "answer"], "need --input"),
         (["--prompt", "Hi", "--temperature", "hot"], "temperature"),
         (["--prompt", "Hi", "--lora-modules", "poet"], "has the form NAME=FOLDER"),
+        (["--default-chat-template-kwargs", "[]"], "--default-chat-template-kwargs: must be a JSON object"),
+        (["--default-chat-template-kwargs", "{"], "--default-chat-template-kwargs: must be a JSON object"),
     ],
 )
 def test_wrong_usage_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, flags, message):
@@ -119,6 +123,17 @@ def test_a_chat_template_reaches_the_model(monkeypatch, tmp_path):
     monkeypatch.setattr(vllm_offline, "_engine_args", lambda flags: {"flags": flags})
     monkeypatch.setattr("vllm_wrapper.ChatModel", lambda model, **args: loaded.append((model, args)) or ScriptedModel())
     monkeypatch.setattr(ScriptedModel, "no_chat", None, raising=False)
-    args, flags = vllm_offline.parse_args(["--model", "m", "--chat-template", "mine.jinja", "--max-model-len", "9"])
-    vllm_offline._load(args, flags)
-    assert loaded == [("m", {"flags": ["--max-model-len", "9"], "chat_template": "mine.jinja", "adapters": {}})]
+    options = ["--default-chat-template-kwargs", '{"preserve_thinking": true}']
+    given = ["--model", "m", "--chat-template", "mine.jinja", "--max-model-len", "9", *options]
+    vllm_offline._load(*vllm_offline.parse_args(given))
+    wanted = {"chat_template": "mine.jinja", "chat_template_options": {"preserve_thinking": True}, "adapters": {}}
+    assert loaded == [("m", {"flags": ["--max-model-len", "9"], **wanted})]
+
+
+def test_the_chat_knows_the_levels_of_reasoning_effort(monkeypatch):
+    told = []
+    model = SimpleNamespace(adapters={"poet": None}, reasoning_efforts=["low", "xhigh"])
+    monkeypatch.setattr(vllm_offline, "_load", lambda *_: model)
+    monkeypatch.setattr(console, "run", lambda ask, title, args, info: told.append(info()) or 0)
+    assert vllm_offline.main(["--model", "m"]) == 0
+    assert told == [ServerInfo(["m", "poet"], reasoning_efforts=["low", "xhigh"])]

@@ -11,6 +11,8 @@ from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.protocol import ChatError, Reasoning, Sampling
 from qwen_vllm.vllm_plugin import plugin
 from tests.support.tiny_checkpoints import write_adapter, write_model
+from tests.support.tiny_families import QWEN36, QWEN38
+from tests.support.tokenizers import byte_tokenizer
 from vllm_wrapper import ChatModel
 
 
@@ -79,12 +81,16 @@ def load(monkeypatch, tmp_path, qwen3_tokenizer) -> Callable[..., tuple[ChatMode
         tokenizer: Any = qwen3_tokenizer,
         chat_template: str | None = None,
         adapters: dict[str, str] | None = None,
+        chat_template_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[ChatModel, ScriptedLLM]:
         llm = ScriptedLLM(tokenizer, **kwargs)
         monkeypatch.setattr("vllm.LLM", lambda **_: llm)
         folder = write_model(tmp_path, hidden_size=64, num_hidden_layers=2)
-        return ChatModel(str(folder), chat_template=chat_template, adapters=adapters), llm
+        model = ChatModel(
+            str(folder), chat_template=chat_template, adapters=adapters, chat_template_options=chat_template_options
+        )
+        return model, llm
 
     return load
 
@@ -155,6 +161,40 @@ def test_thoughts_stand_apart_from_the_text(load, tokens):
     whole, unthinking = model.chat_batch(rows)
     assert whole == result
     assert (unthinking.text, unthinking.reasoning) == ("", "Hm.")  # it thinks although it was told not to
+
+
+def test_a_model_that_reads_earlier_reasoning_is_handed_it(load):
+    model, llm = load(byte_tokenizer(QWEN38))
+    assert model.reasoning_efforts == ["low", "medium", "xhigh"]
+    llm.says = ["Hm", "</think>", "\n\n", "Hi"]
+    history = [["1", "2", "One and one."], ["3", "4"]]
+    rows = [
+        row(tokens=4, history=history, reasoning_effort="low", thinking_budget=2),
+        row(reasoning_effort="high"),
+        row(thinking_budget=4),
+        row(history=[["1", "2", 3]]),
+    ]
+    (_, result), *bad = sorted(model.stream_batch(rows, deltas=False))
+    assert result.history == [("1", "2", "One and one."), ("3", "4"), ("?", "Hi", "Hm")]
+    (request,) = llm.requests.values()
+    assert "with the effort low." in request.prompt
+    assert "<think>\nOne and one.\n</think>\n\n2<|im_end|>" in request.prompt
+    assert "<think>\n\n</think>\n\n4<|im_end|>" in request.prompt
+    assert request.params.thinking_token_budget == 2
+    assert [error.param for _, error in bad] == ["reasoning_effort", "thinking_budget", "history.0.2"]
+
+
+def test_options_of_the_chat_template(load):
+    model, llm = load(byte_tokenizer(QWEN36), chat_template_options={"preserve_thinking": True})
+    model.chat_batch([row(history=[["1", "2", "One and one."]])])
+    assert "<think>\nOne and one.\n</think>" in llm.requests["0"].prompt
+
+
+def test_a_model_that_does_not_think_takes_no_budget_and_no_effort(load, demo_tokenizer):
+    model, _ = load(demo_tokenizer)
+    assert model.reasoning_efforts == []
+    bad = dict(model.stream_batch([row(thinking_budget=1), row(reasoning_effort="low")], deltas=False))
+    assert [error.param for error in bad.values()] == ["thinking_budget", "reasoning_effort"]
 
 
 def test_a_bad_row_has_its_error_and_the_others_their_answers(load):

@@ -1,22 +1,27 @@
 """The one recipe that makes a model's folder ready to serve, online and offline."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from qwen_vllm.hardware import fill_in, graph_defaults
 from qwen_vllm.models.adapters import check_adapters
 from qwen_vllm.models.checks import ModelUnavailable, check_loadable, number_format
 from qwen_vllm.models.tokenizer import tokenizer_as_written
+from qwen_vllm.reasoning import parser_for_folder
 
 
-def prepare(args: Any, adapters: Mapping[str, str], chat_template: str | None) -> str | None:
+def prepare(
+    args: Any, adapters: Mapping[str, str], chat_template: str | None, template_options: Mapping[str, Any]
+) -> str | None:
     """Check what is to be loaded, complete `args`, and return the chat template's text.
 
     Args:
         args: `vllm.EngineArgs`, or a command line with the same names; `model` is a folder of `resolve_model`. Its
-            `tokenizer`, `dtype` and what is open of its CUDA graphs are set.
+            `tokenizer`, `dtype`, `reasoning_parser` and what is open of its CUDA graphs are set.
         adapters: folders of LoRA adapters by their names.
         chat_template: a file with a Jinja template that replaces the model's own, or its text.
+        template_options: what the template is given beside the messages.
 
     Raises:
         ModelUnavailable: the model, an adapter or the template cannot be used.
@@ -26,7 +31,12 @@ def prepare(args: Any, adapters: Mapping[str, str], chat_template: str | None) -
     args.tokenizer = tokenizer_as_written(args)
     args.dtype = number_format(args)
     fill_in(args, graph_defaults(args))
-    return read_chat_template(chat_template)
+    template = read_chat_template(chat_template)
+    # The engine needs the parser too: it ends the reasoning when a request's budget of it is spent.
+    args.reasoning_parser = args.reasoning_parser or parser_for_folder(
+        Path(args.tokenizer or args.model), template, template_options, args.trust_remote_code
+    )
+    return template
 
 
 def read_chat_template(template: str | None) -> str | None:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, BinaryIO, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import from_json
 
 from qwen_vllm.protocol import ChatError, turn, validated
@@ -122,11 +122,12 @@ class _Message(BaseModel):
     content: str
     reasoning: str | None = Field(None, validation_alias=AliasChoices("reasoning", "reasoning_content"))
 
-    @model_validator(mode="after")
-    def _answers_reason(self) -> Self:
-        if self.reasoning and self.role != "assistant":
+    @field_validator("reasoning")
+    @classmethod
+    def _answers_reason(cls, reasoning: str | None, message: ValidationInfo) -> str | None:
+        if reasoning and message.data.get("role") != "assistant":
             raise ValueError("only an assistant's message has reasoning")
-        return self
+        return reasoning
 
 
 class _Messages(BaseModel):

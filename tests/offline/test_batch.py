@@ -77,13 +77,16 @@ def test_thoughts_have_a_field_of_their_own(files):
     class Thinker(ScriptedModel):
         def stream_batch(self, rows, sampling, deltas):
             for i, result in super().stream_batch(rows, sampling, deltas):
-                yield i, replace(result, reasoning="Hm.", reasoning_tokens=1)
+                history = [*result.history[:-1], (*result.history[-1], "Hm.")]
+                yield i, replace(result, reasoning="Hm.", reasoning_tokens=1, history=history, dropped_reasoning=1)
 
-    write(files[0], {"query": "a"})
-    answer(files, Thinker())
+    write(files[0], {"query": "a", "history": [["1", "2", "3"]]})
+    answer(files, model := Thinker())
+    assert model.requests[0]["history"] == [["1", "2", "3"]]
     (record,) = records(files[1])
-    assert (record["text"], record["reasoning"], record["history"]) == ("A", "Hm.", [["a", "A"]])
-    assert record["usage"]["reasoning_tokens"] == 1
+    assert (record["text"], record["reasoning"]) == ("A", "Hm.")
+    assert record["history"] == [["1", "2", "3"], ["a", "A", "Hm."]]
+    assert (record["usage"]["reasoning_tokens"], record["dropped_reasoning"]) == (1, 1)
 
 
 def test_no_rows_need_no_model(files):

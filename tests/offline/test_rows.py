@@ -46,6 +46,25 @@ def test_openai_messages():
     assert only(json.dumps({"messages": messages[-1:]})).request == {"query": "Q", "history": []}
 
 
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_an_answer_may_have_its_reasoning(name):
+    user, query = {"role": "user", "content": "U"}, {"role": "user", "content": "Q"}
+    messages = [
+        user,
+        {"role": "assistant", "content": "A", name: "R"},
+        user,
+        {"role": "assistant", "content": "B"},
+        query,
+    ]
+    assert only(json.dumps({"messages": messages})).request["history"] == [("U", "A", "R"), ("U", "B")]
+    wrong = {
+        f"messages.1.{name}": [user, {"role": "assistant", "content": "A", name: ["R"]}, query],
+        f"messages.0.{name}": [{**user, name: "R"}, {"role": "assistant", "content": "A"}, query],
+        "messages.1.content": [user, {"role": "assistant", name: "R"}, query],
+    }
+    assert [only(json.dumps({"messages": messages})).error.param for messages in wrong.values()] == [*wrong]
+
+
 @pytest.mark.parametrize(
     "roles", ["", "s", "a", "ua", "uu", "us", "usu", "ssu", "su-a", "uau-u"], ids=lambda roles: roles or "none"
 )

@@ -14,8 +14,9 @@ import pytest
 import requests
 from transformers import PreTrainedTokenizerBase
 
-from qwen_vllm.protocol import ChatResult, Part, Reasoning, Sampling
+from qwen_vllm.protocol import ChatResult, Part, Reasoning, Sampling, Turn, turn
 from qwen_vllm.with_server import running_server
+from tests.support.tiny_families import QWEN38
 from tests.support.tiny_reciter import write_reciter
 from tests.support.tokenizers import QWEN3_TEMPLATE
 from vllm_client import stream_messages_async
@@ -27,6 +28,8 @@ ANSWER = f"{THOUGHT}\n\n\n</think>\n\n{TEXT}<|im_end|>"
 THOUGHT_TOKENS, ALL_TOKENS = 16, 27
 GREEDY = Sampling(temperature=0)
 HISTORY = [("1 + 1?", "<think>\nOne and one.\n</think>\n\n2")]
+REASONED = [("1 + 1?", "2", "One and one."), ("?", "!", "Hm. " * 9)]
+BUDGETS, ROWS = (1, 2, 5, 11, 16, 17, 24), range(300)
 
 
 def write(folder: Path, tokenizer: PreTrainedTokenizerBase, template: str, start: str) -> Path:
@@ -50,9 +53,12 @@ class Said:
     batch: list[ChatResult]
 
 
-def say(folder: Path) -> Said:
+def load_and_say(folder: Path) -> Said:
     """Loads the model in `folder` and asks it; runs in a process of its own, with no other engine in it."""
-    model = ChatModel(str(folder))
+    return say(ChatModel(str(folder)))
+
+
+def say(model: ChatModel) -> Said:
     rows = [{"query": "2 + 3?"}, {"query": "?", "enable_thinking": False}, {"query": "?", "max_tokens": 6}]
     return Said(list(model.stream_chat("2 + 3?", HISTORY, sampling=GREEDY)), model.chat_batch(rows, GREEDY))
 
@@ -61,7 +67,7 @@ def say(folder: Path) -> Said:
 def said(qwen3: Path) -> Iterator[Future[Said]]:
     """What Qwen3 says offline; at work while the server starts."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        yield process.submit(say, qwen3)
+        yield process.submit(load_and_say, qwen3)
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +148,13 @@ def test_the_openai_route_tells_the_same(url):
     assert ("".join(parts), result.reasoning) == (TEXT, "")
 
 
-def check(said: Said, tokens: int) -> None:
-    """The answers hold the thought and the text, of `tokens` tokens."""
+def check(said: Said, tokens: int, kept: str) -> None:
+    """The answers hold the thought and the text, of `tokens` tokens; the new turn has the reasoning `kept`."""
     *parts, result = said.parts
     thinking, unthinking, cut = said.batch
     assert "".join(part.text for part in parts if isinstance(part, Reasoning)) == THOUGHT
     assert "".join(part for part in parts if isinstance(part, str)) == TEXT
-    assert result.history == [*HISTORY, ("2 + 3?", TEXT)]
+    assert result.history == [*HISTORY, turn("2 + 3?", TEXT, kept)]
     assert (thinking.reasoning, thinking.text) == (result.reasoning, result.text) == (THOUGHT, TEXT)
     assert (result.reasoning_tokens, result.completion_tokens) == (THOUGHT_TOKENS, tokens)
     assert (unthinking.reasoning, unthinking.text, unthinking.reasoning_tokens) == ("", TEXT, 0)
@@ -157,11 +163,75 @@ def check(said: Said, tokens: int) -> None:
 
 
 def test_offline_thoughts_stand_apart_too(said):
-    check(said.result(), ALL_TOKENS)
+    check(said.result(), ALL_TOKENS, "")
 
 
-def test_a_thought_that_the_prompt_begins(tmp_path, qwen_tokenizer):
-    template = QWEN3_TEMPLATE.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
-    qwq = write(tmp_path / "QwQ-Tiny", qwen_tokenizer, template, "\n")
+@dataclass
+class Budgeted:
+    """What Qwen3.8 says offline without a budget, with each of BUDGETS, and in a batch whose rows have one or none."""
+
+    plain: Said
+    streamed: list[list[Part]]
+    batch: list[tuple[dict[str, Any], ChatResult]]
+
+
+def say_within_budgets(folder: Path) -> Budgeted:
+    """Runs in a process of its own."""
+    model = ChatModel(str(folder))
+    rows = [
+        {"query": "?", "history": REASONED[: n % 3]} | ({"thinking_budget": n % 7 + 1} if n % 3 else {}) for n in ROWS
+    ]
+    rows[4::5] = [{**row, "enable_thinking": False} for row in rows[4::5]]
+    streamed = [
+        list(model.stream_chat("?", REASONED, sampling=Sampling(temperature=0, thinking_budget=budget)))
+        for budget in BUDGETS
+    ]
+    return Budgeted(say(model), streamed, list(zip(rows, model.chat_batch(rows, GREEDY), strict=True)))
+
+
+@pytest.fixture(scope="module")
+def qwen38(tmp_path_factory: pytest.TempPathFactory, qwen_tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A model whose prompt begins the reasoning, and holds that of earlier turns."""
+    return write(tmp_path_factory.mktemp("models") / "Qwen3.8-Tiny", qwen_tokenizer, QWEN38, "\n")
+
+
+@pytest.fixture(scope="module")
+def budgeted(qwen38: Path) -> Budgeted:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        check(process.submit(say, qwq).result(), ALL_TOKENS - 1)
+        return process.submit(say_within_budgets, qwen38).result()
+
+
+def within(budget: int, reasoning: str, tokens: int) -> bool:
+    """Whether this is the start of the thought, and all that the budget allows."""
+    return THOUGHT.startswith(reasoning.rstrip("�")) and tokens == min(budget, THOUGHT_TOKENS)
+
+
+def test_a_thought_that_the_prompt_begins(budgeted: Budgeted) -> None:
+    check(budgeted.plain, ALL_TOKENS - 1, THOUGHT)
+
+
+def test_a_budget_ends_the_reasoning_and_the_answer_still_comes_offline(budgeted: Budgeted) -> None:
+    for budget, (*parts, result) in zip(BUDGETS, budgeted.streamed, strict=True):
+        # The line break that the prompt puts behind its tag counts as one.
+        assert within(budget - 1, result.reasoning, result.reasoning_tokens)
+        assert "".join(part.text for part in parts if isinstance(part, Reasoning)) == result.reasoning
+        assert (result.text, result.finish_reason) == (TEXT, "stop")
+        assert result.history[:2] == REASONED
+
+
+def test_a_row_keeps_to_its_own_budget_whatever_others_have(budgeted: Budgeted) -> None:
+    for row, result in budgeted.batch:
+        budget = 1 if row.get("enable_thinking") is False else row.get("thinking_budget", ALL_TOKENS)
+        assert within(budget - 1, result.reasoning, result.reasoning_tokens), row
+        assert result.text == TEXT
+
+
+@pytest.mark.parametrize("history", [[], REASONED])
+def test_a_budget_ends_the_reasoning_and_the_answer_still_comes(url: str, history: list[Turn]) -> None:
+    for budget in BUDGETS:
+        _, whole = ask(url, thinking_budget=budget, history=history)
+        assert within(budget, whole["reasoning"], whole["usage"]["reasoning_tokens"])
+        assert (whole["text"], whole["finish_reason"]) == (TEXT, "stop")
+    _, whole = ask(url, thinking_budget=3, enable_thinking=False, history=history)
+    assert "reasoning" not in whole
+    assert whole["text"] == TEXT

@@ -81,7 +81,7 @@ class ChatModel:
         engine_args |= {"enable_lora": True} if adapters else {}
         args = EngineArgs(**engine_args)
         template = prepare(args, adapters, chat_template, options)
-        prepared = ("tokenizer", "dtype", "max_cudagraph_capture_size", "reasoning_parser")
+        prepared = ("tokenizer", "dtype", "language_model_only", "max_cudagraph_capture_size", "reasoning_parser")
         engine_args |= {name: getattr(args, name) for name in prepared}
         with _children_without_interrupts():
             self.llm = LLM(**engine_args)

@@ -17,6 +17,9 @@ from qwen_vllm.models import qwen_v1
 WEIGHTS = ("safetensors", "bin", "pt", "pth", "gguf")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
 
+GATED_DELTA_NETS = ("qwen3_next", "qwen3_5", "qwen4_exp")
+"""How the `model_type` of those begins whose linear attention is a gated delta net."""
+
 
 class ModelUnavailable(Exception):
     """The model cannot be had; the message says why and what to do, in one line."""
@@ -33,7 +36,7 @@ class ModelArgs(Protocol):
     trust_remote_code: bool
     load_format: str
     max_model_len: int | None
-    dtype: str
+    dtype: Any
 
 
 def checked_config(folder: Path) -> dict[str, Any]:
@@ -68,7 +71,8 @@ def check_loadable(args: ModelArgs) -> None:
 
     Raises:
         ModelUnavailable: no weights, no tokenizer, an architecture that neither vLLM nor transformers knows; more
-            context than a first-generation Qwen was trained on; 4-bit weights that this machine cannot compute with.
+            context than a first-generation Qwen was trained on; 4-bit weights or a number format that this machine
+            cannot compute with.
     """
     import transformers
     from vllm import ModelRegistry
@@ -91,11 +95,13 @@ def check_loadable(args: ModelArgs) -> None:
             f"{folder.name} was trained on {trained} tokens; how it stretches beyond (dynamic NTK, logn attention) is "
             "not in vLLM: leave --max-model-len out, or name less"
         )
-    if "vision_config" in config and not find_spec("torchvision"):
+    if language_part_only(args.model) and not any(name.startswith("Qwen") for name in architectures):
         raise ModelUnavailable(
             f"{folder.name} takes images, which needs torchvision, and that is not installed: with vLLM's CPU build, "
             "add PyTorch's CPU build of the version that requirements.txt names"
         )
+    if _only_bfloat16(config) and str(args.dtype).removeprefix("torch.") in ("half", "float16"):
+        raise ModelUnavailable(f"vLLM for the CPU computes {folder.name} in bfloat16 alone: leave --dtype out")
     if _four_bits(config) and not hardware.computes_four_bits():
         raise ModelUnavailable(
             f"{folder.name} has weights of 4 bits, for which vLLM needs a GPU, or a processor with AVX-512: take the "
@@ -139,10 +145,22 @@ def number_format(args: ModelArgs) -> str:
     """Choose the dtype to load with.
 
     It is that of `args`. A checkpoint of 4 bits takes only formats of 16 bits: there float32, our default on some
-    processors, gives way to the checkpoint's own.
+    processors, gives way to the checkpoint's own. On a CPU, vLLM's kernels for a gated delta net (GDN) take only
+    bfloat16, which it emulates where the processor does not have it.
     """
     config = read_config(args.model)
+    if _only_bfloat16(config):
+        return "bfloat16"
     return "auto" if args.dtype == "float32" and _four_bits(config) else args.dtype
+
+
+def language_part_only(folder: str) -> bool:
+    """Tell whether the model in `folder` takes images, and what it needs for them is not installed."""
+    return "vision_config" in read_config(folder) and not find_spec("torchvision")
+
+
+def _only_bfloat16(config: Mapping[str, Any]) -> bool:
+    return hardware.on_cpu() and str(config.get("model_type")).startswith(GATED_DELTA_NETS)
 
 
 def read_config(folder: str) -> dict[str, Any]:

@@ -1,14 +1,17 @@
 """The one recipe that makes a model's folder ready to serve, online and offline."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen_vllm.hardware import fill_in, graph_defaults
 from qwen_vllm.models.adapters import check_adapters
-from qwen_vllm.models.checks import ModelUnavailable, check_loadable, number_format
+from qwen_vllm.models.checks import ModelUnavailable, check_loadable, language_part_only, number_format
 from qwen_vllm.models.tokenizer import tokenizer_as_written
 from qwen_vllm.reasoning import parser_for_folder
+
+LOG = logging.getLogger("vllm.qwen_vllm")
 
 
 def prepare(
@@ -18,7 +21,7 @@ def prepare(
 
     Args:
         args: `vllm.EngineArgs`, or a command line with the same names; `model` is a folder of `resolve_model`. Its
-            `tokenizer`, `dtype`, `reasoning_parser` and what is open of its CUDA graphs are set.
+            `tokenizer`, `dtype`, `language_model_only`, `reasoning_parser` and what is open of its CUDA graphs are set.
         adapters: folders of LoRA adapters by their names.
         chat_template: a file with a Jinja template that replaces the model's own, or its text.
         template_options: what the template is given beside the messages.
@@ -30,6 +33,9 @@ def prepare(
     check_adapters(adapters, args)
     args.tokenizer = tokenizer_as_written(args)
     args.dtype = number_format(args)
+    if not args.language_model_only and language_part_only(args.model):
+        args.language_model_only = True
+        LOG.warning("torchvision is not installed: %s takes no images", Path(args.model).name)
     fill_in(args, graph_defaults(args))
     template = read_chat_template(chat_template)
     # The engine needs the parser too: it ends the reasoning when a request's budget of it is spent.

@@ -9,12 +9,14 @@ source differs, it is left out, with one line in the log.
 import inspect
 import logging
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, partial
 from hashlib import blake2b
 from importlib import import_module
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("vllm.qwen_vllm")
 SPEEDUPS = "qwen_vllm.vllm_plugin.speedups"
+QWEN2_VL = "transformers.models.qwen2_vl"
 _applied: set[str] = set()
 
 
@@ -37,6 +40,7 @@ class Patch:
         replaces: for each dotted name, a function from the original object to the one that takes its place.
         made_for: for each function whose source the change relies on, its dotted name and `source_hash`.
         shows_fault: the probe of a repair; None: applied only where the source is the one in `made_for`.
+        modules: for each module that cannot be imported, the name of the one that takes its place.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Patch:
     replaces: Mapping[str, Callable[[Any], Any]]
     made_for: Mapping[str, str]
     shows_fault: Callable[[], bool] | None = None
+    modules: Mapping[str, str] = field(default_factory=dict)
 
     def changed(self) -> list[str]:
         """Name the functions whose source is not the one that this change was made for."""
@@ -67,22 +72,26 @@ class Patch:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Make the change, if it is wanted, while the block runs."""
-        originals = self._replace() if self.is_wanted() else []
+        undo = self._replace() if self.is_wanted() else []
         try:
             yield
         finally:
-            for owner, name, original in originals:
-                setattr(owner, name, original)
+            for step in undo:
+                step()
 
-    def _replace(self) -> list[tuple[Any, str, Any]]:
-        originals = []
+    def _replace(self) -> list[Callable[[], Any]]:
+        """Make the change, and return the steps that take it back."""
+        undo: list[Callable[[], Any]] = []
         for target, replacement in self.replaces.items():
             module, _, name = target.rpartition(".")
             owner = import_module(module)
             original = getattr(owner, name)
-            originals.append((owner, name, original))
+            undo.append(partial(setattr, owner, name, original))
             setattr(owner, name, replacement(original))
-        return originals
+        for name, stand_in in self.modules.items():
+            sys.modules[name] = import_module(stand_in)
+            undo.append(partial(sys.modules.pop, name))
+        return undo
 
 
 def source_hash(name: str) -> str:
@@ -203,6 +212,18 @@ THINKING_BUDGET = Patch(
     made_for={"vllm.v1.sample.thinking_budget_state.ThinkingBudgetStateHolder.sync_batch": "a69915858ac7"},
     shows_fault=_keeps_budget_of_the_gone,
 )
+QWEN_VL = Patch(
+    name="Qwen with vision, without torchvision",
+    why="For one function vLLM's Qwen3.5 and Qwen-VL import a module of transformers that needs torchvision, even for "
+    "the language part alone. The module beside it has the same function, and needs only Pillow.",
+    upstream="not proposed yet",
+    replaces={},
+    made_for={
+        f"{QWEN2_VL}.image_processing_pil_qwen2_vl.smart_resize": "b5c30925e8a9",
+    },
+    shows_fault=lambda: not find_spec("torchvision"),
+    modules={f"{QWEN2_VL}.image_processing_qwen2_vl": f"{QWEN2_VL}.image_processing_pil_qwen2_vl"},
+)
 SIGNALS = Patch(
     name="signals while loading",
     why="vLLM's own server turns SIGTERM into a KeyboardInterrupt, which is lost while it waits for the engine.",
@@ -228,7 +249,7 @@ GGUF = Patch(
         "transformers.modeling_gguf_pytorch_utils.get_gguf_hf_weights_map": "38d424be4e28",
     },
 )
-IN_EVERY_PROCESS: Sequence[Patch] = (SCHEDULER, DETOKENIZER, LORA_SLOTS, THINKING_BUDGET)
+IN_EVERY_PROCESS: Sequence[Patch] = (SCHEDULER, DETOKENIZER, LORA_SLOTS, THINKING_BUDGET, QWEN_VL)
 """Applied by `plugin.begin_process` in each of vLLM's processes. `SIGNALS` is for the server's first process alone,
 `GGUF` for the moment in which the demo model is made."""
 PATCHES: Sequence[Patch] = (*IN_EVERY_PROCESS, SIGNALS, GGUF)

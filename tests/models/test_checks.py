@@ -5,14 +5,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from qwen_vllm import hardware
 from qwen_vllm.models import checks
-from qwen_vllm.models.checks import ModelUnavailable, check_loadable, number_format
+from qwen_vllm.models.checks import ModelUnavailable, check_loadable, language_part_only, number_format
 from tests.support.tiny_checkpoints import write_model
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
-LOADING = {"tokenizer": None, "skip_tokenizer_init": False, "trust_remote_code": False, "load_format": "auto"}
+LOADING = {
+    "tokenizer": None,
+    "skip_tokenizer_init": False,
+    "trust_remote_code": False,
+    "load_format": "auto",
+    "dtype": "auto",
+}
 
 
 @pytest.mark.parametrize(
@@ -62,13 +69,49 @@ def test_a_model_that_can_be_loaded(
     check_loadable(SimpleNamespace(model=str(folder), **{**LOADING, **flags}))
 
 
-def test_a_model_that_takes_images_needs_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_model(tmp_path, architectures=["Qwen2_5_VLForConditionalGeneration"], vision_config={})
+def test_without_torchvision_only_a_qwen_that_takes_images_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qwen = write_model(tmp_path / "a", architectures=["Qwen2_5_VLForConditionalGeneration"], vision_config={})
+    other = write_model(tmp_path / "b", architectures=["LlavaForConditionalGeneration"], vision_config={})
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    check_loadable(SimpleNamespace(model=str(qwen), **LOADING))
+    assert language_part_only(str(qwen))
     with pytest.raises(ModelUnavailable, match="needs torchvision"):
-        check_loadable(SimpleNamespace(model=str(folder), **LOADING))
+        check_loadable(SimpleNamespace(model=str(other), **LOADING))
     monkeypatch.setattr(checks, "find_spec", lambda name: name)
-    check_loadable(SimpleNamespace(model=str(folder), **LOADING))
+    check_loadable(SimpleNamespace(model=str(other), **LOADING))
+    assert not language_part_only(str(qwen))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_next"])
+@pytest.mark.parametrize(("cpu", "taken"), [(True, "bfloat16"), (False, "float32")])
+def test_a_gated_delta_net_is_loaded_as_bfloat16_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, cpu: bool, taken: str
+) -> None:
+    folder = write_model(tmp_path, model_type=kind, quantization_config={"quant_method": "fp8"})
+    monkeypatch.setattr(hardware, "on_cpu", lambda: cpu)
+    assert number_format(SimpleNamespace(model=str(folder), dtype="float32")) == taken
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"dtype": "float16"}, "Qwen3.5-Tiny in bfloat16 alone: leave --dtype out"),
+        ({"dtype": "half"}, "bfloat16 alone"),
+        ({"dtype": torch.float16}, "bfloat16 alone"),
+    ],
+)
+def test_what_vllm_for_the_cpu_cannot_do_with_a_gated_delta_net(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict, reason: str
+) -> None:
+    folder = write_model(tmp_path / "Qwen3.5-Tiny", model_type="qwen3_5")
+    args = SimpleNamespace(model=str(folder), **{**LOADING, **asked})
+    monkeypatch.setattr(hardware, "on_cpu", lambda: True)
+    with pytest.raises(ModelUnavailable, match=reason):
+        check_loadable(args)
+    monkeypatch.setattr(hardware, "on_cpu", lambda: False)
+    check_loadable(args)
 
 
 def test_a_tokenizer_that_is_code_is_not_run_unasked(tmp_path: Path) -> None:

@@ -1,11 +1,16 @@
 """The one recipe that makes a model ready to serve."""
 
+import logging
 from pathlib import Path
 
 import pytest
+from vllm import EngineArgs
 
+from qwen_vllm import hardware
+from qwen_vllm.models import checks
 from qwen_vllm.models.checks import ModelUnavailable
-from qwen_vllm.models.prepare import read_chat_template
+from qwen_vllm.models.prepare import prepare, read_chat_template
+from tests.support.tiny_checkpoints import write_model
 
 
 def test_a_chat_template_is_a_file_or_its_text(tmp_path: Path) -> None:
@@ -15,3 +20,23 @@ def test_a_chat_template_is_a_file_or_its_text(tmp_path: Path) -> None:
     assert read_chat_template(None) is None
     with pytest.raises(ModelUnavailable, match=r"--chat-template .*missing.jinja: neither a file"):
         read_chat_template(str(tmp_path / "missing.jinja"))
+
+
+@pytest.mark.parametrize("torchvision", [True, False])
+def test_qwen35_on_a_cpu_is_bfloat16_and_without_torchvision_its_language_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, torchvision: bool
+) -> None:
+    folder = write_model(
+        tmp_path / "Qwen3.5-Tiny",
+        architectures=["Qwen3_5ForConditionalGeneration"],
+        model_type="qwen3_5",
+        vision_config={},
+    )
+    monkeypatch.setattr(hardware, "on_cpu", lambda: True)
+    monkeypatch.setattr(checks, "find_spec", lambda name: torchvision or None)
+    logging.getLogger("vllm").propagate = True
+    args = EngineArgs(model=str(folder), dtype="float32")
+    prepare(args, {}, None, {})
+    assert (args.dtype, args.language_model_only) == ("bfloat16", not torchvision)
+    warned = [] if torchvision else ["torchvision is not installed: Qwen3.5-Tiny takes no images"]
+    assert [record.message for record in caplog.records if record.name == "vllm.qwen_vllm"] == warned

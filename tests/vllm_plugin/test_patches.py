@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from importlib import import_module
 from types import ModuleType
 
 import pytest
@@ -11,7 +12,8 @@ from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 
 from qwen_vllm import hardware
-from qwen_vllm.vllm_plugin.patches import LORA_SLOTS, PATCHES, THINKING_BUDGET, Patch, source_hash
+from qwen_vllm.vllm_plugin import patches
+from qwen_vllm.vllm_plugin.patches import LORA_SLOTS, PATCHES, QWEN_VL, THINKING_BUDGET, Patch, source_hash
 
 USED = {
     # The endpoint plugin, and what has to be set between building the server and listening.
@@ -55,7 +57,7 @@ def test_this_vllm_is_the_one_whose_inside_is_used() -> None:
 def test_every_patch_says_why_and_what_it_waits_for(patch: Patch) -> None:
     assert patch.why.endswith(".")
     assert patch.upstream
-    assert patch.replaces
+    assert patch.replaces or patch.modules
     assert patch.made_for
 
 
@@ -120,3 +122,15 @@ def test_a_request_without_an_adapter_gets_none_where_others_have_one() -> None:
 def test_a_request_gets_no_thinking_budget_of_one_that_has_ended() -> None:
     with THINKING_BUDGET.applied():
         assert not THINKING_BUDGET.shows_fault()
+
+
+def test_vllms_qwen35_is_imported_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    (missing,), (stand_in,) = QWEN_VL.modules, QWEN_VL.modules.values()
+    monkeypatch.setattr(patches, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, missing, raising=False)
+    with QWEN_VL.applied():
+        assert import_module(missing) is import_module(stand_in)
+        assert import_module("vllm.model_executor.models.qwen3_5").Qwen3_5ForConditionalGeneration
+    assert missing not in sys.modules
+    monkeypatch.setattr(patches, "find_spec", lambda name: name)
+    assert not QWEN_VL.is_wanted()

@@ -29,7 +29,7 @@ if [ "${1:-}" = lock ]; then
     common="--python-version 3.11 --no-annotate --no-header --quiet"
     $uv pip compile pyproject.toml --extra gpu --extra dev $common -o requirements.txt
     # These come as CUDA builds only, and break or bloat the CPU environment.
-    printf 'torchvision\ntorchaudio\ntorchcodec\ntriton\n' >.excludes
+    printf 'torchaudio\ntorchcodec\ntriton\n' >.excludes
     $uv pip compile pyproject.toml --extra cpu --extra dev $common $wheels $torch --excludes .excludes -o requirements-cpu.txt
     rm .excludes
     exit
@@ -40,7 +40,11 @@ if [ -z "${HARDWARE:-}" ]; then
 fi
 case $HARDWARE in
     gpu) requirements=requirements.txt torch= ;;
-    cpu) requirements=requirements-cpu.txt ;;
+    cpu)
+        requirements=requirements-cpu.txt
+        # Beside a torch that is a file, PyPI's torchvision would be taken: a CUDA build, with which vLLM cannot be imported.
+        [ -n "$torch" ] || ls "$PIP_FIND_LINKS"/torchvision-*+cpu*.whl >/dev/null 2>&1 || left_out=torchvision
+        ;;
     *) fail "HARDWARE is gpu or cpu, not $HARDWARE" ;;
 esac
 stamp=.venv/$( { cat $requirements pyproject.toml setup.sh; echo "$PYTHON"; } | cksum | cut -d' ' -f1)
@@ -49,6 +53,6 @@ echo "Installing $requirements into .venv (once; 1 to 5 minutes) …" >&2
 $uv venv --quiet --clear --python "$PYTHON" --no-python-downloads .venv
 export VIRTUAL_ENV=.venv
 # shellcheck disable=SC2086
-$uv pip install --quiet --no-deps --compile-bytecode $wheels $torch -r $requirements
+grep -v "^${left_out:-nothing}==" $requirements | $uv pip install --quiet --no-deps --compile-bytecode $wheels $torch -r -
 $uv pip install --quiet --no-deps --no-build-isolation --editable .
 touch "$stamp"

@@ -17,7 +17,8 @@ import torch
 from qwen_vllm.hardware import computes_four_bits, on_cpu
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.protocol import ChatError, Reasoning, Sampling
-from tests.support.tiny_families import CHATML, FAMILIES, Family, write_quantized
+from tests.support.tiny_checkpoints import write_quantized
+from tests.support.tiny_families import CHATML, FAMILIES, Family
 from vllm_wrapper import ChatModel
 
 pytestmark = pytest.mark.long

@@ -1,5 +1,5 @@
-"""Images on the real engine: a tiny Qwen2.5-VL with random weights. vLLM needs torchvision for it, which the CPU set-up
-has not; so: `python -m pytest -m vision`, where it is installed.
+"""Images on the real engine: a tiny Qwen2.5-VL and a tiny Qwen3.5 with random weights. vLLM needs torchvision for them;
+so: `python -m pytest -m vision`, where it is installed.
 """
 
 import asyncio
@@ -20,16 +20,16 @@ from qwen_vllm.protocol import ChatError, ChatResult, Question, Sampling
 from qwen_vllm.webui.answering import WaitingLine
 from qwen_vllm.webui.conversation import text_of
 from qwen_vllm.with_server import running_server
-from tests.support.tiny_checkpoints import write_vision_model
+from tests.support.tiny_checkpoints import write_qwen35, write_vision_model
 from vllm_client import openai_messages, server_info, stream_chat, stream_messages
 
 pytestmark = pytest.mark.vision
 GREEDY = Sampling(temperature=0, max_tokens=16)
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    model = write_vision_model(tmp_path_factory.mktemp("vision") / "Qwen-VL-Tiny")
+@pytest.fixture(scope="module", params=[write_vision_model, write_qwen35], ids=["Qwen2.5-VL", "Qwen3.5"])
+def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    model = request.param(tmp_path_factory.mktemp("vision") / "Qwen-VL-Tiny")
     with running_server(["--model", str(model)], tmp_path_factory.mktemp("server") / "log") as url:
         yield url
 
@@ -81,7 +81,7 @@ def test_kinds_of_images(url: str, kind: str) -> None:
 
 
 def test_the_images_of_earlier_turns_go_along(url: str) -> None:
-    about_red, about_blue = ([(Question("What?", (image,)), "A colour.")] for image in (RED, BLUE))
+    about_red, about_blue = ([(Question("What?", (image,)), "A colour.", "")] for image in (RED, BLUE))
     assert ask(url, history=about_red).text != ask(url, history=about_blue).text
 
 

@@ -1,6 +1,7 @@
-"""Tiny checkpoints with random weights and Qwen's real vocabulary: a Qwen2, a LoRA adapter for it, a Qwen2.5-VL."""
+"""Tiny checkpoints with random weights: a Qwen2, a LoRA adapter for it, a Qwen2.5-VL, a Qwen3.5; others in 4 bits."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
 )
 
+from tests.support.tiny_families import GATED_DELTA_NET, TINY
 from tests.support.tokenizers import VISION_TOKENS, qwen_tokenizer
 
 TEXT = {
@@ -83,16 +87,38 @@ def write_vision_model(folder: Path) -> Path:
         text_config={**TEXT, "rope_parameters": rotary}, vision_config=vision, video_token_id=video, **tokens
     )
     _write(folder, Qwen2_5_VLForConditionalGeneration, config, tokenizer)
+    return _write_processor(folder, "Qwen2_5_VLProcessor", min_pixels=3136, max_pixels=12845056, patch_size=14)
+
+
+def write_qwen35(folder: Path, template: str = VISION_TEMPLATE) -> Path:
+    """A Qwen3.5 as it is published, with its vision tower."""
+    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "initializer_range": 0.2}
+    tokenizer = qwen_tokenizer(template, *VISION_TOKENS)
+    start, end, _, image, video = tokenizer.convert_tokens_to_ids(VISION_TOKENS[-5:])
+    text = {**TINY, **GATED_DELTA_NET, "vocab_size": len(tokenizer), "max_position_embeddings": 2048}
+    config = Qwen3_5Config(
+        text_config={**text, "eos_token_id": tokenizer.eos_token_id},
+        vision_config={**vision, "out_hidden_size": text["hidden_size"]},
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        image_token_id=image,
+        video_token_id=video,
+    )
+    _write(folder, Qwen3_5ForConditionalGeneration, config, tokenizer)
+    return _write_processor(
+        folder, "Qwen3VLProcessor", size={"shortest_edge": 65536, "longest_edge": 16777216}, patch_size=16
+    )
+
+
+def _write_processor(folder: Path, name: str, **config: Any) -> Path:
     processor = {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
-        "min_pixels": 3136,
-        "max_pixels": 12845056,
-        "patch_size": 14,
+        "processor_class": name,
         "temporal_patch_size": 2,
         "merge_size": 2,
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
+        **config,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
@@ -154,3 +180,45 @@ def write_model(folder: Path, **config: Any) -> Path:
     (folder / "tokenizer.json").write_text("{}")
     save_file({"weight": torch.zeros(100)}, folder / "model.safetensors")
     return folder
+
+
+def write_quantized(source: Path, folder: Path, method: str, group: int = 128) -> Path:
+    """The checkpoint `source` with its layers in 4 bits, as AutoGPTQ ("gptq") or AutoAWQ ("awq") write them, in
+    `folder`. `source` itself gets the weights that those bits stand for, so that both are the same network.
+    """
+    shutil.copytree(source, folder)
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": group} | (
+        {"sym": True, "desc_act": False} if method == "gptq" else {"zero_point": True, "version": "gemm"}
+    )
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    weights, quantized = load_file(source / "model.safetensors"), {}
+    for name, weight in weights.items():
+        if not name.endswith("_proj.weight"):
+            quantized[name] = weight
+            continue
+        groups = weight.float().T.reshape(-1, group, len(weight))
+        scales = (groups.abs().amax(1) / 7).half()
+        codes = (groups / scales[:, None]).round() + 8
+        weights[name] = ((codes - 8) * scales[:, None]).flatten(0, 1).T.to(weight.dtype).contiguous()
+        codes, layer = codes.flatten(0, 1).to(torch.int32), name.removesuffix(".weight")
+        quantized[f"{layer}.scales"] = scales
+        if method == "gptq":
+            # Eight rows a number, and the zero point of 8 less one.
+            quantized[f"{layer}.qweight"] = _packed(codes.T).T.contiguous()
+            quantized[f"{layer}.qzeros"] = _packed(torch.full(scales.shape, 7))
+            quantized[f"{layer}.g_idx"] = torch.arange(len(codes), dtype=torch.int32) // group
+        else:
+            # Eight columns a number, in the order that AutoAWQ's kernels want.
+            order = [0, 2, 4, 6, 1, 3, 5, 7]
+            quantized[f"{layer}.qweight"] = _packed(codes.unflatten(1, (-1, 8))[..., order].flatten(1))
+            quantized[f"{layer}.qzeros"] = _packed(torch.full(scales.shape, 8))
+    save_file(quantized, folder / "model.safetensors", {"format": "pt"})
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def _packed(codes: torch.Tensor) -> torch.Tensor:
+    """Eight neighbours of 4 bits in a number, the first in the lowest bits."""
+    wide = codes.long().unflatten(1, (-1, 8)) << torch.arange(0, 32, 4)
+    return wide.sum(-1).to(torch.int32)

@@ -5,7 +5,6 @@ others are trained here on this project's READMEs, in the manner of the family: 
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -289,6 +288,14 @@ TINY = {
     "pad_token_id": None,
     "bos_token_id": None,
 }
+GATED_DELTA_NET = {
+    "model_type": "qwen3_5_text",
+    "num_hidden_layers": 4,  # three of linear attention to one of full attention
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "mamba_ssm_dtype": "float32",
+    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True},
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
 
 
@@ -380,48 +387,6 @@ def _write_chatglm(folder: Path, size: dict[str, Any]) -> None:
     save_file(weights, folder / "model.safetensors")
 
 
-def write_quantized(source: Path, folder: Path, method: str, group: int = 128) -> Path:
-    """The checkpoint `source` with its layers in 4 bits, as AutoGPTQ ("gptq") or AutoAWQ ("awq") write them, in
-    `folder`. `source` itself gets the weights that those bits stand for, so that both are the same network.
-    """
-    shutil.copytree(source, folder)
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": group} | (
-        {"sym": True, "desc_act": False} if method == "gptq" else {"zero_point": True, "version": "gemm"}
-    )
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    weights, quantized = load_file(source / "model.safetensors"), {}
-    for name, weight in weights.items():
-        if not name.endswith("_proj.weight"):
-            quantized[name] = weight
-            continue
-        groups = weight.float().T.reshape(-1, group, len(weight))
-        scales = (groups.abs().amax(1) / 7).half()
-        codes = (groups / scales[:, None]).round() + 8
-        weights[name] = ((codes - 8) * scales[:, None]).flatten(0, 1).T.to(weight.dtype).contiguous()
-        codes, layer = codes.flatten(0, 1).to(torch.int32), name.removesuffix(".weight")
-        quantized[f"{layer}.scales"] = scales
-        if method == "gptq":
-            # Eight rows a number, and the zero point of 8 less one.
-            quantized[f"{layer}.qweight"] = _packed(codes.T).T.contiguous()
-            quantized[f"{layer}.qzeros"] = _packed(torch.full(scales.shape, 7))
-            quantized[f"{layer}.g_idx"] = torch.arange(len(codes), dtype=torch.int32) // group
-        else:
-            # Eight columns a number, in the order that AutoAWQ's kernels want.
-            order = [0, 2, 4, 6, 1, 3, 5, 7]
-            quantized[f"{layer}.qweight"] = _packed(codes.unflatten(1, (-1, 8))[..., order].flatten(1))
-            quantized[f"{layer}.qzeros"] = _packed(torch.full(scales.shape, 8))
-    save_file(quantized, folder / "model.safetensors", {"format": "pt"})
-    save_file(weights, source / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-def _packed(codes: torch.Tensor) -> torch.Tensor:
-    """Eight neighbours of 4 bits in a number, the first in the lowest bits."""
-    wide = codes.long().unflatten(1, (-1, 8)) << torch.arange(0, 32, 4)
-    return wide.sum(-1).to(torch.int32)
-
-
 QWEN_TOKENS = {"control": SPECIAL_TOKENS, "plain": (*PLAIN_TOKENS, "<tool_response>", "</tool_response>")}
 LLAMA_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 GLM_TOKENS = ("[gMASK]", "sop", "eop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "</s>")
@@ -442,10 +407,10 @@ FAMILIES = {
     ),
     "Qwen3": _qwen_family(QWEN3, config={"model_type": "qwen3"}),
     "Qwen3-MoE": _qwen_family(QWEN3, config={"model_type": "qwen3_moe", **EXPERTS}),
-    "Qwen3.5": _qwen_family(QWEN35),
+    "Qwen3.5": _qwen_family(QWEN35, config=GATED_DELTA_NET),
     "Qwen3.6": _qwen_family(QWEN36),
     "Qwen3.6 keeping": _qwen_family("{% set preserve_thinking = true %}" + QWEN36),
-    "Qwen3.8": _qwen_family(QWEN38),
+    "Qwen3.8": _qwen_family(QWEN38, config=GATED_DELTA_NET),
     "Qwen3.8 dropping": _qwen_family("{% set preserve_thinking = false %}" + QWEN38),
     "Qwen3.8 medium": _qwen_family("{% set reasoning_effort = reasoning_effort|default('medium') %}" + QWEN38),
     "DeepSeek-R1-Distill-Qwen": Family(

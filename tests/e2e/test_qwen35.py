@@ -21,7 +21,7 @@ from tests.support.tiny_families import QWEN38
 from vllm_wrapper import ChatModel
 
 pytestmark = pytest.mark.long
-TOKENS = 4  # few: in bfloat16 two of many tokens can be exactly as likely, and either is greedy
+TOKENS = 4  # with 12 a long conversation's cached answer differed at the 8th token: not explained yet
 GREEDY = {"temperature": 0, "max_tokens": TOKENS}
 LONG = [("Tell me more of the sea. " * 80, "It is deep. " * 60)] * 2
 CONVERSATIONS: list[tuple[str, list[Turn], str]] = [

@@ -1,5 +1,7 @@
 """A server with little room and short deadlines: overload, slow and silent clients, an engine that hangs."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -17,9 +19,12 @@ import pytest
 import requests
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from PIL import Image
 from schemathesis import GenerationMode
 
-from qwen_vllm.protocol import ChatError, Sampling
+from qwen_vllm.hardware import MAX_PIXELS
+from qwen_vllm.protocol import INT32_MAX, ChatError, Sampling
+from qwen_vllm.server.guard import MAX_COUNT, MAX_DEPTH, MAX_GRAMMAR
 from tests.support.demo import FRANCE, MODEL, PARIS
 from tests.support.probes import gauge, server_process, unfinished
 from tests.support.programs import DEADLINE, ROOM
@@ -144,7 +149,7 @@ def test_a_client_that_stops_reading_is_cut_off_and_its_request_with_it(
 ) -> None:
     # The prompt comes back with each of many answers: far more than the buffers between the two hold.
     fields = {"model": MODEL, "prompt": "word " * 400, "echo": True, "n": ROOM, "max_tokens": 100, "stream": True}
-    body = json.dumps({**fields, "ignore_eos": True, "logprobs": 1, "return_token_ids": True}).encode()
+    body = json.dumps({**fields, "ignore_eos": True, "logprobs": 20}).encode()
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         client.connect(("127.0.0.1", small_server.port))
@@ -169,12 +174,41 @@ def test_a_client_that_leaves_frees_the_engine(small_server: SimpleNamespace, ur
         wait_until(lambda: unfinished(url) == 0, 2)
 
 
+def an_image(width: int, height: int) -> dict:
+    """The field of a request with an empty image, one bit a pixel."""
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "png")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+
+
+OVER_OUR_LIMITS = [
+    ({"structured_outputs": {"regex": "a" * MAX_GRAMMAR}}, f"over the limit of {MAX_GRAMMAR} bytes"),
+    ({"structured_outputs": {"grammar": 'start: "a"' + " " * MAX_GRAMMAR}}, f"over the limit of {MAX_GRAMMAR} bytes"),
+    ({"structured_outputs": {"choice": ["word"] * 5000}}, f"over the limit of {MAX_GRAMMAR} bytes"),
+    ({"structured_outputs": {"grammar": 'start: %json {"type": "string"}'}}, "%json is not taken"),
+    ({"structured_outputs": {"json": {"minItems": MAX_COUNT + 1}}}, f"minItems is at most {MAX_COUNT}"),
+    ({"structured_outputs": {"json": f'{{"maxLength": {MAX_COUNT + 1}}}'}}, f"maxLength is at most {MAX_COUNT}"),
+    ({"structured_outputs": {"json": json.loads('{"items":' * 63 + "{}" + "}" * 63)}}, f"deeper than {MAX_DEPTH}"),
+    ({"prompt": [INT32_MAX + 1]}, f"prompt: an integer here is at most {INT32_MAX}"),
+    ({"prompt": [-INT32_MAX - 1]}, f"prompt: an integer here is at most {INT32_MAX}"),
+    ({"logit_bias": {"5": INT32_MAX + 1}}, f"logit_bias: an integer here is at most {INT32_MAX}"),
+    (an_image(8193, 8192), f"over {MAX_PIXELS} pixels"),
+]
+
+
+def test_what_is_over_our_limits_is_refused_with_the_limit_while_another_is_answered(url: str) -> None:
+    beside = stream_chat(url, "Count to 100.", sampling=Sampling(max_tokens=20, temperature=0))
+    next(beside)
+    for fields, limit in OVER_OUR_LIMITS:
+        response = complete(url, **{"max_tokens": 2, **fields})
+        assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request"), response.text
+        assert limit in response.json()["error"]["message"]
+    *_, result = beside
+    assert result.completion_tokens == 20
+
+
 SPECIAL = {
-    "a pattern over the limit": {"structured_outputs": {"regex": "a" * 2**15}},
-    "choices over the limit": {"structured_outputs": {"choice": ["word"] * 5000}},
-    "a count over the limit": {"structured_outputs": {"json": {"type": "array", "minItems": 10_001}}},
-    "a schema over the depth": {"structured_outputs": {"json": json.loads('{"items":' * 65 + "{}" + "}" * 65)}},
-    "a schema in a grammar": {"structured_outputs": {"grammar": 'start: %json {"type": "string"}'}},
     "choices": {"structured_outputs": {"choice": [f"{i:03}" for i in range(100)]}},
     "a broken pattern": {"structured_outputs": {"regex": "["}},
     "more logprobs than vLLM gives": {"prompt_logprobs": 1000},
@@ -183,7 +217,7 @@ SPECIAL = {
 
 
 @pytest.mark.parametrize("fields", SPECIAL.values(), ids=SPECIAL.keys())
-def test_what_is_over_a_limit_is_refused_or_answered_and_hurts_nobody(url: str, fields: dict) -> None:
+def test_what_vllm_or_the_queue_limits_is_refused_or_answered_and_hurts_nobody(url: str, fields: dict) -> None:
     beside = stream_chat(url, "Count to 100.", sampling=Sampling(max_tokens=20, temperature=0))
     next(beside)
     response = complete(url, **{"max_tokens": 2, **fields})

@@ -250,6 +250,7 @@ def test_without_the_key_only_health_is_open(url, path, key):
         ("seed", "x"),
         ("n", 33),
         ("stop_token_ids", [2**31]),
+        ("logit_bias", {"5": 2**31}),
         ("structured_outputs", {"regex": "["}),
     ],
 )

@@ -85,9 +85,27 @@ def test_a_request_in_time_is_answered() -> None:
     assert answer.endswith(b"\r\n1\r\n5\r\n0\r\n\r\n")
 
 
+END = b"connection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"".join(b"a%d: x\r\n" % i for i in range(98)) + END,
+        b"a: " + b"x" * 65_000 + b"\r\n" + END,
+        b"accept: a\r\naccept: b\r\n" + END,
+        b"transfer-encoding: chunked\r\n" + END + b"0\r\n\r\n",
+    ],
+)
+def test_a_head_within_the_limits_is_answered(rest: bytes) -> None:
+    assert exchange(HEAD + rest)[0].startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize(
     ("head", "limit"),
     [
+        (b"".join(b"a%d: x\r\n" % i for i in range(99)) + END, "100 headers"),
+        (b"a: " + b"x" * 2**16 + b"\r\n\r\n", "65536 bytes"),
         (b"a: " + b"x" * 2**20 + b"\r\n\r\n", "65536 bytes"),
         (b"a: " + b"x" * 66_000 + b"\r\n\r\n", "65536 bytes"),
         (b"".join(b"a%d: x\r\n" % i for i in range(1000)) + b"\r\n", "100 headers"),

@@ -28,9 +28,19 @@ serve: setup  ## start a server
 offline: setup  ## chat without a server
 	exec $(PY) vllm_offline.py $(SERVER_ARGS)
 
-test: setup lint  ## all tests, on the real engine too; without ARGS, how much of the code they run as well
-	$(PY) -m coverage run -m pytest $(ARGS)
-	$(if $(ARGS),,$(PY) -m coverage report)
+TESTS = $(PY) -m coverage run -p -m pytest -m
+
+test: setup lint  ## all tests, on the real engine too, and how much of the code they run; with ARGS, what pytest is told
+ifneq ($(ARGS),)
+	$(PY) -m pytest $(ARGS)
+else
+	# Those on the engine beside the others, whose report follows at the end.
+	$(PY) -m coverage erase
+	$(TESTS) 'not engine and not long and not vision' >.tests.log 2>&1 & others=$$!; \
+	$(TESTS) 'engine and not long and not vision'; engine=$$?; \
+	wait $$others; others=$$?; cat .tests.log; exit $$((engine | others))
+	$(PY) -m coverage combine -q && $(PY) -m coverage report
+endif
 
 test-long: setup  ## what takes longer: servers of several processes, families of models, adapters, thoughts
 	$(PY) -m pytest -m long $(ARGS)
@@ -51,5 +61,5 @@ lock: ## write the locked requirements anew from pyproject.toml
 	./setup.sh lock
 
 clean:  ## remove what setup and tests made here; the model cache stays
-	rm -rf .venv .tools *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .tools *.egg-info .coverage .coverage.* .tests.log .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

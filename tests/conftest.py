@@ -27,7 +27,11 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not PROGRAMS.keys().isdisjoint(item.fixturenames):
+            item.add_marker("engine")
     # What needs no server goes first: meanwhile they start.
     items.sort(key=lambda item: ("e2e" in item.path.parts, item.get_closest_marker("last") is not None))
 

@@ -199,8 +199,9 @@ def visit(*flags: str) -> TestClient:
 
 
 def test_every_answer_of_the_page_forbids_other_hosts() -> None:
+    page = visit()
     for path in ("/", "/config", "/nowhere"):
-        assert visit().get(path).headers["content-security-policy"].startswith("default-src 'self'")
+        assert page.get(path).headers["content-security-policy"].startswith("default-src 'self'")
 
 
 def test_the_page_tells_nobody_of_itself() -> None:

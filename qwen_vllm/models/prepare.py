@@ -36,6 +36,8 @@ def prepare(
     if not args.language_model_only and language_part_only(args.model):
         args.language_model_only = True
         LOG.warning("torchvision is not installed: %s takes no images", Path(args.model).name)
+    if str((args.speculative_config or {}).get("method")).endswith("mtp") and args.enable_prefix_caching is not False:
+        LOG.warning("MTP with prefix caching: texts can be wrong (vLLM issue 53912); add --no-enable-prefix-caching")
     fill_in(args, graph_defaults(args))
     template = read_chat_template(chat_template)
     # The engine needs the parser too: it ends the reasoning when a request's budget of it is spent.

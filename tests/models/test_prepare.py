@@ -40,3 +40,16 @@ def test_qwen35_on_a_cpu_is_bfloat16_and_without_torchvision_its_language_part(
     assert (args.dtype, args.language_model_only) == ("bfloat16", not torchvision)
     warned = [] if torchvision else ["torchvision is not installed: Qwen3.5-Tiny takes no images"]
     assert [record.message for record in caplog.records if record.name == "vllm.qwen_vllm"] == warned
+
+
+@pytest.mark.parametrize(
+    ("method", "caching", "warned"), [("mtp", None, True), ("mtp", False, False), ("ngram", None, False)]
+)
+def test_multi_token_prediction_with_prefix_caching_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, method: str, caching: bool | None, warned: bool
+) -> None:
+    logging.getLogger("vllm").propagate = True
+    args = EngineArgs(model=str(write_model(tmp_path / "Tiny")), enable_prefix_caching=caching)
+    args.speculative_config = {"method": method, "num_speculative_tokens": 2}
+    prepare(args, {}, None, {})
+    assert ("--no-enable-prefix-caching" in caplog.text) == warned

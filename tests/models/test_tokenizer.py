@@ -236,7 +236,7 @@ def test_what_cannot_be_mended_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 def test_every_part_of_vllm_gets_the_mended_one(tmp_path: Path) -> None:
     folder = write(tmp_path / "Tiny", QWEN2, "Qwen2Tokenizer")
     args = EngineArgs(model=str(folder), load_format="dummy", dtype="float32")
-    prepare(args, {}, None)
+    prepare(args, {}, None, {})
     tokenizer = cached_tokenizer_from_config(args.create_model_config())
     written = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert tokenizer.encode(TEXT, add_special_tokens=False) == written.encode(TEXT).ids

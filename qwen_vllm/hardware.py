@@ -19,7 +19,7 @@ GRAPHS_BY_DEFAULT = 512
 
 MTP = (
     "Qwen3.5 to 3.8 and Qwen3-Next have an MTP layer: --speculative-config "
-    """'{"method": "mtp", "num_speculative_tokens": 3}' pays where few talk at once (docs/speed.md)"""
+    """'{"method": "mtp", "num_speculative_tokens": 3}' pays while few talk at once (docs/models.md)"""
 )
 
 

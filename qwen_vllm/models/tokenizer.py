@@ -40,8 +40,8 @@ def tokenizer_as_written(args: ModelArgs) -> str | None:
     if args.skip_tokenizer_init or not (folder / "tokenizer.json").is_file():
         return args.tokenizer
     try:
-        tokenizer = _load(str(folder), args)
         written = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = _load(str(folder), args)
     except Exception:  # vLLM meets the same, and says it
         return args.tokenizer
     loaded, kind = getattr(tokenizer, "backend_tokenizer", None), type(tokenizer).__mro__[1]  # vLLM's own comes first

@@ -8,10 +8,10 @@ import re
 import signal
 import socket
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from types import SimpleNamespace
 
 import psutil
@@ -56,34 +56,26 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
-def test_more_than_fits_is_refused_and_what_is_admitted_is_exact(url: str) -> None:
-    nonces = [str(7_919 * (i + 11)) for i in range(3 * ROOM)]
-    examples = [("Repeat: 48213", "48213"), ("Repeat: 99120", "99120"), ("Repeat: 30577", "30577")]
-
-    def repeat(nonce: str) -> requests.Response:
-        return chat(url, query=f"Repeat: {nonce}", history=examples, max_tokens=16)
-
-    with ThreadPoolExecutor(len(nonces)) as pool:
-        responses = list(pool.map(repeat, nonces))
-    assert Counter(response.status_code for response in responses) == {200: ROOM, 503: 2 * ROOM}
-    for response, nonce in zip(responses, nonces, strict=True):
-        if response.status_code == 200:
-            assert response.json()["text"] == nonce
-        else:
-            assert int(response.headers["Retry-After"]) >= 1
-            assert response.json()["error"]["type"] == "overloaded"
-
-
-def test_the_openai_routes_refuse_too_and_say_when_to_come_back(url: str) -> None:
+def test_more_than_fits_is_refused_by_all_routes_with_when_to_come_back(url: str) -> None:
     with ThreadPoolExecutor(3 * ROOM) as pool:
-        responses = list(
-            pool.map(lambda i: complete(url, max_tokens=12, ignore_eos=True, stream=i % 2 == 0), range(3 * ROOM))
-        )
-    refused = [response for response in responses if response.status_code == 503]
-    assert refused
-    assert {response.status_code for response in responses} == {200, 503}
-    assert all(int(response.headers["Retry-After"]) >= 1 for response in refused)
-    assert {"type", "message", "param"} <= set(refused[0].json()["error"])
+        admitted = [pool.submit(complete, url, max_tokens=120, ignore_eos=True) for _ in range(ROOM)]
+        wait_until(lambda: unfinished(url) == ROOM)
+        asks = [partial(chat, url, query="Hi"), partial(complete, url), partial(complete, url, stream=True)]
+        refused = list(pool.map(lambda i: asks[i % 3](), range(2 * ROOM)))
+        assert {answer.result().status_code for answer in admitted} == {200}
+    for response in refused:
+        assert response.status_code == 503
+        assert int(response.headers["Retry-After"]) >= 1
+        assert {"type", "message", "param"} <= set(response.json()["error"])
+    assert refused[0].json()["error"]["type"] == "overloaded"
+
+
+def test_what_is_admitted_at_once_is_exact(url: str) -> None:
+    nonces = [str(7_919 * (i + 11)) for i in range(ROOM)]
+    examples = [("Repeat: 48213", "48213"), ("Repeat: 99120", "99120"), ("Repeat: 30577", "30577")]
+    with ThreadPoolExecutor(ROOM) as pool:
+        answers = pool.map(lambda nonce: chat(url, query=f"Repeat: {nonce}", history=examples, max_tokens=16), nonces)
+        assert [answer.json()["text"] for answer in answers] == nonces
 
 
 def test_answers_do_not_change_where_the_cache_is_too_small_for_all(url: str) -> None:

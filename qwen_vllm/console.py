@@ -248,26 +248,24 @@ class Chat:
             print(f"{name} = {value}")
 
     def _set_model(self, name: str) -> None:
-        models = self.info().models
-        if name and name not in models:
-            raise ChatError(f"There is no model {name}, only {', '.join(models)}.")
-        if name:
-            # The first name is the model's own; the server uses it where a request names none.
-            self.settings = self.settings.model_copy(update={"model": name if name != models[0] else None})
-        for model in models:
-            print(self._shown(f"{'*' if model == (self.settings.model or models[0]) else ' '} {model}"))
+        # The first name is the model's own; the server uses it where a request names none.
+        self._choose("model", "model", self.info().models, name)
 
     def _set_effort(self, level: str) -> None:
         info = self.info()
         if not info.reasoning_efforts:
             raise ChatError(f"{info.models[0]} has no levels of reasoning effort.")
-        levels = ["default", *info.reasoning_efforts]
-        if level and level not in levels:
-            raise ChatError(f"There is no effort {level}, only {', '.join(levels)}.")
-        if level:
-            self.settings = self.settings.model_copy(update={"reasoning_effort": level if level != levels[0] else None})
-        for known in levels:
-            print(f"{'*' if known == (self.settings.reasoning_effort or levels[0]) else ' '} {known}")
+        self._choose("reasoning_effort", "effort", ["default", *info.reasoning_efforts], level)
+
+    def _choose(self, parameter: str, kind: str, choices: list[str], choice: str) -> None:
+        """Set a parameter to one of `choices`, of which the first is its default; show them."""
+        if choice and choice not in choices:
+            raise ChatError(f"There is no {kind} {choice}, only {', '.join(choices)}.")
+        if choice:
+            self.settings = self.settings.model_copy(update={parameter: choice if choice != choices[0] else None})
+        chosen = getattr(self.settings, parameter) or choices[0]
+        for known in choices:
+            print(self._shown(f"{'*' if known == chosen else ' '} {known}"))
 
     def _attach(self, path: str) -> None:
         if path:

@@ -110,7 +110,9 @@ def helping_options(
     tokenizer: "PreTrainedTokenizerBase", chat_template: str | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Find one more option with which the prompt builder can follow a chat template; {}: there is none."""
-    for name, value in product(("preserve_thinking", "enable_thinking"), (False, True)):
+    template = str(chat_template or tokenizer.chat_template)
+    known = [name for name in ("preserve_thinking", "enable_thinking") if name in template]
+    for name, value in product(known, (False, True)):
         with suppress(UnsupportedTemplate):
             PromptBuilder(tokenizer, chat_template, {**options, name: value})
             return {**options, name: value}

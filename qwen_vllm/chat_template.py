@@ -168,6 +168,18 @@ class ChatTemplate:
             return False
 
 
+def text_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """Make a tokenizer for which no text is a control token. The vocabulary is not copied."""
+    parts = {name: getattr(tokenizer, name) for name in ("normalizer", "pre_tokenizer", "decoder")}
+    states = {name: part and json.loads(part.__getstate__()) for name, part in parts.items()}
+    empty = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    # A text follows a control token, so the space that some tokenizers put before a whole prompt is not its.
+    state = json.dumps({**empty, **states}).replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+    made = Tokenizer.from_str(state)
+    made.model = tokenizer.model
+    return made
+
+
 class Encoder:
     """Encodes trusted text, in which control tokens count, and texts of others, in which none does.
 
@@ -180,13 +192,16 @@ class Encoder:
         added = tokenizer.added_tokens_decoder.values()
         control = [token.content for token in added if token.special or token.content in around]
         self.control = re.compile("|".join(map(re.escape, control)) or "(?!)")
-        # A text follows a control token, so the space that some tokenizers put before a whole prompt is not its.
-        state = json.loads(self._trusted.to_str().replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
+        self._texts = text_tokenizer(self._trusted)
         # An answer may hold the tokens the model wrote itself, such as <tool_call>; a user's text may hold none.
-        added = [{**token, "special": token["content"] in control} for token in state["added_tokens"]]
-        self._answers = Tokenizer.from_str(json.dumps({**state, "added_tokens": added}))
+        self._answers = text_tokenizer(self._trusted)
+        by_id = sorted(self._trusted.get_added_tokens_decoder().items())
+        for number, token in by_id:
+            token.special = token.content in control
+            self._answers.add_tokens([token])
+            if self._answers.token_to_id(token.content) != number:
+                raise UnsupportedTokenizer(f"the id of the control token {token.content} follows from no other")
         self._answers.encode_special_tokens = True
-        self._texts = Tokenizer.from_str(json.dumps({**state, "added_tokens": []}))
         # One int object a token id, shared by all cached texts: 8 bytes a token instead of 36.
         self._ints = list(range(max(tokenizer.get_vocab().values()) + 1))
         if any(set(self.trusted(token)) & set(self.text(token)) for token in control):

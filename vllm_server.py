@@ -13,20 +13,25 @@ from pathlib import Path
 
 from qwen_vllm import hardware
 from qwen_vllm.models.checks import ModelUnavailable
-from qwen_vllm.models.prepare import prepare
+from qwen_vllm.models.prepare import prepare, tool_default
 from qwen_vllm.models.resolve import HUBS, resolve_model
 from qwen_vllm.network import THIS_MACHINE, listen
 from qwen_vllm.protocol import reason_of
 from qwen_vllm.server.guard import Guard
+from qwen_vllm.tool_calls import JSON_CALLS, XML_CALLS
 from qwen_vllm.vllm_plugin import patches, plugin
+from qwen_vllm.vllm_plugin.rendering import ALLOW
 
 LIMITS = (
-    ("--max-body-size", int, 2**20, "largest body of a request in bytes; more for images"),
+    ("--max-body-size", int, None, "largest body of a request in bytes"),
     ("--header-timeout", float, 10.0, "seconds in which the head of a request must have come"),
     ("--body-timeout", float, 30.0, "seconds in which its body must have come"),
     ("--write-timeout", float, 30.0, "seconds after which a client that takes nothing is cut off"),
     ("--stall-timeout", float, 300.0, "seconds that one step of the engine may take before the server ends; 0: any"),
 )
+
+BODY_LIMIT = "1 MiB, 16 bytes for each token of context, and 32 MiB if the model takes images"
+TOOLS_UNKNOWN = "by the chat template, once the model is here"
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -44,7 +49,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--model-path", dest="model", help="another name for --model")
     parser.add_argument("--hub", choices=HUBS, default="modelscope", help="where a model that is no folder comes from")
     for flag, kind, default, text in LIMITS:
-        parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
+        shown = BODY_LIMIT if default is None else default
+        parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {shown})")
+    parser.add_argument(
+        "--allow-control-tokens",
+        action="store_true",
+        help="on /v1, take control tokens that messages and tools spell as such, as vLLM does",
+    )
     parser.add_argument(
         "--show-defaults", action="store_true", help="print what is chosen for this hardware, and why, and end"
     )
@@ -56,6 +67,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         # vLLM would take 999 of each in one request.
         limit_mm_per_prompt={"image": 16, "video": 1, "audio": 1},
         model=None,
+        enable_auto_tool_choice=None,
         host="127.0.0.1",
         h11_max_incomplete_event_size=2**16,
         h11_max_header_count=100,
@@ -64,18 +76,27 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     chosen = [*hardware.engine_defaults(), *hardware.graph_defaults(args), *hardware.server_defaults(args)]
     hardware.fill_in(args, chosen)
+    name = args.model_tag or args.model
+    is_folder = bool(name) and Path(name).expanduser().is_dir()
     if args.show_defaults:
-        print(hardware.table(args, [*hardware.environment_defaults(), *chosen]))
+        args.model = str(Path(name).expanduser()) if is_folder else ""
+        tools = tool_default(args) if is_folder else hardware.Default("tool_call_parser", None, TOOLS_UNKNOWN)
+        hardware.fill_in(args, [tools])
+        print(hardware.table(args, [*hardware.environment_defaults(), *chosen, tools]))
         sys.exit()
     if not (args.uds or args.headless):
         listen("vllm_server.py", args.host or "", args.port).close()  # before anything is fetched or loaded
     args.middleware = [*args.middleware, f"{Guard.__module__}.{Guard.__name__}"]
-    name = args.model_tag or args.model
     args.model = args.model_tag = resolve_model(name, args.hub)
     # The name that clients see: an id as it is, of a folder no more than its last part.
-    is_id = name and not Path(name).expanduser().is_dir()
-    args.served_model_name = args.served_model_name or [name if is_id else Path(args.model).resolve().name]
+    shown = name if name and not is_folder else Path(args.model).resolve().name
+    args.served_model_name = args.served_model_name or [shown]
     prepare(args, _adapters(args), args.chat_template, args.default_chat_template_kwargs or {})
+    if args.enable_auto_tool_choice is not False:
+        hardware.fill_in(args, [tool_default(args)])
+        args.enable_auto_tool_choice = bool(args.tool_call_parser)
+    if args.tool_strict_level != "auto" and args.tool_call_parser in (JSON_CALLS, XML_CALLS):
+        raise ModelUnavailable("--tool-strict-level is not known to this project's parsers: see --tool-call-parser")
     validate_parsed_serve_args(args)
     return args
 
@@ -114,6 +135,8 @@ def main(argv: list[str] | None = None) -> None:
         args = parse_args(argv)
     except ModelUnavailable as error:
         sys.exit(f"vllm_server.py: {error}")
+    if args.allow_control_tokens:
+        os.environ[ALLOW] = "1"
     configure_logging_from_args(args)
     if args.host not in THIS_MACHINE and not (args.api_key or envs.VLLM_API_KEY):
         host = args.host or "all addresses"

@@ -42,7 +42,7 @@ GRADIO_WEBUI = {
 }
 
 LIMITS = {
-    "--max-body-size": "请求体的最大字节数，默认 {default}；发送图片时需要调大",
+    "--max-body-size": "请求体的最大字节数；默认 1 MiB，上下文每个词元加 16 字节，模型能看图时再加 32 MiB",
     "--header-timeout": "必须在多少秒内收完请求头，默认 {default}",
     "--body-timeout": "必须在多少秒内收完请求体，默认 {default}",
     "--write-timeout": "客户端多少秒不接收数据就断开，默认 {default}",

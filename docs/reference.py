@@ -50,9 +50,12 @@ def shared_flags(language: str = "en") -> None:
 
 def limits(language: str = "en") -> None:
     """Print the server's limits, which are flags of ours beside vLLM's."""
-    from vllm_server import LIMITS
+    from vllm_server import BODY_LIMIT, LIMITS
 
-    rows = [Flag(name, f"{name} N", text, f"{default:.10g}") for name, _, default, text in LIMITS]
+    rows = [
+        Flag(name, f"{name} N", text, BODY_LIMIT if default is None else f"{default:.10g}")
+        for name, _, default, text in LIMITS
+    ]
     _print_flags(rows, language, chinese.LIMITS)
 
 

@@ -7,7 +7,6 @@ them split streamed and whole answers differently, and some read the whole answe
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -131,27 +130,11 @@ def parser_for(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None, 
         )
         return prompt.rfind(START) > prompt.rfind(END)
 
-    # Where the prompt begins the reasoning, an answer without tags is one that was cut in it.
-    if begins_reasoning(False):
-        return ALWAYS_PARSER
-    return "qwen3" if begins_reasoning(True) else PARSER
-
-
-def parser_for_folder(
-    folder: Path, chat_template: str | None, options: Mapping[str, Any], trust_remote_code: bool
-) -> str:
-    """Choose it for a checkpoint that is not loaded. Its tokenizer is loaded only where the model may think."""
-    described = [chat_template or ""]
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
-        if (folder / name).is_file():
-            described.append((folder / name).read_text(encoding="utf-8"))
-    if not any(END in text for text in described):
-        return ""
-    from transformers import AutoTokenizer
-
-    with suppress(Exception):  # what is wrong with a tokenizer or its template is told by who needs them
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        return parser_for(tokenizer, chat_template, options)
+    with suppress(Exception):  # what is wrong with a template is told by who needs it
+        # Where the prompt begins the reasoning, an answer without tags is one that was cut in it.
+        if begins_reasoning(False):
+            return ALWAYS_PARSER
+        return "qwen3" if begins_reasoning(True) else PARSER
     return ""
 
 
@@ -168,7 +151,7 @@ def think_tags(parser: str, tokenizer: "PreTrainedTokenizerBase") -> ThinkTags |
 
 
 def register() -> None:
-    """Make our parsers known to vLLM in this process."""
+    """Make our parsers of reasoning known to vLLM in this process."""
     from vllm.reasoning import ReasoningParserManager
 
     for name, adapter in ((PARSER, "QwenReasoningParser"), (ALWAYS_PARSER, "AlwaysReasoningParser")):

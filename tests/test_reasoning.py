@@ -1,8 +1,6 @@
 """What a model thinks, told from what it says: wherever the answer is cut, by the same rules for all."""
 
-import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +15,6 @@ from qwen_vllm.reasoning import (
     ReasoningSplitter,
     ThinkTags,
     parser_for,
-    parser_for_folder,
     register,
     think_tags,
 )
@@ -132,27 +129,19 @@ CHOICES = {
 
 @pytest.mark.parametrize(("template", "options", "parser"), CHOICES.values(), ids=CHOICES.keys())
 def test_the_parser_is_chosen_by_the_chat_template(
-    qwen3_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, template: str, options: dict, parser: str
+    qwen3_tokenizer: PreTrainedTokenizerBase, template: str, options: dict, parser: str
 ) -> None:
     assert parser_for(qwen3_tokenizer, template, options) == parser
-    qwen3_tokenizer.save_pretrained(tmp_path)
-    assert parser_for_folder(tmp_path, template, options, False) == parser
 
 
-def test_a_model_without_the_marks_gets_no_parser(demo_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_model_without_the_marks_gets_no_parser(demo_tokenizer: PreTrainedTokenizerBase) -> None:
     assert parser_for(demo_tokenizer, QWEN3_TEMPLATE, {}) == ""
     assert parser_for(demo_tokenizer, None, {}) == ""
-    assert parser_for_folder(tmp_path, None, {}, False) == ""
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "no thoughts"}))
-    assert parser_for_folder(tmp_path, None, {}, False) == ""
 
 
 @pytest.mark.parametrize("template", ["{% </think>", "{{ raise_exception('</think>') }}"])
-def test_a_broken_template_is_left_to_others(
-    qwen3_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, template: str
-) -> None:
-    qwen3_tokenizer.save_pretrained(tmp_path)
-    assert parser_for_folder(tmp_path, template, {}, False) == ""
+def test_a_broken_template_is_left_to_others(qwen3_tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    assert parser_for(qwen3_tokenizer, template, {}) == ""
 
 
 @pytest.mark.parametrize("parser", [PARSER, ALWAYS_PARSER, "qwen3", "deepseek_r1"])

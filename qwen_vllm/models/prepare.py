@@ -1,16 +1,23 @@
 """The one recipe that makes a model's folder ready to serve, online and offline."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qwen_vllm.hardware import fill_in, graph_defaults
+from qwen_vllm.hardware import Default, fill_in, graph_defaults
 from qwen_vllm.models.adapters import check_adapters
 from qwen_vllm.models.checks import ModelUnavailable, check_loadable, language_part_only, number_format
-from qwen_vllm.models.tokenizer import tokenizer_as_written
-from qwen_vllm.reasoning import parser_for_folder
+from qwen_vllm.models.tokenizer import load_tokenizer, tokenizer_as_written
+from qwen_vllm.reasoning import parser_for
+from qwen_vllm.tool_calls import JSON_CALLS, XML_CALLS, tool_parser_for
 
+TOOL_REASONS = {
+    JSON_CALLS: "the chat template writes tool calls as JSON",
+    XML_CALLS: "the chat template writes tool calls as XML",
+    "": "the chat template writes no tool calls, or in a form of its own: vLLM may have a parser for it",
+}
 LOG = logging.getLogger("vllm.qwen_vllm")
 
 
@@ -41,10 +48,28 @@ def prepare(
     fill_in(args, graph_defaults(args))
     template = read_chat_template(chat_template)
     # The engine needs the parser too: it ends the reasoning when a request's budget of it is spent.
-    args.reasoning_parser = args.reasoning_parser or parser_for_folder(
-        Path(args.tokenizer or args.model), template, template_options, args.trust_remote_code
-    )
+    args.reasoning_parser = args.reasoning_parser or _chosen(parser_for, args, template, template_options)
     return template
+
+
+def tool_default(args: Any) -> Default:
+    """Choose the parser of tool calls for the model of the server's command line `args`.
+
+    Raises:
+        ModelUnavailable: the template cannot be read.
+    """
+    template = read_chat_template(args.chat_template)
+    parser = _chosen(tool_parser_for, args, template, args.default_chat_template_kwargs or {})
+    return Default("tool_call_parser", parser or None, TOOL_REASONS[parser])
+
+
+def _chosen(choose: Callable[..., str], args: Any, *template: Any) -> str:
+    """Choose a parser by the tokenizer and its template; empty where the tokenizer cannot be loaded: vLLM says why."""
+    tokenizer = None
+    if not args.skip_tokenizer_init:
+        with suppress(Exception):
+            tokenizer = load_tokenizer(args.tokenizer or args.model, args)
+    return choose(tokenizer, *template) if tokenizer is not None else ""
 
 
 def read_chat_template(template: str | None) -> str | None:

@@ -41,7 +41,7 @@ def tokenizer_as_written(args: ModelArgs) -> str | None:
         return args.tokenizer
     try:
         written = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer = _load(str(folder), args)
+        tokenizer = load_tokenizer(str(folder), args)
     except Exception:  # vLLM meets the same, and says it
         return args.tokenizer
     loaded, kind = getattr(tokenizer, "backend_tokenizer", None), type(tokenizer).__mro__[1]  # vLLM's own comes first
@@ -52,7 +52,7 @@ def tokenizer_as_written(args: ModelArgs) -> str | None:
         return args.tokenizer
     copy = CACHE / "tokenizers" / fingerprint(Path(__file__), *sorted(folder.iterdir())) / folder.resolve().name
     try:
-        mended = _load(str(made_once(copy, partial(_link, folder))), args).backend_tokenizer
+        mended = load_tokenizer(str(made_once(copy, partial(_link, folder))), args).backend_tokenizer
     except OSError as error:
         raise ModelUnavailable(f"cannot write {copy}: {error.strerror or error}") from error
     if _parts(mended) != parts:
@@ -71,7 +71,7 @@ def tokenizer_as_written(args: ModelArgs) -> str | None:
     return str(copy)
 
 
-def _load(folder: str, args: ModelArgs) -> Any:
+def load_tokenizer(folder: str, args: ModelArgs) -> Any:
     """Load a tokenizer as vLLM does; with these very arguments vLLM then finds it loaded in this process."""
     from vllm.tokenizers.registry import cached_get_tokenizer
 

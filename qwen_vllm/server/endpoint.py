@@ -28,12 +28,14 @@ from vllm.inputs.engine import tokens_input
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from qwen_vllm.generation import RequestBuilder, RunningAnswer
+from qwen_vllm.hardware import Default, fill_in
 from qwen_vllm.models.prepare import read_chat_template
 from qwen_vllm.network import address
 from qwen_vllm.protocol import ChatError, ChatRequest, validated
-from qwen_vllm.server.guard import error_response
+from qwen_vllm.server.guard import body_limit, error_response
 from qwen_vllm.server.lifecycle import Lifecycle
 from qwen_vllm.vllm_plugin import plugin
+from qwen_vllm.vllm_plugin.rendering import why_not_kept
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
@@ -72,11 +74,13 @@ class ChatEndpoint:
 
     async def init_state(self, engine_client: "EngineClient", state: State, args: Namespace) -> None:
         """Make the service for the running engine; vLLM calls this before the server listens."""
+        config = engine_client.model_config
+        fill_in(args, [Default("max_body_size", body_limit(config.max_model_len, takes_images(config)), "")])
         enable_envs_cache()  # as the engine's process does: else a variable is looked up for each token
         requests: RequestBuilder | ChatError
         try:
             requests = RequestBuilder(
-                engine_client.model_config,
+                config,
                 engine_client.get_tokenizer(),
                 read_chat_template(args.chat_template),
                 args.default_chat_template_kwargs or {},
@@ -85,6 +89,8 @@ class ChatEndpoint:
         except ChatError as reason:
             requests = reason
             print(f"/chat is off: {reason.message}", file=sys.stderr)
+        if why := why_not_kept(engine_client.get_tokenizer()):
+            print(f"Control tokens in messages to /v1 are taken as such: {why}", file=sys.stderr)
         state.chat = ChatService(engine_client, state.openai_serving_models, requests, args.max_body_size)
 
 
@@ -169,7 +175,7 @@ class ChatService:
         return {
             "models": self._names(),
             "context": config.max_model_len,
-            "images": bool(config.multimodal_config and config.multimodal_config.get_limit_per_prompt("image")),
+            "images": takes_images(config),
             "defaults": {} if isinstance(self._requests, ChatError) else self._requests.defaults,
             "max_body_size": self._max_body_size,
             "reasoning_efforts": [] if isinstance(self._requests, ChatError) else self._requests.prompts.efforts,
@@ -187,6 +193,11 @@ class ChatService:
             names = ", ".join(self._names())
             raise ChatError(f"model: there is no such model here, only {names}", param="model", status=404)
         return adapters[name]
+
+
+def takes_images(config: Any) -> bool:
+    """Tell whether a model with this configuration of vLLM's has a vision tower loaded."""
+    return bool(config.multimodal_config and config.multimodal_config.get_limit_per_prompt("image"))
 
 
 class AnswerResponse(Response):

@@ -16,11 +16,13 @@ from io import BytesIO
 from typing import Any
 
 from PIL import Image
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_vllm.hardware import MAX_PIXELS
 from qwen_vllm.protocol import INT32_MAX, INT64_MAX, ChatError
+from qwen_vllm.tool_calls import JSON_CALLS, XML_CALLS
 
 OPEN_PATHS = {"/health", "/ready", "/ping"}
 DOCS_PATHS = {"/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
@@ -32,20 +34,30 @@ MAX_ANSWERS = 32
 MAX_GRAMMAR = 2**15
 """Bytes of a grammar or schema: the work to compile it grows with its size."""
 CONVERSATIONS = {"messages", "input"}
+UNBOUNDED = {*CONVERSATIONS, "system"}
+"""Texts, and calls with their arguments: no grammar is compiled from them, and the engine sees no number of them."""
 MEDIA = {"image_url", "audio_url", "video_url"}
 GRAMMARS = {"structured_outputs", "response_format", "text"}
 COUNTS = {f"{bound}{what}" for bound in ("min", "max") for what in ("Items", "Contains", "Properties", "Length")}
 MAX_COUNT = 10_000
 """Largest number for a schema's COUNTS: the memory to compile it can grow with them."""
+UINT64_MAX = 2**64 - 1
 INTEGERS = {"n": MAX_ANSWERS, "best_of": MAX_ANSWERS, "seed": INT64_MAX}
 """Largest integer a field may hold, where that is not INT32_MAX; what a field nests deeper, such as a schema's
-bounds, may be up to INT64_MAX."""
+bounds, may be up to INT64_MAX, and where nothing is bounded, up to UINT64_MAX."""
 NUMBERS = {
     *INTEGERS, "max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens", "thinking_token_budget",
     "top_k", "logprobs", "top_logprobs", "prompt_logprobs", "stop_token_ids", "allowed_token_ids", "priority",
     "truncate_prompt_tokens",
 }  # fmt: skip
 """Fields that vLLM would read from text too, past the check of their size."""
+
+
+ANTHROPIC_ROUTES = "/v1/messages"
+ANTHROPIC_ERRORS = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error",
+    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+}  # fmt: skip
 
 
 class Guard:
@@ -63,18 +75,28 @@ class Guard:
             return await self._app(scope, receive, send)
         state = scope["app"].state
         args = state.args
+        if _path(scope).startswith(ANTHROPIC_ROUTES):
+            send = _errors_for_anthropic(scope, receive, send)
         try:
-            _check_key(scope, args)
+            scope = _with_checked_key(scope, args)
             if scope.get("method") in ("POST", "PUT", "PATCH"):
                 if state.lifecycle.stopping:
                     message = "the server is stopping: try again in a moment"
                     raise ChatError(message, "overloaded", status=503, retry_after=5)
                 body = await _read(receive, args.max_body_size, args.body_timeout)
                 if b"json" in _header(scope, b"content-type").lower():
-                    check_json(body)
+                    check_json(body, args.tool_call_parser not in (None, JSON_CALLS, XML_CALLS))
                 receive = _replayed(body, receive)
         except ChatError as error:
-            return await error_response(error)(scope, receive, send)
+            # A browser shows its page no answer without these headers. vLLM's middleware for them is further in.
+            refusal = CORSMiddleware(
+                error_response(error),
+                allow_origins=args.allowed_origins,
+                allow_credentials=args.allow_credentials,
+                allow_methods=args.allowed_methods,
+                allow_headers=args.allowed_headers,
+            )
+            return await refusal(scope, receive, send)
         await self._app(scope, receive, send)
 
 
@@ -84,8 +106,16 @@ def error_response(error: ChatError) -> JSONResponse:
     return JSONResponse(error.as_dict(), error.status, headers)
 
 
-def check_json(body: bytes) -> None:
+def body_limit(context: int, images: bool) -> int:
+    """Return the largest body, in bytes, that a model with a `context` of so many tokens needs, and one with images."""
+    return 2**20 + 16 * context + (2**25 if images else 0)
+
+
+def check_json(body: bytes, compiles_tools: bool = False) -> None:
     """Refuse JSON that is broken or nested too deep, or holds a number or a string the engine cannot take.
+
+    Args:
+        compiles_tools: any tool's schema may become a grammar; else only that of a strict tool does.
 
     Raises:
         ChatError: naming the field.
@@ -97,18 +127,26 @@ def check_json(body: bytes) -> None:
         raise _too_deep() from None
     except ValueError as error:
         raise ChatError(f"the body is no JSON: {str(error)[:200]}") from None
+    # Only \u escapes can spell half a character.
+    surrogates = bool(re.search(rb"\\u[dD][89a-fA-F]", body))
     if isinstance(value, dict):
+        if isinstance(tools := value.get("tools"), list):
+            strict = [tool for tool in tools if _is_strict(tool)]
+            if len(json.dumps(strict)) > MAX_GRAMMAR:
+                raise ChatError(f"tools: the strict ones are over the limit of {MAX_GRAMMAR} bytes", param="tools")
+            if not compiles_tools:
+                _check([tool for tool in tools if not _is_strict(tool)], "tools", 1, surrogates, bounded=False)
+                value = {**value, "tools": strict}
         for field in GRAMMARS & value.keys():
             if len(json.dumps(value[field])) > MAX_GRAMMAR:
                 raise ChatError(f"{field}: is over the limit of {MAX_GRAMMAR} bytes", param=field)
-    # Only \u escapes can spell half a character.
-    _check(value, None, 0, bool(re.search(rb"\\u[dD][89a-fA-F]", body)))
+    _check(value, None, 0, surrogates)
     for field in CONVERSATIONS & value.keys() if isinstance(value, dict) else ():
         if _image_pixels(value[field], field) > MAX_PIXELS:
             raise ChatError(f"{field}: the images have over {MAX_PIXELS} pixels: send smaller ones", param=field)
 
 
-def _check(value: Any, field: str | None, depth: int, surrogates: bool) -> None:
+def _check(value: Any, field: str | None, depth: int, surrogates: bool, bounded: bool = True) -> None:
     if depth > MAX_DEPTH:
         raise _too_deep()
     match value:
@@ -116,13 +154,14 @@ def _check(value: Any, field: str | None, depth: int, surrogates: bool) -> None:
             for name, item in value.items():
                 if surrogates:
                     _check_text(name, field)
-                if name in COUNTS and isinstance(item, int | float) and item > MAX_COUNT:
+                if bounded and name in COUNTS and isinstance(item, int | float) and item > MAX_COUNT:
                     raise ChatError(f"{field}: {name} is at most {MAX_COUNT}", param=field)
-                _check(item, name[:64] if field in (None, "sampling_params") else field, depth + 1, surrogates)
+                inner = name[:64] if field in (None, "sampling_params") else field
+                _check(item, inner, depth + 1, surrogates, bounded and inner not in UNBOUNDED)
         case list():
             for item in value:
-                _check(item, field, depth + 1, surrogates)
-        case int() if abs(value) > (limit := INTEGERS.get(field or "", INT32_MAX) if depth <= 2 else INT64_MAX):
+                _check(item, field, depth + 1, surrogates, bounded)
+        case int() if abs(value) > (limit := _integer_limit(field, depth) if bounded else UINT64_MAX):
             raise ChatError(f"{field}: an integer here is at most {limit}", param=field)
         case float() if not math.isfinite(value):
             raise ChatError(f"{field}: must be a finite number", param=field)
@@ -135,11 +174,29 @@ def _check(value: Any, field: str | None, depth: int, surrogates: bool) -> None:
                 _check_grammar(value, field, depth)
 
 
+def _integer_limit(field: str | None, depth: int) -> int:
+    return INTEGERS.get(field or "", INT32_MAX) if depth <= 2 else INT64_MAX
+
+
+def _is_strict(tool: Any) -> bool:
+    """Tell whether a tool's schema may become a grammar though no flag says so: it or a tool in it is `strict`."""
+    match tool:
+        case {"tools": list(inner)}:
+            return any(map(_is_strict, inner))
+        case {"function": dict(function)} if function.get("strict"):
+            return True
+        case dict():
+            return bool(tool.get("strict"))
+    return True
+
+
 def _image_pixels(value: Any, field: str) -> int:
     """Count the pixels of all images in the messages; refuse what vLLM should not be asked to look for."""
     match value:
         case list():
             return sum(_image_pixels(item, field) for item in value)
+        case {"type": "tool_use"}:
+            return 0  # Anthropic's form of a call: its arguments may have any names
         case dict() if "uuid" in value:
             # vLLM would take it for the image's key in a cache that all users share.
             raise ChatError(f"{field}: uuid is not taken, only the image itself", param=field)
@@ -200,23 +257,65 @@ def _too_deep() -> ChatError:
     return ChatError(f"the body is nested deeper than {MAX_DEPTH} levels")
 
 
-def _check_key(scope: Scope, args: Namespace) -> None:
+def _with_checked_key(scope: Scope, args: Namespace) -> Scope:
+    """Check the key, and return the request with it where vLLM's own check looks."""
     keys = [key.encode() for key in args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
     # A browser asks without the key what it may send; vLLM answers that before any route.
     preflight = scope.get("method") == "OPTIONS" and _header(scope, b"access-control-request-method")
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    path = _path(scope)
     opened = (
         path in OPEN_PATHS
         or (path in DOCS_PATHS and not args.disable_fastapi_docs)
         or (path.startswith("/static/") and args.enable_offline_docs)
     )
     if not keys or preflight or opened:
-        return
+        return scope
     scheme, _, given = _header(scope, b"authorization").partition(b" ")
+    given = given if scheme.lower() == b"bearer" else b""
+    anthropics = _header(scope, b"x-api-key")
     # All are compared, each in constant time, so that the time tells nothing of the keys.
     matches = [secrets.compare_digest(given, key) for key in keys]
-    if scheme.lower() != b"bearer" or not any(matches):
-        raise ChatError("send a valid key as Authorization: Bearer KEY", "unauthorized", status=401)
+    others = [secrets.compare_digest(anthropics, key) for key in keys]
+    if any(matches):
+        return scope
+    if any(others):
+        rest = [header for header in scope["headers"] if header[0] != b"authorization"]
+        return {**scope, "headers": [*rest, (b"authorization", b"Bearer " + anthropics)]}
+    raise ChatError("send a valid key as Authorization: Bearer KEY, or as x-api-key", "unauthorized", status=401)
+
+
+def _path(scope: Scope) -> str:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def _errors_for_anthropic(scope: Scope, receive: Receive, send: Send) -> Send:
+    """Make a `send` that gives every error the shape that Anthropic's clients read."""
+    start: Message = {}
+    body = bytearray()
+
+    async def sending(message: Message) -> None:
+        nonlocal start
+        if message["type"] == "http.response.start" and message["status"] >= 400:
+            start = message
+            return
+        if not start:
+            return await send(message)
+        body.extend(message.get("body", b""))
+        if not message.get("more_body"):
+            status = start["status"]
+            try:
+                error = json.loads(body)["error"]
+                text = error["message"]
+            except (ValueError, LookupError, TypeError):
+                text = body.decode(errors="replace")[:300]
+            kind = ANTHROPIC_ERRORS.get(status, "invalid_request_error" if status < 500 else "api_error")
+            response = JSONResponse({"type": "error", "error": {"type": kind, "message": text}}, status)
+            replaced = {b"content-length", b"content-type"}
+            response.raw_headers += [header for header in start["headers"] if header[0].lower() not in replaced]
+            await response(scope, receive, send)
+
+    return sending
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     import torch
 
 LOG = logging.getLogger("vllm.qwen_vllm")
+OPENAI_CHAT = "vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat"
 SPEEDUPS = "qwen_vllm.vllm_plugin.speedups"
+RENDERING = "qwen_vllm.vllm_plugin.rendering"
 QWEN2_VL = "transformers.models.qwen2_vl"
 _applied: set[str] = set()
 
@@ -83,8 +85,8 @@ class Patch:
         """Make the change, and return the steps that take it back."""
         undo: list[Callable[[], Any]] = []
         for target, replacement in self.replaces.items():
-            module, _, name = target.rpartition(".")
-            owner = import_module(module)
+            where, _, name = target.rpartition(".")
+            owner = pkgutil.resolve_name(where)
             original = getattr(owner, name)
             undo.append(partial(setattr, owner, name, original))
             setattr(owner, name, replacement(original))
@@ -107,6 +109,11 @@ def source_hash(name: str) -> str:
 def _ours(name: str) -> Callable[[Any], Any]:
     """Replace by the object with this dotted name, which is imported when the patch is applied."""
     return lambda _: pkgutil.resolve_name(name)
+
+
+def _wrapped_by(name: str) -> Callable[[Any], Any]:
+    """Replace by what the function with this dotted name makes of the original."""
+    return lambda original: pkgutil.resolve_name(name)(original)
 
 
 def _slot_minus_one_computes() -> bool:
@@ -158,6 +165,24 @@ def _forget_budget_of_the_gone(holder: Any) -> Any:
             super().sync_batch(batch_update)
 
     return ForgettingHolder
+
+
+def _tells_of_the_limit(generate: Callable[..., Any]) -> Callable[..., Any]:
+    async def chat_completion_full_generator(self: Any, request: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        cut: set[int] = set()
+
+        async def watched() -> Any:
+            async for output in outputs:
+                cut.update(answer.index for answer in output.outputs if answer.finish_reason == "length")
+                yield output
+
+        response = await generate(self, request, watched(), *args, **kwargs)
+        for choice in getattr(response, "choices", ()):
+            if choice.index in cut:
+                choice.finish_reason = "length"
+        return response
+
+    return chat_completion_full_generator
 
 
 SCHEDULER = Patch(
@@ -224,6 +249,26 @@ QWEN_VL = Patch(
     shows_fault=lambda: not find_spec("torchvision"),
     modules={f"{QWEN2_VL}.image_processing_qwen2_vl": f"{QWEN2_VL}.image_processing_pil_qwen2_vl"},
 )
+CONTROL_TOKENS = Patch(
+    name="control tokens in messages",
+    why="On the OpenAI routes a message, a tool or a result can spell control tokens: a web page that an agent reads "
+    "could write a system turn.",
+    upstream="not proposed yet",
+    replaces={"vllm.renderers.hf.safe_apply_chat_template": _wrapped_by(f"{RENDERING}.texts_stay_text")},
+    made_for={
+        "vllm.renderers.hf.safe_apply_chat_template": "51fd75fd8ade",
+        "vllm.renderers.hf.HfRenderer.__init__": "a944acbf68de",
+        "vllm.renderers.hf.HfRenderer.render_messages_async": "a1111edca673",
+    },
+)
+CUT_CALLS = Patch(
+    name="finish reason of a call that is cut",
+    why="A whole answer with a call that the token limit cut says tool_calls, as if the call could be made; a streamed "
+    "one says length.",
+    upstream="not proposed yet",
+    replaces={f"{OPENAI_CHAT}.chat_completion_full_generator": _tells_of_the_limit},
+    made_for={f"{OPENAI_CHAT}.chat_completion_full_generator": "0c6a98003a81"},
+)
 SIGNALS = Patch(
     name="signals while loading",
     why="vLLM's own server turns SIGTERM into a KeyboardInterrupt, which is lost while it waits for the engine.",
@@ -249,7 +294,10 @@ GGUF = Patch(
         "transformers.modeling_gguf_pytorch_utils.get_gguf_hf_weights_map": "38d424be4e28",
     },
 )
-IN_EVERY_PROCESS: Sequence[Patch] = (SCHEDULER, DETOKENIZER, LORA_SLOTS, THINKING_BUDGET, QWEN_VL)
+IN_EVERY_PROCESS: Sequence[Patch] = (
+    *(SCHEDULER, DETOKENIZER, LORA_SLOTS, THINKING_BUDGET, QWEN_VL),
+    *(CONTROL_TOKENS, CUT_CALLS),
+)
 """Applied by `plugin.begin_process` in each of vLLM's processes. `SIGNALS` is for the server's first process alone,
 `GGUF` for the moment in which the demo model is made."""
 PATCHES: Sequence[Patch] = (*IN_EVERY_PROCESS, SIGNALS, GGUF)

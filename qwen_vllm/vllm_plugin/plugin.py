@@ -6,7 +6,7 @@ import signal
 import threading
 from importlib.metadata import entry_points
 
-from qwen_vllm import reasoning
+from qwen_vllm import reasoning, tool_calls
 from qwen_vllm.models import qwen_v1
 from qwen_vllm.vllm_plugin import patches
 
@@ -38,6 +38,7 @@ def begin_process() -> None:
     end_with_parent()
     qwen_v1.register()
     reasoning.register()
+    tool_calls.register()
     for patch in patches.IN_EVERY_PROCESS:
         patch.apply()
 

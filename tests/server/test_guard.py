@@ -10,11 +10,12 @@ from zlib import crc32
 
 import httpx
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
 
 from qwen_vllm.protocol import INT32_MAX, INT64_MAX, ChatError
-from qwen_vllm.server.guard import MAX_ANSWERS, MAX_COUNT, MAX_DEPTH, Guard, check_json
-from tests.support.guard_args import guard_args
+from qwen_vllm.server.guard import MAX_ANSWERS, MAX_COUNT, MAX_DEPTH, MAX_GRAMMAR, Guard, check_json
+from tests.support.guard_args import MAX_BODY, guard_args
 
 KEYS = ["right", "other"]
 PATHS = ["/chat", "/v1/models", "//v1/models", "/v1/../chat", "/docs/", "/metrics", "/tokenize", "/health/", "/"]
@@ -31,24 +32,107 @@ def test_without_a_key_nothing_is_served(path: str, header: str | None) -> None:
 
 
 async def guarded(
-    path: str, headers: dict[str, str], method: str = "GET", root_path: str = "", **flags: bool
+    path: str, headers: dict[str, str], method: str = "GET", root_path: str = "", content: bytes = b"", **flags: bool
 ) -> httpx.Response:
     """The answer of an app that serves every path, behind the guard."""
     app = FastAPI(docs_url=None, openapi_url=None, root_path=root_path)
     app.add_middleware(Guard)
-    app.add_api_route("/{path:path}", lambda path: "served", methods=["GET", "POST"])
+    app.add_api_route("/{path:path}", _serve, methods=["GET", "POST"])
     app.state.args, app.state.lifecycle = guard_args(api_key=KEYS, **flags), SimpleNamespace(stopping=False)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-        request = client.build_request(method, "http://server", headers=headers)
+        request = client.build_request(method, "http://server", headers=headers, content=content)
         request.url = request.url.copy_with(raw_path=path.encode())
         return await client.send(request)
+
+
+async def _serve(path: str, request: Request) -> Response:
+    fails = {
+        "busy": JSONResponse({"error": {"message": "busy"}}, 503, {"Retry-After": "1"}),
+        "text": Response("No.", 500),
+    }
+    served = JSONResponse("served", headers={"was-authorized-by": request.headers.get("authorization", "")})
+    return fails.get(request.headers.get("fails"), served)
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("header", ["Bearer right", "Bearer other", "bearer right"])
 def test_with_a_key_all_is_served(path: str, header: str) -> None:
     assert asyncio.run(guarded(path, {"Authorization": header})).json() == "served"
+
+
+@pytest.mark.parametrize(("key", "status"), [("right", 200), ("wrong", 401), ("", 401)])
+@pytest.mark.parametrize("bearer", [{}, {"Authorization": "Bearer other-key"}])
+def test_anthropics_header_has_the_key_too(key: str, status: int, bearer: dict[str, str]) -> None:
+    """And vLLM's own check, which is behind the guard, finds it where it looks."""
+    response = asyncio.run(guarded("/v1/messages", {"x-api-key": key, **bearer}))
+    assert response.status_code == status
+    if status == 200:
+        assert response.headers["was-authorized-by"] == f"Bearer {key}"
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/v1/chat/completions", {}, 401),
+        ("/v1/messages", {}, 401),
+        ("/chat", {"Authorization": "Bearer right", "Content-Type": "application/json"}, 400),
+        ("/chat", {"Authorization": "Bearer right"}, 413),
+    ],
+)
+def test_a_browser_is_shown_what_the_guard_refuses(path: str, headers: dict[str, str], status: int) -> None:
+    headers = {"Origin": "https://app.example", **headers}
+    body = b"x" * (MAX_BODY + 1) if status == 413 else b"{"
+    response = asyncio.run(guarded(path, headers, "POST", content=body))
+    assert response.status_code == status
+    assert response.headers["access-control-allow-origin"] == "*"
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "kind"),
+    [
+        ({}, 401, "authentication_error"),
+        ({"content": b"x" * (MAX_BODY + 1)}, 413, "request_too_large"),
+        ({"content": b"{", "json": True}, 400, "invalid_request_error"),
+        ({"fails": "busy"}, 503, "overloaded_error"),
+        ({"fails": "text"}, 500, "api_error"),
+    ],
+)
+def test_anthropics_routes_have_its_shape_of_errors(asked: dict[str, Any], status: int, kind: str) -> None:
+    headers = {"Authorization": "Bearer right"} if asked else {}
+    if asked.pop("json", False):
+        headers["Content-Type"] = "application/json"
+    response = asyncio.run(guarded("/v1/messages", {**headers, "fails": asked.pop("fails", "")}, "POST", **asked))
+    assert response.status_code == status
+    assert response.json().keys() == {"type", "error"}
+    assert response.json()["type"] == "error"
+    assert response.json()["error"].keys() == {"type", "message"}
+    assert response.json()["error"]["type"] == kind
+    assert response.headers.get("retry-after") == ("1" if status == 503 else None)
+
+
+TOOL = {
+    "name": "f",
+    "parameters": {"type": "object", "properties": {"x": {"maxLength": 524_288, "maximum": 2**64 - 1}}},
+}
+BIG = {"name": "f", "parameters": {"description": "x" * MAX_GRAMMAR}}
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda tool: {"type": "function", "function": tool}, lambda tool: tool], ids=["chat", "flat"]
+)
+@pytest.mark.parametrize(
+    "fields", [{}, {"tool_choice": "required"}, {"messages": [{"content": {"maxItems": 99_999}}]}], ids=str
+)
+def test_a_tools_schema_is_bounded_only_where_it_becomes_a_grammar(wrap: Any, fields: dict) -> None:
+    for tool in (TOOL, BIG):
+        check_json(encoded({"tools": [wrap(tool)], **fields}))
+        for strict in (True, "true", 1):
+            with pytest.raises(ChatError, match="tools: "):
+                check_json(encoded({"tools": [wrap(TOOL), wrap({**tool, "strict": strict})], **fields}))
+    with pytest.raises(ChatError, match="tools: "):
+        check_json(encoded({"tools": [wrap(TOOL)]}), compiles_tools=True)
+    check_json(encoded({"tools": [wrap({**TOOL, "strict": False})]}))
 
 
 @pytest.mark.parametrize(("asked", "status"), [({"Access-Control-Request-Method": "POST"}, 405), ({}, 401)])
@@ -174,7 +258,7 @@ def test_bodies_that_pass(body: str | dict) -> None:
         ({"sampling_params": {"n": MAX_ANSWERS + 1}}, "n"),
         ({"seed": INT64_MAX + 1}, "seed"),
         ({"stop_token_ids": [1, INT32_MAX + 1]}, "stop_token_ids"),
-        ({"tools": [{"parameters": {"maximum": INT64_MAX + 1}}]}, "tools"),
+        ({"tools": [{"strict": True, "parameters": {"maximum": INT64_MAX + 1}}]}, "tools"),
         ('{"seed": ' + "9" * 4301 + "}", "seed"),
         ('{"temperature": NaN}', "temperature"),
         ('{"temperature": 1e999}', "temperature"),
@@ -188,7 +272,7 @@ def test_bodies_that_pass(body: str | dict) -> None:
         ({"structured_outputs": {"json": "[" * 65 + "]" * 65}}, None),
         ({"structured_outputs": {"json": "[" * 2000 + "]" * 2000}}, None),
         ({"structured_outputs": {"grammar": 'start: %json {"type": "string"}'}}, "structured_outputs"),
-        ({"tools": [{"function": {"parameters": {"minLength": MAX_COUNT + 1}}}]}, "tools"),
+        ({"tools": [{"function": {"strict": True, "parameters": {"minLength": MAX_COUNT + 1}}}]}, "tools"),
         ({"structured_outputs": {"choice": ["word"] * 5000}}, "structured_outputs"),
         ({"response_format": {"json_schema": {"enum": ["x" * 40_000]}}}, "response_format"),
         ("[" * 2000 + "]" * 2000, None),

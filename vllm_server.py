@@ -23,14 +23,18 @@ from qwen_vllm.vllm_plugin import patches, plugin
 from qwen_vllm.vllm_plugin.rendering import ALLOW
 
 LIMITS = (
-    ("--max-body-size", int, None, "largest body of a request in bytes"),
+    (
+        "--max-body-size",
+        int,
+        None,
+        "largest body of a request in bytes; default: 1 MiB, 16 bytes for each token of context, and 32 MiB for images",
+    ),
     ("--header-timeout", float, 10.0, "seconds in which the head of a request must have come"),
     ("--body-timeout", float, 30.0, "seconds in which its body must have come"),
     ("--write-timeout", float, 30.0, "seconds after which a client that takes nothing is cut off"),
     ("--stall-timeout", float, 300.0, "seconds that one step of the engine may take before the server ends; 0: any"),
 )
 
-BODY_LIMIT = "1 MiB, 16 bytes for each token of context, and 32 MiB if the model takes images"
 TOOLS_UNKNOWN = "by the chat template, once the model is here"
 
 
@@ -49,8 +53,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--model-path", dest="model", help="another name for --model")
     parser.add_argument("--hub", choices=HUBS, default="modelscope", help="where a model that is no folder comes from")
     for flag, kind, default, text in LIMITS:
-        shown = BODY_LIMIT if default is None else default
-        parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {shown})")
+        shown = "" if default is None else f" (default: {default})"
+        parser.add_argument(flag, type=kind, default=default, help=f"{text}{shown}")
     parser.add_argument(
         "--allow-control-tokens",
         action="store_true",

@@ -50,12 +50,9 @@ def shared_flags(language: str = "en") -> None:
 
 def limits(language: str = "en") -> None:
     """Print the server's limits, which are flags of ours beside vLLM's."""
-    from vllm_server import BODY_LIMIT, LIMITS
+    from vllm_server import LIMITS
 
-    rows = [
-        Flag(name, f"{name} N", text, BODY_LIMIT if default is None else f"{default:.10g}")
-        for name, _, default, text in LIMITS
-    ]
+    rows = [Flag(name, f"{name} N", text, default and f"{default:.10g}") for name, _, default, text in LIMITS]
     _print_flags(rows, language, chinese.LIMITS)
 
 

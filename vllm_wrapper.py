@@ -82,7 +82,7 @@ class ChatModel:
         args = EngineArgs(**engine_args)
         template = prepare(args, adapters, chat_template, options)
         prepared = ("tokenizer", "dtype", "language_model_only", "max_cudagraph_capture_size", "reasoning_parser")
-        engine_args |= {name: getattr(args, name) for name in prepared}
+        engine_args |= {name: getattr(args, name) for name in (*prepared, "override_generation_config")}
         with _children_without_interrupts():
             self.llm = LLM(**engine_args)
         self.adapters = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(adapters.items(), start=1)}

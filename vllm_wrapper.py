@@ -221,7 +221,7 @@ class ChatModel:
                 names = ", ".join(self.adapters) or "none is loaded"
                 raise ChatError(f"model: there is no such LoRA adapter ({names})", param="model")
             prompt, params = self._requests.build(request, stream)
-            return _RunningRow(number, params, self._requests.answer(prompt), request)
+            return _RunningRow(number, params, self._requests.answer(prompt, request), request)
         except ChatError as error:
             return _BadRow(number, error)
 
@@ -258,10 +258,15 @@ class ChatModel:
                     self._step()
                 while mine:
                     output = mine.popleft()
-                    row = running[output.request_id]
-                    if output.finished:
+                    row = running.get(output.request_id)
+                    if not row:
+                        continue  # a stop word has ended it
+                    parts = row.add(output)
+                    if row.answer.stopped:
+                        self._engine.abort_request([output.request_id])
+                    if output.finished or row.answer.stopped:
                         del running[output.request_id], self._outputs[output.request_id]
-                    yield row, *row.add(output)
+                    yield row, *parts
         finally:
             if running and not self._death:
                 self._engine.abort_request(list(running))

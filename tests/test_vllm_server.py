@@ -100,6 +100,14 @@ THOUGHTS = {
     "no thought": (["Hel", "lo"], {}, [], ["Hel", "lo"], 0),
     "cut in the thought": (THOUGHT[:4], {}, ["Hm", ", 你"], [], 4),
     "thinking turned off": (["Hel", "lo"], {"enable_thinking": False}, [], ["Hel", "lo"], 0),
+    "turned off, and a mark": (
+        ["<think>", " Hm", "</think>"],
+        {"enable_thinking": False},
+        [],
+        ["<think>", " Hm", "</think>"],
+        0,
+    ),
+    "marks in letters": (["<thi", "nk> Hm"], {}, [], ["<thi", "nk> Hm"], 0),
 }
 
 
@@ -114,6 +122,34 @@ def test_thoughts_have_lines_and_a_field_of_their_own(
     thought = {"reasoning": "".join(thoughts)} if thoughts else {}
     assert whole == {"text": "".join(deltas), **thought, **streamed[-1]}
     assert (whole["usage"]["reasoning_tokens"], whole["usage"]["completion_tokens"]) == (tokens, len(pieces) + 1)
+
+
+STOPS = {
+    "in the thought alone": (["Hm", "</think>", "think"], THOUGHT, ["Hel", "lo"], None),
+    "in the text too": (["Hm", "lo"], [*THOUGHT, " Hm", "!"], ["Hel"], "lo"),
+    "over two pieces": (["ello"], [*THOUGHT, "!", "?"], ["H"], "ello"),
+    "the start of one": (["lot"], THOUGHT, ["Hel", "lo"], None),
+    "what came to nothing": (["lots", "?"], [*THOUGHT, "t", "!", "?"], ["Hel", "lot!"], "?"),
+    "what is complete first": (["elops", "lo"], [*THOUGHT, "ps"], ["H", "el"], "lo"),
+    "behind the mark": (["\n\nHel"], THOUGHT, ["Hel", "lo"], None),
+    "a mark in the text": (["</think>"], [*THOUGHT, "</think>", "!"], ["Hel", "lo"], "</think>"),
+    "no thought": (["b"], ["a", "b", "c"], ["a"], "b"),
+    "the first piece": (["a"], ["a", "b", "c"], [], "a"),
+}
+
+
+@pytest.mark.parametrize(("stop", "pieces", "deltas", "found"), STOPS.values(), ids=STOPS.keys())
+def test_stop_words_count_in_the_text_alone(
+    scripted_engine: Engines, stop: list[str], pieces: list[str], deltas: list[str], found: str | None
+) -> None:
+    engine = scripted_engine(pieces, pieces, finish=("length", None))
+    whole, streamed = chat(engine, stop=stop).json(), lines(chat(engine, stop=stop, stream=True))
+    assert "".join(line.get("delta", "") for line in streamed) == "".join(deltas) == whole["text"]
+    assert whole.get("reasoning", "") == ("Hm, 你." if pieces[0] == "<think>" else "")
+    assert {name: whole[name] for name in streamed[-1]} == streamed[-1]
+    assert (whole["finish_reason"], whole["stop_reason"]) == (("stop", found) if found else ("length", None))
+    assert all(call.params.stop == [] for call in engine.calls)
+    assert [call.aborted for call in engine.calls] == [found is not None] * 2  # the engine does not write on
 
 
 def test_thinking_is_off_by_default_where_the_command_line_says_so(scripted_engine: Engines) -> None:
@@ -211,9 +247,9 @@ def test_the_configured_goes_over_ours_and_the_request_over_both(scripted_engine
 
 
 @pytest.mark.parametrize("field", ["stop", "user_stop_words"])
-def test_stop_words_are_passed_on(scripted_engine: Engines, field: str) -> None:
+def test_stop_words_are_passed_on_where_no_thought_may_come(scripted_engine: Engines, field: str) -> None:
     engine = scripted_engine(["a"])
-    chat(engine, **{field: ["END", "结束"]})
+    chat(engine, enable_thinking=False, **{field: ["END", "结束"]})
     params = engine.calls[0].params
     assert (params.stop, params.include_stop_str_in_output) == (["END", "结束"], False)
 

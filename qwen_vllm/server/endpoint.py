@@ -161,7 +161,7 @@ class ChatService:
         outputs = self._engine.generate(
             tokens_input(prompt.token_ids), params, f"chat-{os.urandom(16).hex()}", lora_request=adapter
         )
-        return AnswerResponse(outputs, chat.stream, requests.answer(prompt))
+        return AnswerResponse(outputs, chat.stream, requests.answer(prompt, chat))
 
     def info(self) -> dict[str, Any]:
         """Tell what the server has, in the wire form of `protocol.ServerInfo`."""
@@ -231,9 +231,13 @@ class AnswerResponse(Response):
         async with aclosing(self._outputs):
             try:
                 output = await anext(self._outputs)
-                reasoning, text = self._answer.add(output.outputs[0])
+                parts = [self._answer.add(output.outputs[0])]
+                while not (self._stream or self._answer.finish_reason):
+                    output = await anext(self._outputs)
+                    parts.append(self._answer.add(output.outputs[0]))
                 if output.finished:
                     await anext(self._outputs, None)  # the engine's generator ends by itself, not as if aborted
+                reasoning, text = map("".join, zip(*parts, strict=True))
                 if not self._stream:
                     whole = {"text": text, **({"reasoning": reasoning} if reasoning else {}), **self._answer.ending()}
                     return await JSONResponse(whole)(scope, receive, send)
@@ -242,7 +246,7 @@ class AnswerResponse(Response):
             await send({"type": "http.response.start", "status": 200, "headers": NDJSON_HEADERS})
             try:
                 await _send_deltas(reasoning, text, send)
-                async for output in self._outputs:
+                while not self._answer.stopped and (output := await anext(self._outputs, None)):
                     await _send_deltas(*self._answer.add(output.outputs[0]), send)
                 last_line = self._answer.ending()
             except Exception as error:

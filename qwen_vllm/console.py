@@ -33,6 +33,7 @@ from qwen_vllm.protocol import (
     Reasoning,
     Sampling,
     ServerInfo,
+    one_line,
     text_turns,
     validated,
 )
@@ -313,7 +314,7 @@ def saved(system: str, history: Sequence[AskedTurn]) -> str:
     conversation: dict[str, Any] = {"system": system, "history": text_turns(history)}
     if any(query.images for query, *_ in history):
         conversation["images"] = [query.images for query, *_ in history]
-    return json.dumps(conversation, ensure_ascii=False, indent=1) + "\n"
+    return one_line(json.dumps(conversation, ensure_ascii=False, indent=1).encode()).decode() + "\n"
 
 
 def _file(path: str) -> Path:

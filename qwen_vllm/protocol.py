@@ -231,6 +231,13 @@ def validated(model: type[Model], data: bytes | Mapping[str, Any]) -> Model:
         raise ChatError(f"{param}: {message[:300]}" if param else message[:300], param=param) from None
 
 
+def one_line(text: bytes) -> bytes:
+    """Escape in JSON the characters at which some readers of lines break it: U+0085, U+2028 and U+2029."""
+    return (
+        text.replace(b"\xc2\x85", b"\\u0085").replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029")
+    )
+
+
 def reason_of(error: Exception) -> str:
     """Return a library's error message as one line; of pydantic's errors, the first."""
     text = _first_error(error)[1] if isinstance(error, ValidationError) else str(error).strip() or type(error).__name__

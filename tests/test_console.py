@@ -534,6 +534,15 @@ def test_a_saved_conversation_goes_on(terminal: Callable, tmp_path: Path) -> Non
     assert json.loads(file.read_text(encoding="utf-8"))["history"] == [["one", "a\n你好"]]
 
 
+def test_no_reader_of_lines_breaks_a_saved_conversation(terminal: Callable, tmp_path: Path) -> None:
+    file, text = tmp_path / "chat.json", "a\u2028b\u2029c\x85d 你好"
+    terminal(ScriptedAsk([text]), "one", f"/save {file}")
+    saved = file.read_text()
+    assert saved.splitlines() == saved[:-1].split("\n")
+    assert json.loads(saved)["history"] == [["one", text]]
+    assert "你好" in saved
+
+
 def test_a_saved_conversation_keeps_its_reasoning(terminal: Callable, tmp_path: Path) -> None:
     file, turns = tmp_path / "chat.json", [("one", "Hello", "Hm.\x1b[2J"), ("two", "b")]
     terminal(ScriptedAsk(THINKS, ["b"], keeps_reasoning=True), "one", "two", f"/save {file}")

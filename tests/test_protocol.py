@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError, field_validator
 
-from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, ChatRequest, ChatResult, Sampling, reason_of, validated
+from qwen_vllm.protocol import (
+    DEFAULT_SYSTEM,
+    ChatError,
+    ChatRequest,
+    ChatResult,
+    Sampling,
+    one_line,
+    reason_of,
+    validated,
+)
 
 SECRET = "do-not-echo-me"
 
@@ -258,3 +267,10 @@ def test_behind_a_bad_turn_no_other_is_looked_at() -> None:
     with pytest.raises(ValidationError) as caught:
         ChatRequest.model_validate_json(request(history=[["q", "a"], 1, 2, 3]))
     assert [error["loc"] for error in caught.value.errors()] == [("history", 1)]
+
+
+def test_no_reader_of_lines_breaks_a_line_of_json() -> None:
+    text = "".join(chr(n) for n in range(0x20, 0xD7FF)) + "\u2028\u2029\x85" * 2
+    line = one_line(json.dumps(text, ensure_ascii=False).encode())
+    assert len(line.decode().splitlines()) == 1
+    assert json.loads(line) == text

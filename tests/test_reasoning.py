@@ -2,7 +2,7 @@
 
 import json
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -220,9 +220,10 @@ def test_vllm_takes_for_text_what_comes_where_the_prompt_has_closed_the_thought(
     prompt = qwen3_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **flags)
     kind = ParserManager.get_parser(reasoning_parser_name=parser, tokenizer=qwen3_tokenizer)
     ids, last = [qwen3_tokenizer.encode(piece) for piece in answer], len(answer) - 1
+    every_id = [*chain.from_iterable(ids)]
     whole = kind(qwen3_tokenizer, None, chat_template_kwargs=flags)
-    assert whole.parse("".join(answer), request, model_output_token_ids=sum(ids, []))[:2] == (None, "".join(answer))
-    assert whole.count_reasoning_tokens(sum(ids, [])) == 0
+    assert whole.parse("".join(answer), request, model_output_token_ids=every_id)[:2] == (None, "".join(answer))
+    assert whole.count_reasoning_tokens(every_id) == 0
     streamed = kind(qwen3_tokenizer, None, chat_template_kwargs=flags)
     deltas = [
         streamed.parse_delta(piece, ids[n], request, prompt_token_ids=prompt, finished=n == last)

@@ -94,6 +94,15 @@ def test_streamed_and_whole_answers_agree(scripted_engine: Engines, pieces: list
     assert not any(call.aborted for call in engine.calls)
 
 
+def test_a_streamed_answer_has_a_line_a_piece_for_every_reader_of_lines(scripted_engine: Engines) -> None:
+    pieces = ["<think>", "a\u2028b", "</think>", "c\u2029d", "\x85", "…，", "e\v\f\x1cf"]
+    response = chat(scripted_engine(pieces), stream=True)
+    answer = [json.loads(line) for line in response.text.splitlines()]
+    assert answer == lines(response) == [json.loads(line) for line in response.iter_lines()]
+    assert [next(iter(line.values())) for line in answer[:-1]] == ["a\u2028b", *pieces[3:]]
+    assert "…，" in response.text
+
+
 THOUGHT = ["<think>", "\n", "Hm", ", 你", ".\n", "</think>", "\n\n", "Hel", "lo"]
 THOUGHTS = {
     "a thought": (THOUGHT, {}, ["Hm", ", 你", "."], ["Hel", "lo"], 4),

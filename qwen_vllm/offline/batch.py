@@ -20,7 +20,7 @@ from pydantic_core import from_json
 from tqdm import tqdm
 
 from qwen_vllm.offline.rows import Row, digest, read_lines, read_rows
-from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Part, Sampling
+from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Part, Sampling, one_line
 
 BAR = "{n_fmt}/{total_fmt} rows |{bar}| {elapsed}, {remaining} left{postfix}"
 BAR_OF_PIPE = "{n_fmt} rows, {elapsed}{postfix}"
@@ -223,7 +223,7 @@ class AnswerFile:
     def append(self, record: dict[str, Any]) -> int:
         """Add a line and return where it begins."""
         offset = self._file.seek(0, os.SEEK_END)
-        self._write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._write(one_line(json.dumps(record, ensure_ascii=False).encode()) + b"\n")
         return offset
 
     def read(self, offset: int) -> dict[str, Any]:

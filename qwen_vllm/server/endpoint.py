@@ -30,7 +30,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from qwen_vllm.generation import RequestBuilder, RunningAnswer
 from qwen_vllm.models.prepare import read_chat_template
 from qwen_vllm.network import address
-from qwen_vllm.protocol import ChatError, ChatRequest, validated
+from qwen_vllm.protocol import ChatError, ChatRequest, one_line, validated
 from qwen_vllm.server.guard import error_response
 from qwen_vllm.server.lifecycle import Lifecycle
 from qwen_vllm.vllm_plugin import plugin
@@ -262,7 +262,7 @@ async def _send_deltas(reasoning: str, text: str, send: Send) -> None:
 
 
 async def _send_line(line: dict[str, Any], send: Send, more_body: bool) -> None:
-    body = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+    body = one_line(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
     await send({"type": "http.response.body", "body": body, "more_body": more_body})
 
 

@@ -1,5 +1,6 @@
 """Files of rows and of answers, with a scripted model: what is done stays done, whatever happens."""
 
+import json
 import os
 import resource
 import signal
@@ -71,6 +72,16 @@ def test_each_row_gets_a_line(files):
         "history": [["1", "2"], ["a", "A"]],
     }
     assert (last["id"], last["line"], last["text"]) == ("x", 2, "B")
+
+
+def test_no_reader_of_lines_breaks_an_answer(files):
+    write(files[0], {"id": "\u2028", "query": "a\u2028b\u2029c\x85d 你好"}, {"id": "\u2029", "query": "b", "messages": []})
+    summary = answer(files)
+    assert counts(summary) == (1, 0, 1)
+    answered, failed = [json.loads(line) for line in files[1].read_text().splitlines()]
+    assert (answered["id"], answered["text"], failed["id"]) == ("\u2028", "A\u2028B\u2029C\x85D 你好", "\u2029")
+    assert "你好" in files[1].read_text()
+    assert counts(answer(files)) == (0, 1, 1)
 
 
 def test_thoughts_have_a_field_of_their_own(files):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import product
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from vllm import CompletionOutput, SamplingParams
     from vllm.config import ModelConfig
+
+LEAST_ANSWER = 256
+"""How many tokens are kept for an answer, at least, where the request does not say `max_tokens`."""
 
 ADVICE: Mapping[type[UnsupportedTemplate], str] = {
     UnsupportedTokenizer: "use /v1/chat/completions, or start with --tokenizer-mode hf where the model has a "
@@ -64,7 +68,8 @@ class RequestBuilder:
     def build(self, request: ChatRequest, stream: bool) -> tuple[Prompt, "SamplingParams"]:
         """Make the prompt and the sampling parameters: deltas if `stream`, else the whole answer at the end.
 
-        Room for the answer, `max_tokens`, is reserved before the history is fitted in.
+        Room for the answer, `max_tokens`, is reserved before the history is fitted in. Where nobody has asked for that
+        much, it gives way to the query and to the newest turn, down to LEAST_ANSWER.
 
         Raises:
             ChatError: system, query and answer together are longer than the context.
@@ -72,14 +77,10 @@ class RequestBuilder:
         wanted = self.defaults | request.sampling(exclude=PROMPT_FIELDS)
         if wanted["max_tokens"] >= self.context:
             raise ChatError(f"max_tokens: must be less than the context of {self.context}", param="max_tokens")
-        room = self.context - wanted["max_tokens"]
         if "thinking_budget" in wanted:
             wanted["thinking_token_budget"] = self._checked_budget(wanted.pop("thinking_budget"), wanted["max_tokens"])
-        mode = request.enable_thinking, self._checked_effort(request.reasoning_effort)
-        try:
-            prompt = self.prompts.build(request.system, request.history, request.query, room, *mode)
-        except PromptTooLong as error:
-            raise ChatError(f"{error}: shorten them or ask for fewer max_tokens", param="query") from error
+        prompt = self._prompt(request, wanted["max_tokens"])
+        wanted["max_tokens"] = min(wanted["max_tokens"], self.context - len(prompt.token_ids))
         if wanted.get("stop") and not self._splitter(prompt).ended:
             del wanted["stop"]  # the engine would find them in the reasoning too: `RunningAnswer` looks for them
             stream = True
@@ -87,6 +88,21 @@ class RequestBuilder:
         stop_token_ids = [self.prompts.stop_token_id]
         params = self._sampling_params(**wanted, stop_token_ids=stop_token_ids, output_kind=kind, skip_clone=True)
         return prompt, params
+
+    def _prompt(self, request: ChatRequest, reserved: int) -> Prompt:
+        """Build the prompt with `reserved` tokens of room for the answer, or with less where that may give way."""
+        mode = request.enable_thinking, self._checked_effort(request.reasoning_effort)
+        asked = request.max_tokens or max(LEAST_ANSWER, request.thinking_budget or 0)
+        least, newest = min(reserved, asked), request.history[-1:]
+        with suppress(PromptTooLong):
+            prompt = self.prompts.build(request.system, request.history, request.query, self.context - reserved, *mode)
+            if least == reserved or prompt.dropped_turns < len(request.history) or not newest:
+                return prompt
+        try:
+            prompt = self.prompts.build(request.system, newest, request.query, self.context - least, *mode)
+        except PromptTooLong as error:
+            raise ChatError(f"{error}: shorten them or ask for fewer max_tokens", param="query") from error
+        return replace(prompt, dropped_turns=prompt.dropped_turns + len(request.history) - len(newest))
 
     def answer(self, prompt: Prompt, request: ChatRequest) -> "RunningAnswer":
         """Begin the answer to a request, whose prompt was built."""

@@ -75,10 +75,12 @@ def test_each_row_gets_a_line(files):
 
 
 def test_no_reader_of_lines_breaks_an_answer(files):
-    write(files[0], {"id": "\u2028", "query": "a\u2028b\u2029c\x85d 你好"}, {"id": "\u2029", "query": "b", "messages": []})
+    write(
+        files[0], {"id": "\u2028", "query": "a\u2028b\u2029c\x85d 你好"}, {"id": "\u2029", "query": "b", "messages": []}
+    )
     summary = answer(files)
     assert counts(summary) == (1, 0, 1)
-    answered, failed = [json.loads(line) for line in files[1].read_text().splitlines()]
+    answered, failed = sorted(map(json.loads, files[1].read_text().splitlines()), key=lambda line: line["line"])
     assert (answered["id"], answered["text"], failed["id"]) == ("\u2028", "A\u2028B\u2029C\x85D 你好", "\u2029")
     assert "你好" in files[1].read_text()
     assert counts(answer(files)) == (0, 1, 1)

@@ -114,7 +114,7 @@ class ChatModel:
         self,
         query: str,
         history: Sequence[Turn] | None = None,
-        system: str = DEFAULT_SYSTEM,
+        system: str | None = DEFAULT_SYSTEM,
         sampling: Sampling | None = None,
     ) -> ChatResult:
         """The whole answer to `query`. The caller's `history` is not changed; the result holds the new one.
@@ -130,7 +130,7 @@ class ChatModel:
         self,
         query: str,
         history: Sequence[Turn] | None = None,
-        system: str = DEFAULT_SYSTEM,
+        system: str | None = DEFAULT_SYSTEM,
         sampling: Sampling | None = None,
     ) -> Iterator[Part]:
         """Yields the answer to `query`: pieces of what the model thinks and of the text, as they come, then one

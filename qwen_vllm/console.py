@@ -39,7 +39,7 @@ from qwen_vllm.protocol import (
 )
 from qwen_vllm.retry import retry_delay
 
-Ask = Callable[[Question, Sequence[AskedTurn], str, Sampling], Iterator[Part]]
+Ask = Callable[[Question, Sequence[AskedTurn], str | None, Sampling], Iterator[Part]]
 """(query, history, system, sampling) → `Reasoning` and str pieces, then one `ChatResult`; raises ChatError."""
 
 LINE_HISTORY = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "qwen-vllm" / "lines"
@@ -117,7 +117,7 @@ class Chat:
     """Holds a conversation and its settings. A failed question changes nothing."""
 
     def __init__(
-        self, ask: Ask, system: str, sampling: Sampling, history_max: int, info: Callable[[], ServerInfo]
+        self, ask: Ask, system: str | None, sampling: Sampling, history_max: int, info: Callable[[], ServerInfo]
     ) -> None:
         self.ask, self.info, self.history_max = ask, info, history_max
         self.system, self.settings = system, sampling
@@ -229,7 +229,7 @@ class Chat:
 
     def _set_system(self, text: str) -> None:
         self.system = text or self.system
-        print(self._shown(self.system))
+        print("No system prompt." if self.system is None else self._shown(self.system))
 
     def _show_history(self) -> None:
         for query, answer, _ in self.history:
@@ -309,7 +309,7 @@ class Chat:
         print(f"{len(self.history)} turns")
 
 
-def saved(system: str, history: Sequence[AskedTurn]) -> str:
+def saved(system: str | None, history: Sequence[AskedTurn]) -> str:
     """Return a conversation as the JSON file that /load takes."""
     conversation: dict[str, Any] = {"system": system, "history": text_turns(history)}
     if any(query.images for query, *_ in history):

@@ -111,8 +111,8 @@ class ChatRequest(Sampling):
     """what the user says now"""
     history: Annotated[list[RequestTurn], FailFast(), Strict(False)] = []
     """earlier turns, oldest first: [[user, assistant], …], or [user, assistant, reasoning] for a model that reads it"""
-    system: str = DEFAULT_SYSTEM
-    """how the model should behave"""
+    system: str | None = DEFAULT_SYSTEM
+    """how the model should behave; null: no system message"""
     stream: bool = False
     """answer piece by piece, as newline-delimited JSON"""
 

@@ -133,6 +133,17 @@ def test_thoughts_have_lines_and_a_field_of_their_own(
     assert (whole["usage"]["reasoning_tokens"], whole["usage"]["completion_tokens"]) == (tokens, len(pieces) + 1)
 
 
+def test_null_is_no_system_message(scripted_engine: Engines) -> None:
+    engine = scripted_engine(["a"], ["a"], ["a"])
+    for system in (None, "", "S"):
+        assert chat(engine, system=system).status_code == 200
+    assert [call.prompt.partition("<|im_start|>user")[0] for call in engine.calls] == [
+        "",
+        "<|im_start|>system\n<|im_end|>\n",
+        "<|im_start|>system\nS<|im_end|>\n",
+    ]
+
+
 STOPS = {
     "in the thought alone": (["Hm", "</think>", "think"], THOUGHT, ["Hel", "lo"], None),
     "in the text too": (["Hm", "lo"], [*THOUGHT, " Hm", "!"], ["Hel"], "lo"),

@@ -20,7 +20,7 @@ from pydantic_core import from_json
 from tqdm import tqdm
 
 from qwen_vllm.offline.rows import Row, digest, read_lines, read_rows
-from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Part, Sampling, one_line
+from qwen_vllm.protocol import ChatError, ChatResult, Part, Sampling, one_line
 
 BAR = "{n_fmt}/{total_fmt} rows |{bar}| {elapsed}, {remaining} left{postfix}"
 BAR_OF_PIPE = "{n_fmt} rows, {elapsed}{postfix}"
@@ -75,14 +75,14 @@ class Batch:
         self._prompt_tokens = self._completion_tokens = 0
         self._seconds = 0.0
 
-    def run(self, load: Callable[[], Model], system: str = DEFAULT_SYSTEM, sampling: Sampling | None = None) -> None:
+    def run(self, load: Callable[[], Model], system: str | None = None, sampling: Sampling | None = None) -> None:
         """Answer the rows that are not finished; `load` is called only if there are any.
 
         A line is handed to the operating system as soon as its row has finished, so it outlives this process; all are
         forced to the disk at the end.
 
         Args:
-            system, sampling: for rows that do not say.
+            system, sampling: for rows that do not say. Without `system`, rows in OpenAI's form get no system message.
 
         Raises:
             ChatError: the engine has failed.
@@ -134,13 +134,13 @@ class Batch:
             else:
                 yield row
 
-    def _answer(self, model: Model, rows: Iterator[Row], system: str, sampling: Sampling | None) -> None:
+    def _answer(self, model: Model, rows: Iterator[Row], system: str | None, sampling: Sampling | None) -> None:
         running: dict[int, Row] = {}
 
         def requests() -> Iterator[dict[str, Any]]:
             for i, row in enumerate(rows):
                 running[i] = row
-                yield {"system": system, **row.request}
+                yield {"system": row.default_system if system is None else system, **row.request}
 
         began = time.monotonic()
         bar: tqdm[Any] = tqdm(

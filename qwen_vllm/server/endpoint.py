@@ -150,7 +150,7 @@ class ChatService:
             if isinstance(requests, ChatError):
                 raise requests
             adapter = self._adapter(chat.model)
-            length = sum(map(len, chain([chat.system, chat.query], *chat.history)))
+            length = sum(map(len, chain([chat.system or "", chat.query], *chat.history)))
             if length < LONG_TEXT:
                 prompt, params = requests.build(chat, chat.stream)
             else:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from qwen_vllm.offline.batch import Batch, BatchError
-from qwen_vllm.protocol import ChatError, Sampling
+from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling
 from tests.support import ROOT
 from tests.support.scripted_model import ScriptedModel, records, texts, write
 
@@ -72,6 +72,17 @@ def test_each_row_gets_a_line(files):
         "history": [["1", "2"], ["a", "A"]],
     }
     assert (last["id"], last["line"], last["text"]) == ("x", 2, "B")
+
+
+def test_rows_in_openais_form_get_a_system_prompt_only_if_it_is_asked_for(files):
+    message = {"role": "user", "content": "a"}
+    write(
+        files[0], {"query": "b"}, {"messages": [message]}, {"messages": [{"role": "system", "content": "S"}, message]}
+    )
+    for given, expected in ((None, [DEFAULT_SYSTEM, None, "S"]), ("D", ["D", "D", "S"])):
+        model = ScriptedModel(window=1)
+        answer((files[0], files[1].with_name(f"{given}.jsonl")), model, system=given)
+        assert [request["system"] for request in model.requests] == expected
 
 
 def test_no_reader_of_lines_breaks_an_answer(files):

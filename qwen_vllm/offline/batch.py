@@ -6,6 +6,7 @@ It knows files; the model is handed to it.
 import fcntl
 import json
 import os
+import re
 import stat
 import time
 from array import array
@@ -22,6 +23,8 @@ from tqdm import tqdm
 from qwen_vllm.offline.rows import Row, digest, read_lines, read_rows
 from qwen_vllm.protocol import ChatError, ChatResult, Part, Sampling, one_line
 
+ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|$)")
+"""The start of a file that is one JSON array of objects; a row `[]` is only a bad one."""
 BAR = "{n_fmt}/{total_fmt} rows |{bar}| {elapsed}, {remaining} left{postfix}"
 BAR_OF_PIPE = "{n_fmt} rows, {elapsed}{postfix}"
 
@@ -57,6 +60,8 @@ class Batch:
         self._reference, self._rows, self._scores = reference, None, None
         try:
             self._source = source.open("rb")
+            if ARRAY.match(self._source.peek(1)):
+                raise BatchError(f"{source} is a JSON array, not JSONL: write each row on a line (jq -c '.[]')")
             if self._source.seekable():
                 self._rows = sum(1 for _ in read_lines(self._source))
                 self._source.seek(0)

@@ -85,6 +85,14 @@ def test_rows_in_openais_form_get_a_system_prompt_only_if_it_is_asked_for(files)
         assert [request["system"] for request in model.requests] == expected
 
 
+@pytest.mark.parametrize("text", ['[{"query": "a"}]', '\ufeff\n [\n{"query": "a"},\n{"query": "b"}\n]\n'])
+def test_a_json_array_is_no_file_of_rows(files, text):
+    files[0].write_text(text)
+    with pytest.raises(BatchError, match=r"rows.jsonl is a JSON array, not JSONL"):
+        Batch(*files)
+    assert not files[1].exists()
+
+
 def test_no_reader_of_lines_breaks_an_answer(files):
     write(
         files[0], {"id": "\u2028", "query": "a\u2028b\u2029c\x85d 你好"}, {"id": "\u2029", "query": "b", "messages": []}

@@ -3,8 +3,9 @@ MODEL ?=
 ARGS ?=
 WEBUI ?=
 PY := .venv/bin/python
-SERVER_ARGS := $(if $(MODEL),--model $(MODEL)) $(ARGS)
-export PYTHON
+# By the environment, so that a folder may have any name.
+SERVER_ARGS := $(if $(MODEL),--model "$$MODEL") $(ARGS)
+export PYTHON MODEL
 
 .PHONY: help setup chat webui serve offline test test-long soak lint docs lock clean
 .SILENT:

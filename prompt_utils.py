@@ -98,7 +98,7 @@ class PromptBuilder:
 
     def build(
         self,
-        system: str,
+        system: str | None,
         history: Sequence[Turn],
         query: str,
         budget: int,
@@ -110,6 +110,7 @@ class PromptBuilder:
         Where not all fits, reasoning is left out before turns are, from the oldest turn on.
 
         Args:
+            system: None: without a system message, which the template may replace by one of its own.
             reasoning_effort: one of `efforts`.
 
         Raises:
@@ -117,8 +118,9 @@ class PromptBuilder:
         """
         mode = enable_thinking, reasoning_effort
         form, end = self._format.modes[mode], self._ends[mode]
-        system = system.strip() if self._template.joins_system else form.layouts[True].trim_system(system)
-        layout = form.layouts[bool(system)]
+        trim = str.strip if self._template.joins_system else form.layouts[True].trim_system
+        layout = form.layouts[None if system is None else bool(trim(system))]
+        system = trim(system or "")
         first, last = layout.first.replace(SYSTEM, system), layout.last.replace(SYSTEM, system)
         start = [*layout.start.token_ids]
         if layout.end:
@@ -135,7 +137,7 @@ class PromptBuilder:
 
     def render(
         self,
-        system: str,
+        system: str | None,
         history: Iterable[Turn],
         query: str,
         enable_thinking: bool | None = None,
@@ -225,7 +227,7 @@ class PromptBuilder:
     def _check_against_template(self) -> None:
         turns: list[Turn] = [("1 + 1 = ?", "2", " Hm.\n1, 2.\n"), ("你好\n", " 你好！"), ("?", "\n")]
         tagged: list[Turn] = [("?", "<think>\nHm.\n</think>\n\nYes."), ("?", "<think>A</think>\n\nB", "\n\n好。")]
-        systems, query = ("", " \n", "Be brief.\n"), "  def f():\n\treturn 42\n"
+        systems, query = (None, "", " \n", "Be brief.\n"), "  def f():\n\treturn 42\n"
         for mode, system, history in product(self._format.modes, systems, (turns, turns + tagged, turns[:1], [])):
             probe = system, history, query
             built, rendered = self.build(*probe, 2**20, *mode).token_ids, self.render(*probe, *mode)

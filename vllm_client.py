@@ -51,7 +51,7 @@ def stream_chat(
     url: str,
     query: str,
     history: Sequence[Turn] = (),
-    system: str = DEFAULT_SYSTEM,
+    system: str | None = DEFAULT_SYSTEM,
     sampling: Sampling | None = None,
     api_key: str | None = None,
     timeout: Timeout = TIMEOUT,
@@ -87,7 +87,7 @@ def stream_chat_async(
     url: str,
     query: str,
     history: Sequence[Turn] = (),
-    system: str = DEFAULT_SYSTEM,
+    system: str | None = DEFAULT_SYSTEM,
     sampling: Sampling | None = None,
     api_key: str | None = None,
     timeout: Timeout = TIMEOUT,
@@ -125,9 +125,9 @@ async def server_info_async(url: str, api_key: str | None = None) -> ServerInfo:
     return await _Server(url, api_key, INFO_TIMEOUT).info_async()
 
 
-def openai_messages(query: Question, history: Sequence[AskedTurn], system: str) -> list[dict[str, Any]]:
+def openai_messages(query: Question, history: Sequence[AskedTurn], system: str | None) -> list[dict[str, Any]]:
     """Return a conversation in OpenAI's form, with the images of its questions."""
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}]
+    messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     for question, answer, reasoning in [*history, (query, "", "")]:
         images = [{"type": "image_url", "image_url": {"url": image}} for image in question.images]
         text = [{"type": "text", "text": question.text}] if question.text else []
@@ -136,7 +136,7 @@ def openai_messages(query: Question, history: Sequence[AskedTurn], system: str) 
     return messages[:-1]  # the query has no answer yet
 
 
-def _chat_body(query: str, history: Sequence[Turn], system: str, sampling: Sampling | None) -> dict[str, Any]:
+def _chat_body(query: str, history: Sequence[Turn], system: str | None, sampling: Sampling | None) -> dict[str, Any]:
     body = {"query": query, "history": list(history), "system": system, "stream": True}
     return body | (sampling.sampling() if sampling else {})
 
@@ -391,7 +391,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     url, key = args.url.rstrip("/"), args.api_key
 
-    def ask(query: Question, history: Sequence[AskedTurn], system: str, sampling: Sampling) -> Iterator[Part]:
+    def ask(query: Question, history: Sequence[AskedTurn], system: str | None, sampling: Sampling) -> Iterator[Part]:
         if query.images or any(question.images for question, *_ in history):
             return stream_messages(url, openai_messages(query, history, system), sampling, key)
         return stream_chat(url, query.text, text_turns(history), system, sampling, key)

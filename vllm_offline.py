@@ -22,7 +22,17 @@ from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.models.demo import DEMO_NAME
 from qwen_vllm.models.resolve import HUBS, resolve_model
 from qwen_vllm.offline.batch import Batch, BatchError
-from qwen_vllm.protocol import AskedTurn, ChatError, Part, Question, Sampling, ServerInfo, reason_of, text_turns
+from qwen_vllm.protocol import (
+    DEFAULT_SYSTEM,
+    AskedTurn,
+    ChatError,
+    Part,
+    Question,
+    Sampling,
+    ServerInfo,
+    reason_of,
+    text_turns,
+)
 
 if TYPE_CHECKING:
     from vllm_wrapper import ChatModel
@@ -109,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     name = args.model_path or DEMO_NAME
     info = ServerInfo([name, *model.adapters], reasoning_efforts=model.reasoning_efforts)
 
-    def ask(query: Question, history: Sequence[AskedTurn], system: str, sampling: Sampling) -> Iterator[Part]:
+    def ask(query: Question, history: Sequence[AskedTurn], system: str | None, sampling: Sampling) -> Iterator[Part]:
         return model.stream_chat(query.text, text_turns(history), system, sampling)
 
     if args.prompt is not None:
@@ -121,7 +131,7 @@ def _answer_file(args: argparse.Namespace, sampling: Sampling, load: Callable[[]
     """Answer the rows of --input; return the exit status: 1 where a row has no answer."""
     with closing(Batch(args.input, args.output, args.reference)) as batch:
         try:
-            batch.run(load, args.system, sampling)
+            batch.run(load, None if args.system == DEFAULT_SYSTEM else args.system, sampling)
             if args.ordered:
                 batch.order()
         except KeyboardInterrupt:

@@ -82,7 +82,7 @@ class ChatModel:
         args = EngineArgs(**engine_args)
         template = prepare(args, adapters, chat_template, options)
         prepared = ("tokenizer", "dtype", "language_model_only", "max_cudagraph_capture_size", "reasoning_parser")
-        engine_args |= {name: getattr(args, name) for name in prepared}
+        engine_args |= {name: getattr(args, name) for name in (*prepared, "override_generation_config")}
         with _children_without_interrupts():
             self.llm = LLM(**engine_args)
         self.adapters = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(adapters.items(), start=1)}
@@ -114,7 +114,7 @@ class ChatModel:
         self,
         query: str,
         history: Sequence[Turn] | None = None,
-        system: str = DEFAULT_SYSTEM,
+        system: str | None = DEFAULT_SYSTEM,
         sampling: Sampling | None = None,
     ) -> ChatResult:
         """The whole answer to `query`. The caller's `history` is not changed; the result holds the new one.
@@ -130,7 +130,7 @@ class ChatModel:
         self,
         query: str,
         history: Sequence[Turn] | None = None,
-        system: str = DEFAULT_SYSTEM,
+        system: str | None = DEFAULT_SYSTEM,
         sampling: Sampling | None = None,
     ) -> Iterator[Part]:
         """Yields the answer to `query`: pieces of what the model thinks and of the text, as they come, then one
@@ -221,7 +221,7 @@ class ChatModel:
                 names = ", ".join(self.adapters) or "none is loaded"
                 raise ChatError(f"model: there is no such LoRA adapter ({names})", param="model")
             prompt, params = self._requests.build(request, stream)
-            return _RunningRow(number, params, self._requests.answer(prompt), request)
+            return _RunningRow(number, params, self._requests.answer(prompt, request), request)
         except ChatError as error:
             return _BadRow(number, error)
 
@@ -258,10 +258,15 @@ class ChatModel:
                     self._step()
                 while mine:
                     output = mine.popleft()
-                    row = running[output.request_id]
-                    if output.finished:
+                    row = running.get(output.request_id)
+                    if not row:
+                        continue  # a stop word has ended it
+                    parts = row.add(output)
+                    if row.answer.stopped:
+                        self._engine.abort_request([output.request_id])
+                    if output.finished or row.answer.stopped:
                         del running[output.request_id], self._outputs[output.request_id]
-                    yield row, *row.add(output)
+                    yield row, *parts
         finally:
             if running and not self._death:
                 self._engine.abort_request(list(running))

@@ -96,12 +96,12 @@ class ModeFormat:
     """What depends on `Mode`.
 
     Attributes:
-        layouts: how a conversation starts without a system prompt, and with one.
+        layouts: how a conversation starts without a system message (None), with an empty one (False), and with one.
         generate: what comes after the query.
         opening: the same as text.
     """
 
-    layouts: tuple[Layout, Layout]
+    layouts: Mapping[bool | None, Layout]
     generate: Separator
     opening: str
 
@@ -133,19 +133,19 @@ class ChatTemplate:
         self._tokenizer, self._template, self._options = tokenizer, template, options
         self.joins_system = not self._takes_system()
 
-    def render(self, system: str, history: Iterable[Turn], query: str, mode: Mode = (None, None)) -> str:
-        """Render a conversation; text can spell control tokens here.
+    def render(self, system: str | None, history: Iterable[Turn], query: str, mode: Mode = (None, None)) -> str:
+        """Render a conversation; text can spell control tokens here. `system` None: without a system message.
 
         Raises:
             UnsupportedTemplate: the template fails.
         """
-        messages = [] if self.joins_system else [{"role": "system", "content": system}]
+        messages = [] if self.joins_system or system is None else [{"role": "system", "content": system}]
         for user, answer, *reasoning in history:
             messages += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
             if any(reasoning):
                 messages[-1]["reasoning_content"] = reasoning[0]
         messages.append({"role": "user", "content": query})
-        if self.joins_system and system.strip():
+        if self.joins_system and system and system.strip():
             messages[0]["content"] = f"{system.strip()}\n\n{messages[0]['content']}"
         return self._render(messages, mode)
 
@@ -239,11 +239,14 @@ def learn_format(template: ChatTemplate, encoder: Encoder) -> ChatFormat:
     efforts = _efforts(template)
     turns, modes = set(), {}
     for mode in product(THINKING, (None, *efforts)):
-        (layout, turn, opening), of_system = (_learn(template, encoder, system, mode) for system in ("", SYSTEM))
-        turns |= {turn, of_system[1]}
-        if len(turns) > 1 or of_system[2] != opening:
+        learned = [_learn(template, encoder, system, mode) for system in (None, "", SYSTEM)]
+        layouts, of_turns, openings = zip(*learned, strict=True)
+        turns |= {*of_turns}
+        if len(turns) > 1 or len({*openings}) > 1:
             raise UnsupportedTemplate("the chat template writes turns in more than one way")
-        modes[mode] = ModeFormat((layout, of_system[0]), _separator(encoder, opening), opening)
+        by_system = dict(zip((None, False, True), layouts, strict=True))
+        modes[mode] = ModeFormat(by_system, _separator(encoder, openings[0]), openings[0])
+    (turn,) = turns
     return ChatFormat(turn, modes, efforts)
 
 
@@ -258,10 +261,10 @@ def _efforts(template: ChatTemplate) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-def _learn(template: ChatTemplate, encoder: Encoder, system: str, mode: Mode) -> tuple[Layout, TurnFormat, str]:
+def _learn(template: ChatTemplate, encoder: Encoder, system: str | None, mode: Mode) -> tuple[Layout, TurnFormat, str]:
     """Learn how a conversation starts, what stands around its turns, and what the answer comes after."""
     prompt = template.render(system, [(USER, ANSWER)], QUERY, mode)
-    padded = template.render(_padded(system), [(_padded(USER), _padded(ANSWER))], _padded(QUERY), mode)
+    padded = template.render(system and _padded(system), [(_padded(USER), _padded(ANSWER))], _padded(QUERY), mode)
     trims = _trims(prompt, padded)
     if [text for text in trims if text != SYSTEM] != [USER, ANSWER, QUERY] or (SYSTEM in trims) != bool(system):
         raise UnsupportedTemplate("the chat template does not keep system, user and assistant texts as they are")

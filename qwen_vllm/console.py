@@ -6,6 +6,7 @@ generates them.
 
 import argparse
 import base64
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,15 +35,18 @@ from qwen_vllm.protocol import (
     Reasoning,
     Sampling,
     ServerInfo,
+    one_line,
     text_turns,
     validated,
 )
 from qwen_vllm.retry import retry_delay
 
-Ask = Callable[[Question, Sequence[AskedTurn], str, Sampling], Iterator[Part]]
+Ask = Callable[[Question, Sequence[AskedTurn], str | None, Sampling], Iterator[Part]]
 """(query, history, system, sampling) → `Reasoning` and str pieces, then one `ChatResult`; raises ChatError."""
 
 LINE_HISTORY = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "qwen-vllm" / "lines"
+ALONE = ("help", "clear", "history", "regen", "exit")
+"""The commands that take nothing behind them."""
 IMAGE = re.compile(
     rb"(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpeg>\xff\xd8\xff)|(?P<webp>RIFF.{4}WEBP)|(?P<gif>GIF8[79]a)", re.DOTALL
 )
@@ -93,6 +98,8 @@ def run(ask: Ask, title: str, args: argparse.Namespace, info: Callable[[], Serve
         return 2
     chat = Chat(ask, args.system, sampling, args.history_max, info)
     if not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is told, line by line
         answered = [chat.answer(line.strip()) for line in sys.stdin if line.strip()]
         return 0 if all(answered) else 1
     chat.remark(f"{title}\n/help lists the commands, Ctrl-D leaves.")
@@ -102,7 +109,7 @@ def run(ask: Ask, title: str, args: argparse.Namespace, info: Callable[[], Serve
             line = session.prompt("> ").strip()
             if line == "/exit":
                 return 0
-            if line.startswith("/"):
+            if is_command(line):
                 chat.command(line)
             elif line:
                 chat.answer(line)
@@ -116,7 +123,7 @@ class Chat:
     """Holds a conversation and its settings. A failed question changes nothing."""
 
     def __init__(
-        self, ask: Ask, system: str, sampling: Sampling, history_max: int, info: Callable[[], ServerInfo]
+        self, ask: Ask, system: str | None, sampling: Sampling, history_max: int, info: Callable[[], ServerInfo]
     ) -> None:
         self.ask, self.info, self.history_max = ask, info, history_max
         self.system, self.settings = system, sampling
@@ -128,6 +135,9 @@ class Chat:
 
     def answer(self, text: str) -> bool:
         """Ask with the attached images and print the answer; return False where there is none."""
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            print("Error: the question is not UTF-8: convert it first", file=sys.stderr, flush=True)
+            return False
         turns = len(self.history)
         answered = self._answer(Question(text, tuple(self.attached.values())), self.history)
         if len(self.history) > turns:
@@ -189,8 +199,7 @@ class Chat:
 
     def command(self, line: str) -> None:
         """Run a slash command; print what is wrong with a wrong one."""
-        name, _, argument = line[1:].partition(" ")
-        argument = argument.strip()
+        name, argument = _words(line)
         commands: dict[str, Callable[[], object]] = {
             "help": lambda: print(HELP),
             "clear": self._clear,
@@ -228,7 +237,7 @@ class Chat:
 
     def _set_system(self, text: str) -> None:
         self.system = text or self.system
-        print(self._shown(self.system))
+        print("No system prompt." if self.system is None else self._shown(self.system))
 
     def _show_history(self) -> None:
         for query, answer, _ in self.history:
@@ -308,12 +317,32 @@ class Chat:
         print(f"{len(self.history)} turns")
 
 
-def saved(system: str, history: Sequence[AskedTurn]) -> str:
+def is_command(line: str) -> bool:
+    """Tell whether a line is a slash command, or a mistyped one; another that begins with a slash is a question."""
+    name, argument = _words(line)
+    if not line.startswith("/"):
+        return False
+    if name in ALONE:
+        return not argument
+    if name in ("model", "effort"):
+        return len(argument.split()) <= 1
+    if name in ("image", "save", "load"):
+        return len(argument.split()) <= 1 or bool(Path(argument).suffix) or Path(argument).expanduser().exists()
+    return name in ("system", "set") or not (argument or "/" in name)
+
+
+def _words(line: str) -> tuple[str, str]:
+    """Split a slash command into its name and what follows it."""
+    name, argument = re.split(r"\s+|$", line[1:], maxsplit=1)
+    return name, argument
+
+
+def saved(system: str | None, history: Sequence[AskedTurn]) -> str:
     """Return a conversation as the JSON file that /load takes."""
     conversation: dict[str, Any] = {"system": system, "history": text_turns(history)}
     if any(query.images for query, *_ in history):
         conversation["images"] = [query.images for query, *_ in history]
-    return json.dumps(conversation, ensure_ascii=False, indent=1) + "\n"
+    return one_line(json.dumps(conversation, ensure_ascii=False, indent=1).encode()).decode() + "\n"
 
 
 def _file(path: str) -> Path:
@@ -336,6 +365,14 @@ def image_url(file: Path) -> str:
     return f"data:image/{kind.lastgroup};base64,{base64.b64encode(data).decode()}"
 
 
+class LineHistory(FileHistory):
+    """Keeps typed lines in a file. What cannot be kept, for the disk or for bytes that are no text, is left out."""
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError, UnicodeEncodeError):
+            super().store_string(string)
+
+
 def _session() -> PromptSession[str]:
     keys = KeyBindings()
 
@@ -347,8 +384,9 @@ def _session() -> PromptSession[str]:
     def _break_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    LINE_HISTORY.parent.mkdir(parents=True, exist_ok=True)
-    return PromptSession(history=FileHistory(LINE_HISTORY), multiline=True, key_bindings=keys, prompt_continuation="  ")
+    with suppress(OSError):
+        LINE_HISTORY.parent.mkdir(parents=True, exist_ok=True)
+    return PromptSession(history=LineHistory(LINE_HISTORY), multiline=True, key_bindings=keys, prompt_continuation="  ")
 
 
 def without_controls(text: str) -> str:
@@ -401,14 +439,19 @@ def given_sampling(args: argparse.Namespace) -> Sampling:
 
 
 def typed(name: str, value: str) -> object:
-    """Return a parameter's value as it was meant: parsed where it is JSON (0.5, true, ["a"]), else as text."""
+    """Return a parameter's value as it was meant: parsed where it is JSON (0.5, true, ["a"]), else as text.
+
+    One stop word is text in any case, without its quotes.
+    """
     if name == "model":
         return value
     try:
         parsed = json.loads(value)
     except ValueError:
         parsed = value
-    return [str(parsed)] if name == "stop" and not isinstance(parsed, list) else parsed
+    if name == "stop" and not isinstance(parsed, list):
+        return [parsed if isinstance(parsed, str) else value]
+    return parsed
 
 
 def _count(text: str) -> int:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import product
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 from prompt_utils import Prompt, PromptBuilder, PromptTooLong
 from qwen_vllm.chat_template import NoChatTemplate, UnsupportedTemplate, UnsupportedTokenizer
 from qwen_vllm.protocol import PROMPT_FIELDS, ChatError, ChatRequest, ChatResult, Turn, turn
-from qwen_vllm.reasoning import ReasoningSplitter, parser_for, think_tags
+from qwen_vllm.reasoning import ReasoningSplitter, overlap, parser_for, think_tags
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from vllm import CompletionOutput, SamplingParams
     from vllm.config import ModelConfig
+
+LEAST_ANSWER = 256
+"""How many tokens are kept for an answer, at least, where the request does not say `max_tokens`."""
 
 ADVICE: Mapping[type[UnsupportedTemplate], str] = {
     UnsupportedTokenizer: "use /v1/chat/completions, or start with --tokenizer-mode hf where the model has a "
@@ -64,7 +68,8 @@ class RequestBuilder:
     def build(self, request: ChatRequest, stream: bool) -> tuple[Prompt, "SamplingParams"]:
         """Make the prompt and the sampling parameters: deltas if `stream`, else the whole answer at the end.
 
-        Room for the answer, `max_tokens`, is reserved before the history is fitted in.
+        Room for the answer, `max_tokens`, is reserved before the history is fitted in. Where nobody has asked for that
+        much, it gives way to the query and to the newest turn, down to LEAST_ANSWER.
 
         Raises:
             ChatError: system, query and answer together are longer than the context.
@@ -72,22 +77,41 @@ class RequestBuilder:
         wanted = self.defaults | request.sampling(exclude=PROMPT_FIELDS)
         if wanted["max_tokens"] >= self.context:
             raise ChatError(f"max_tokens: must be less than the context of {self.context}", param="max_tokens")
-        room = self.context - wanted["max_tokens"]
         if "thinking_budget" in wanted:
             wanted["thinking_token_budget"] = self._checked_budget(wanted.pop("thinking_budget"), wanted["max_tokens"])
-        mode = request.enable_thinking, self._checked_effort(request.reasoning_effort)
-        try:
-            prompt = self.prompts.build(request.system, request.history, request.query, room, *mode)
-        except PromptTooLong as error:
-            raise ChatError(f"{error}: shorten them or ask for fewer max_tokens", param="query") from error
+        prompt = self._prompt(request, wanted["max_tokens"])
+        wanted["max_tokens"] = min(wanted["max_tokens"], self.context - len(prompt.token_ids))
+        if wanted.get("stop") and not self._splitter(prompt).ended:
+            del wanted["stop"]  # the engine would find them in the reasoning too: `RunningAnswer` looks for them
+            stream = True
         kind = self._kinds.DELTA if stream else self._kinds.FINAL_ONLY
         stop_token_ids = [self.prompts.stop_token_id]
         params = self._sampling_params(**wanted, stop_token_ids=stop_token_ids, output_kind=kind, skip_clone=True)
         return prompt, params
 
-    def answer(self, prompt: Prompt) -> "RunningAnswer":
-        """Begin the answer to a prompt."""
-        return RunningAnswer(prompt, ReasoningSplitter(self._tags, prompt.opening), self.prompts.keeps_reasoning)
+    def _prompt(self, request: ChatRequest, reserved: int) -> Prompt:
+        """Build the prompt with `reserved` tokens of room for the answer, or with less where that may give way."""
+        mode = request.enable_thinking, self._checked_effort(request.reasoning_effort)
+        asked = request.max_tokens or max(LEAST_ANSWER, request.thinking_budget or 0)
+        least, newest = min(reserved, asked), request.history[-1:]
+        with suppress(PromptTooLong):
+            prompt = self.prompts.build(request.system, request.history, request.query, self.context - reserved, *mode)
+            if least == reserved or prompt.dropped_turns < len(request.history) or not newest:
+                return prompt
+        try:
+            prompt = self.prompts.build(request.system, newest, request.query, self.context - least, *mode)
+        except PromptTooLong as error:
+            raise ChatError(f"{error}: shorten them or ask for fewer max_tokens", param="query") from error
+        return replace(prompt, dropped_turns=prompt.dropped_turns + len(request.history) - len(newest))
+
+    def answer(self, prompt: Prompt, request: ChatRequest) -> "RunningAnswer":
+        """Begin the answer to a request, whose prompt was built."""
+        splitter = self._splitter(prompt)
+        stop = [] if splitter.ended else request.stop or []
+        return RunningAnswer(prompt, splitter, self.prompts.keeps_reasoning, stop)
+
+    def _splitter(self, prompt: Prompt) -> ReasoningSplitter:
+        return ReasoningSplitter(self._tags, prompt.opening)
 
     def _checked_effort(self, effort: str | None) -> str | None:
         levels = self.prompts.efforts
@@ -134,19 +158,46 @@ def sampling_defaults(context: int, configured: Mapping[str, Any]) -> dict[str, 
     return {**defaults, "max_tokens": max(1, min(defaults["max_tokens"], context // 2))}
 
 
+class StopWords:
+    """Looks for stop words in a text while it comes; `found` is the first that was complete."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words, self._held = words, ""
+        self.found: str | None = None
+
+    def before(self, text: str, last: bool) -> str:
+        """Return what is new of the text before any stop word, without what may be the start of one."""
+        text = self._held + text
+        ends = [(text.index(word) + len(word), word) for word in self._words if word in text]
+        if ends:
+            end, self.found = min(ends, key=lambda found: found[0])
+            return text[: end - len(self.found)]
+        held = 0 if last else max((overlap(text, word) for word in self._words), default=0)
+        cut = len(text) - held
+        self._held = text[cut:]
+        return text[:cut]
+
+
 class RunningAnswer:
     """One answer as it grows: splits what the engine gives, in deltas or at once, and counts. It keeps no text.
+
+    Args:
+        stop: words that end the text, for which the engine does not look.
 
     Attributes:
         prompt: what is answered.
         keeps_reasoning: whether the model's chat template reads the reasoning of earlier turns.
         finish_reason: "stop" or "length" when the answer has ended; None before.
+        stopped: whether one of `stop` has ended it; the engine is to be told to end too.
     """
 
-    def __init__(self, prompt: Prompt, splitter: ReasoningSplitter, keeps_reasoning: bool) -> None:
+    def __init__(
+        self, prompt: Prompt, splitter: ReasoningSplitter, keeps_reasoning: bool, stop: Sequence[str] = ()
+    ) -> None:
         self.prompt, self.keeps_reasoning = prompt, keeps_reasoning
         self.finish_reason: str | None = None
-        self._splitter = splitter
+        self.stopped = False
+        self._splitter, self._stop = splitter, StopWords(stop) if stop else None
         self._completion_tokens = 0
         self._stop_reason: str | None = None
 
@@ -165,6 +216,11 @@ class RunningAnswer:
                 raise ChatError(message, "engine_error", status=503)
             self.finish_reason = completion.finish_reason
             self._stop_reason = completion.stop_reason if isinstance(completion.stop_reason, str) else None
+        if self._stop:
+            text = self._stop.before(text, last)
+            if self._stop.found:
+                self.finish_reason, self._stop_reason = "stop", self._stop.found
+                self.stopped = not last
         return reasoning, text
 
     def result(self, text: str, reasoning: str, query: str = "", earlier: Sequence[Turn] = ()) -> ChatResult:

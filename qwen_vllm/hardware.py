@@ -4,8 +4,10 @@ A flag, or the environment variable of that name, goes over each of them; `vllm_
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,9 @@ MAX_PIXELS = 2**26
 """Of all images in one request: decoded they take 200 MB, and a file of a few kilobytes can hold that many."""
 GRAPHS_BY_DEFAULT = 512
 """The largest batch that vLLM captures in a CUDA graph by default."""
+
+MEMBERSHIP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+"""Where Linux lists the control groups of this process, and where their limits are."""
 
 MTP = (
     "Qwen3.5 to 3.8 and Qwen3-Next have an MTP layer: --speculative-config "
@@ -160,7 +165,27 @@ def computes_four_bits() -> bool:
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+    """Count the cores that this process may use: those of its affinity, and what its control groups allow."""
+    quotas = chain(_limits("cpu", "cpu.max"), _limits("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"))
+    allowed = [quota // period for quota, period in quotas if quota > 0]
+    return max(1, min([len(os.sched_getaffinity(0)), *allowed]))
+
+
+def _limits(controller: str, *files: str) -> Iterator[list[int]]:
+    """Yield the numbers in these files of each control group of this process; where there is no limit, none.
+
+    Version 1 has a tree of groups for each controller, version 2 one for all. All groups up to the root count. In a
+    container the path may be the host's, which is not there: then the root is the container's own group.
+    """
+    for line in MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        root = CGROUPS / controller if controllers else CGROUPS
+        if controllers and controller not in controllers.split(","):
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents[: len(group.parts) - len(root.parts)]):
+            with suppress(OSError, ValueError):  # no such file, or "max"
+                yield [int(number) for file in files for number in (folder / file).read_text().split()]
 
 
 def _cpu_flags() -> set[str]:
@@ -172,4 +197,7 @@ def _cpu_flags() -> set[str]:
 
 
 def _memory_gib() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30
+    """Tell how much memory this process may use: the machine's, or less where its control groups allow less."""
+    limits = chain(_limits("memory", "memory.max"), _limits("memory", "memory.limit_in_bytes"))
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *(limit for (limit,) in limits)]) // 2**30

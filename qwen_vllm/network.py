@@ -11,8 +11,9 @@ def listen(program: str, host: str, port: int) -> socket.socket:
     """Listen on a port; end the program with one line where that is not possible."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        sys.exit(f"{program}: cannot listen on {host}:{port} ({error.strerror}): choose another --port")
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        sys.exit(f"{program}: cannot listen on {host}:{port} ({reason}): choose another --port")
 
 
 def address(host: str, port: int, tls: bool = False) -> str:

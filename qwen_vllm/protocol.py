@@ -111,8 +111,8 @@ class ChatRequest(Sampling):
     """what the user says now"""
     history: Annotated[list[RequestTurn], FailFast(), Strict(False)] = []
     """earlier turns, oldest first: [[user, assistant], …], or [user, assistant, reasoning] for a model that reads it"""
-    system: str = DEFAULT_SYSTEM
-    """how the model should behave"""
+    system: str | None = DEFAULT_SYSTEM
+    """how the model should behave; null: no system message"""
     stream: bool = False
     """answer piece by piece, as newline-delimited JSON"""
 
@@ -229,6 +229,13 @@ def validated(model: type[Model], data: bytes | Mapping[str, Any]) -> Model:
     except ValidationError as failure:
         param, message = _first_error(failure)
         raise ChatError(f"{param}: {message[:300]}" if param else message[:300], param=param) from None
+
+
+def one_line(text: bytes) -> bytes:
+    """Escape in JSON the characters at which some readers of lines break it: U+0085, U+2028 and U+2029."""
+    return (
+        text.replace(b"\xc2\x85", b"\\u0085").replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029")
+    )
 
 
 def reason_of(error: Exception) -> str:

@@ -4,9 +4,10 @@
 them split streamed and whole answers differently, and some read the whole answer again for each token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,46 +20,61 @@ PARSER, ALWAYS_PARSER = "qwen_thinking", "qwen_always_thinking"
 
 @dataclass(frozen=True)
 class ThinkTags:
-    """What begins and what ends the reasoning. Each is one token; `end_id` is the end's."""
+    """What begins and what ends the reasoning. Each is one token; `decode` turns token ids into text."""
 
     start: str
     end: str
+    start_id: int
     end_id: int
+    decode: Callable[[Sequence[int]], str]
 
 
 class ReasoningSplitter:
     """Splits one answer, while it comes, into reasoning and text.
 
-    There is reasoning where the prompt has begun it, or where the answer begins with the start tag. Line breaks around
-    the reasoning belong neither to it nor to the text.
+    There is reasoning where the prompt has begun it, or where the answer begins with the start tag. The tags are
+    tokens: one that is spelled in plain letters is text like any other. Line breaks around the reasoning belong neither
+    to it nor to the text.
 
     Args:
         tags: the model's; None: it does not think.
-        opening: the end of the prompt, behind the user's text.
+        opening: the end of the prompt, behind the user's text. Where it ends the reasoning, all that comes is text.
 
     Attributes:
         ended: no reasoning is to come any more; text may be taken as it is.
-        tokens: how many tokens the reasoning has taken, without the tags.
     """
 
     def __init__(self, tags: ThinkTags | None, opening: str) -> None:
-        self.ended, self.tokens = tags is None, 0
-        self._tags, self._pending = tags or ThinkTags("", "", -1), ""
+        self._tags, self._pending = tags or ThinkTags("", "", -1, -1, str), ""
         self._begun = opening.rfind(self._tags.start) > opening.rfind(self._tags.end)
-        self._closed = False
-        self._counted = self._shown = False
+        self.ended = tags is None or (tags.end in opening and not self._begun)
+        self._token_ids: list[int] = []
+        self._end: int | None = None  # where the token of the end tag is
+        self._tags_before = 0  # 1 where the answer itself began with the start tag
+        self._spelled = 0  # end tags in plain letters among the reasoning so far
+        self._closed = self._shown = False
         self._breaks = 0  # line breaks that are of the reasoning only if more of it comes
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the reasoning has taken, without the tags."""
+        return self._reasoning_end - self._tags_before if self._begun else 0
+
+    @property
+    def _reasoning_end(self) -> int:
+        return len(self._token_ids) if self._end is None else self._end
 
     def split(self, text: str, token_ids: Sequence[int], last: bool) -> tuple[str, str]:
         """Return (new reasoning, new text) for the next piece of the answer and its tokens.
 
-        What may be the start of a tag is held back until more has come; nothing is with the `last` piece.
+        A text may come later than its tokens, never before. What may be the start of a tag is held back until more has
+        come; nothing is with the `last` piece.
         """
         if self.ended:
             return "", text
-        if not self._counted:
-            self._counted = self._tags.end_id in token_ids
-            self.tokens += token_ids.index(self._tags.end_id) if self._counted else len(token_ids)
+        if self._end is None and self._tags.end_id in token_ids:
+            self._end = len(self._token_ids) + token_ids.index(self._tags.end_id)
+        self._token_ids += token_ids
         self._pending += text
         if self._closed:
             return "", self._take_text()
@@ -66,22 +82,38 @@ class ReasoningSplitter:
 
     def _begin(self, last: bool) -> tuple[str, str]:
         """Decide whether the answer begins with the start tag, as soon as that is clear."""
-        written = self._pending.lstrip()
-        if written.startswith(self._tags.start):
-            self._begun = True
-            self._pending = written.removeprefix(self._tags.start)
-            self.tokens -= 1
-            return self._think(last)
-        if last or not self._tags.start.startswith(written):
-            self.tokens = 0
+        _, tag, written = self._pending.partition(self._tags.start)
+        if self._starts_with_tag():
+            if tag:
+                self._begun, self._tags_before, self._pending = True, 1, written
+                return self._think(last)
+        elif self._pending.strip():
             return "", self._take_text()
-        return "", ""
+        return ("", self._take_text()) if last else ("", "")
+
+    def _starts_with_tag(self) -> bool:
+        if self._tags.start_id not in self._token_ids:
+            return False
+        before = self._token_ids[: self._token_ids.index(self._tags.start_id)]
+        return not self._tags.decode(before).strip()
 
     def _think(self, last: bool) -> tuple[str, str]:
-        thought, tag, text = self._pending.partition(self._tags.end)
-        if not (tag or last):
-            thought = thought[: len(thought) - _overlap(thought, self._tags.end)]
-        self._pending = text if tag else self._pending[len(thought) :]
+        pieces = self._pending.split(self._tags.end)
+        spelled = len(pieces) - 1
+        if self._end is not None:
+            before = self._tags.decode(self._token_ids[: self._end])
+            spelled = max(0, before.count(self._tags.end) - self._spelled)
+        thought, text = (self._tags.end.join(part) for part in (pieces[: spelled + 1], pieces[spelled + 1 :]))
+        self._closed = len(pieces) > spelled + 1
+        if not (self._closed or last):
+            thought = thought[: len(thought) - overlap(thought, self._tags.end)]
+        self._spelled += thought.count(self._tags.end)
+        self._pending = text if self._closed else self._pending[len(thought) :]
+        shown = self._without_breaks(thought)
+        return shown, self._take_text() if self._closed else ""
+
+    def _without_breaks(self, thought: str) -> str:
+        """Leave out line breaks at the start of the reasoning, and hold back those that may be its end."""
         shown = thought.rstrip("\n")
         breaks, self._breaks = self._breaks, len(thought) - len(shown)
         if not shown:
@@ -90,10 +122,7 @@ class ReasoningSplitter:
             shown = "\n" * breaks + shown
         else:
             self._shown, shown = True, shown.lstrip("\n")
-        if not tag:
-            return shown, ""
-        self._closed = True
-        return shown, self._take_text()
+        return shown
 
     def _take_text(self) -> str:
         text = self._pending.lstrip("\n") if self._begun else self._pending
@@ -102,11 +131,11 @@ class ReasoningSplitter:
         return text
 
 
-def _overlap(text: str, tag: str) -> int:
-    """Count the characters at the end of `text` that may be the start of `tag`."""
-    if tag[0] not in text:
+def overlap(text: str, word: str) -> int:
+    """Count the characters at the end of `text` that may be the start of `word`."""
+    if word[0] not in text:
         return 0
-    return next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)
+    return next((n for n in range(len(word) - 1, 0, -1) if text.endswith(word[:n])), 0)
 
 
 def parser_for(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None, options: Mapping[str, Any]) -> str:
@@ -147,7 +176,10 @@ def think_tags(parser: str, tokenizer: "PreTrainedTokenizerBase") -> ThinkTags |
     register()
     found = ReasoningParserManager.get_reasoning_parser(parser)(tokenizer)
     start, end, vocabulary = found.reasoning_start_str, found.reasoning_end_str, tokenizer.get_vocab()
-    return ThinkTags(start, end, vocabulary[end]) if start in vocabulary and end in vocabulary else None
+    if not {start, end} <= vocabulary.keys():
+        return None
+    decode = partial(tokenizer.decode, skip_special_tokens=True)  # as the engine does for an answer
+    return ThinkTags(start, end, vocabulary[start], vocabulary[end], decode)
 
 
 def register() -> None:

@@ -62,6 +62,8 @@ def running_server(
     """
     known = _known_flags(flags)
     port = known.port or free_port()
+    if not 0 < port < 65536:
+        raise ServerFailed(f"--port {port}: there is no such port, only 1 to 65535")
     if known.uds or known.ssl_certfile:
         raise ServerFailed("with TLS or a socket file, start the server by itself: make serve")
     host = "127.0.0.1" if known.host in ("0.0.0.0", "::") else known.host

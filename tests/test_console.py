@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from prompt_toolkit.application import create_app_session
@@ -126,7 +127,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Cap
         monkeypatch.setattr("sys.stdout.isatty", lambda: True)
         monkeypatch.setattr(console, "LINE_HISTORY", tmp_path / "state" / "lines")
         with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
-            pipe.send_text(keys or "".join(f"{line}\r" for line in typed) + CTRL_D)
+            text = keys or "".join(f"{line}\r" for line in typed)
+            pipe.send_bytes((text + CTRL_D).encode(errors="surrogateescape"))
             assert console.run(ask, "title", parsed(*flags), lambda: info) == 0
         shown = capsys.readouterr()
         return shown.out.split(f"Ctrl-D leaves.{PLAIN}\n", 1)[1] + shown.err
@@ -454,6 +456,51 @@ def test_an_unknown_command(terminal: Callable, line: str) -> None:
     assert ask.calls == []
 
 
+QUESTIONS = [
+    *("/no_think What is 2 + 2?", "/home/me/notes.txt", "/home/me/my notes.txt is what?", "// comment", "//", "/ 2"),
+    *("/load balancing: explain", "/save the whales", "/image of a cat?", "/help me", "/clear and simple?"),
+    *("/history of China", "/exit code 1 means?", "/regen erate", "/model trains are fun", "/effort is all?"),
+    pasted("/help\nme"),
+]
+
+
+@pytest.mark.parametrize("line", QUESTIONS)
+def test_what_only_begins_like_a_command_is_a_question(terminal: Callable, line: str) -> None:
+    ask = ScriptedAsk(["a"])
+    assert without_remarks(terminal(ask, line)) == "a\n"
+    assert [call.query for call in ask.calls] == [line.removeprefix("\x1b[200~").removesuffix("\x1b[201~")]
+
+
+@pytest.mark.parametrize("line", ["/load my chat.json", "/image my cat.png", "/load missing", "/set theory"])
+def test_a_mistyped_command_is_told(terminal: Callable, line: str) -> None:
+    ask = ScriptedAsk()
+    assert terminal(ask, line)
+    assert ask.calls == []
+
+
+@pytest.mark.parametrize("keys", [b"gbk \xc4\xe3", b"\x1b[200~\xff\xfe\x1b[201~"])
+def test_a_line_that_is_not_utf8_is_told_and_the_chat_goes_on(terminal: Callable, keys: bytes) -> None:
+    ask = ScriptedAsk(["a"])
+    shown = terminal(ask, keys=keys.decode(errors="surrogateescape") + "\rone\r")
+    assert "Error: the question is not UTF-8: convert it first\n" in shown
+    assert [call.query for call in ask.calls] == ["one"]
+
+
+def test_a_pipe_that_is_not_utf8_is_told_line_by_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    ask = ScriptedAsk(["a"])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xc4\xe3\n\xe4\xbd\xa0\n"), encoding="utf-8"))
+    assert console.run(ask, "title", parsed(), lambda: INFO) == 1
+    assert capsys.readouterr() == ("a\n", "Error: the question is not UTF-8: convert it first\n")
+    assert [call.query for call in ask.calls] == ["你"]
+
+
+def test_a_chat_goes_on_where_its_lines_cannot_be_kept(terminal: Callable, tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("no folder")
+    ask = ScriptedAsk(["a"], ["b"])
+    terminal(ask, "one", "two")
+    assert [call.query for call in ask.calls] == ["one", "two"]
+
+
 def test_system(terminal: Callable) -> None:
     ask = ScriptedAsk(["a"])
     shown = terminal(ask, "/system", "/system  Be brief, please. ", "one")
@@ -477,7 +524,16 @@ def test_set(terminal: Callable) -> None:
 
 @pytest.mark.parametrize(
     ("typed", "value"),
-    [("stop 42", ["42"]), ('stop ["a", "b"]', ["a", "b"]), ("stop the end", ["the end"]), ('stop "\\n"', ["\n"])],
+    [
+        ("stop 42", ["42"]),
+        ("stop null", ["null"]),
+        ("stop true", ["true"]),
+        ("stop 1e3", ["1e3"]),
+        ("stop {}", ["{}"]),
+        ('stop ["a", "b"]', ["a", "b"]),
+        ("stop the end", ["the end"]),
+        ('stop "\\n"', ["\n"]),
+    ],
 )
 def test_set_stop(terminal: Callable, typed: str, value: list[str]) -> None:
     ask = ScriptedAsk(["a"])
@@ -532,6 +588,15 @@ def test_a_saved_conversation_goes_on(terminal: Callable, tmp_path: Path) -> Non
     assert shown.startswith("1 turns\n")
     assert (ask.calls[0].system, ask.calls[0].history) == ("Be brief.", [("one", "a\n你好")])
     assert json.loads(file.read_text(encoding="utf-8"))["history"] == [["one", "a\n你好"]]
+
+
+def test_no_reader_of_lines_breaks_a_saved_conversation(terminal: Callable, tmp_path: Path) -> None:
+    file, text = tmp_path / "chat.json", "a\u2028b\u2029c\x85d 你好"
+    terminal(ScriptedAsk([text]), "one", f"/save {file}")
+    saved = file.read_text()
+    assert saved.splitlines() == saved[:-1].split("\n")
+    assert json.loads(saved)["history"] == [["one", text]]
+    assert "你好" in saved
 
 
 def test_a_saved_conversation_keeps_its_reasoning(terminal: Callable, tmp_path: Path) -> None:

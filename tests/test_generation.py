@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from qwen_vllm.generation import RequestBuilder, sampling_defaults
 from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, ChatRequest
 from tests.support.tiny_families import FAMILIES, QWEN38, REFUSED
+from tests.support.tokenizers import byte_tokenizer
 
 MODEL_CONFIG = SimpleNamespace(max_model_len=400, get_diff_sampling_param=lambda: {"temperature": 0.2})
 
@@ -100,6 +101,57 @@ def test_what_does_not_fit_is_refused_with_what_to_do(builder: RequestBuilder) -
     with pytest.raises(ChatError, match=r"take \d+ tokens, but only 300 fit: shorten them or ask for fewer") as refused:
         builder.build(ChatRequest(query="q" * 400, max_tokens=100), False)
     assert refused.value.param == "query"
+
+
+def long_text(builder: RequestBuilder, tokens: int) -> str:
+    """A text with which a prompt without history has so many tokens."""
+    prompt, _ = builder.build(ChatRequest(query="q", max_tokens=1), False)
+    return "q" * (tokens - len(prompt.token_ids) + 1)
+
+
+@pytest.fixture
+def roomy(qwen3_tokenizer: PreTrainedTokenizerBase) -> RequestBuilder:
+    """A model with a context of 8,192, of which an answer gets 2,048."""
+    bytewise = byte_tokenizer(qwen3_tokenizer.chat_template)
+    return RequestBuilder(SimpleNamespace(max_model_len=8192, get_diff_sampling_param=dict), bytewise)
+
+
+@pytest.mark.parametrize(("tokens", "left"), [(6144, 2048), (6145, 2047), (7000, 1192), (8192 - 256, 256)])
+def test_room_that_nobody_asked_for_gives_way_to_a_long_query(roomy: RequestBuilder, tokens: int, left: int) -> None:
+    prompt, params = roomy.build(ChatRequest(query=long_text(roomy, tokens)), False)
+    assert (len(prompt.token_ids), params.max_tokens) == (tokens, left)
+
+
+def test_room_that_nobody_asked_for_gives_way_to_the_newest_turn(roomy: RequestBuilder) -> None:
+    document = (long_text(roomy, 7000), "Yes.")
+    old = ("Hello", "Hello!")
+    prompt, params = roomy.build(ChatRequest(query="And?", history=[old, document]), False)
+    assert prompt.dropped_turns == 1
+    assert params.max_tokens == 8192 - len(prompt.token_ids) < 1192
+    many, params = roomy.build(ChatRequest(query="And?", history=[document, *[old] * 99]), False)
+    assert (many.dropped_turns, params.max_tokens) == (1, 2048)  # the newest turns fit
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fields", "fits"),
+    [
+        (8192 - 255, {}, 7936),
+        (6145, {"max_tokens": 2048}, 6144),
+        (8192 - 255, {"max_tokens": 256}, 7936),
+        (7193, {"thinking_budget": 1000}, 7192),
+    ],
+)
+def test_room_that_was_asked_for_gives_way_to_nothing(
+    roomy: RequestBuilder, tokens: int, fields: dict[str, Any], fits: int
+) -> None:
+    query = long_text(roomy, tokens)
+    with pytest.raises(ChatError, match=f"take {tokens} tokens, but only {fits} fit") as refused:
+        roomy.build(ChatRequest(query=query, **fields), False)
+    assert refused.value.param == "query"
+    if fields:
+        document = (query, "Yes.")
+        prompt, _ = roomy.build(ChatRequest(query="And?", history=[document], **fields), False)
+        assert prompt.dropped_turns == 1
 
 
 def refusal(tokenizer: Any) -> str:

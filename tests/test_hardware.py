@@ -2,6 +2,7 @@
 
 import os
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,6 +44,78 @@ def test_the_environment_keeps_what_the_user_has_set(
     assert environment["OMP_NUM_THREADS"] == "1"
     assert environment["VLLM_NO_USAGE_STATS"] == "1"
     assert ("VLLM_CPU_KVCACHE_SPACE" in environment) == cpu
+
+
+NO_LIMIT = str(2**63 - 4096)
+GROUPS = {
+    "version 2, in a container": ("0::/", {"cpu.max": "200000 100000", "memory.max": str(8 * 2**30)}, 2, 8),
+    "version 2, of the host": ("0::/a/b", {"a/b/cpu.max": "400000 100000", "a/b/memory.max": str(16 * 2**30)}, 4, 16),
+    "a limit further up": ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "300000 100000"}, 3, 256),
+    "the least of all": ("0::/a", {"a/memory.max": str(9 * 2**30), "memory.max": str(4 * 2**30)}, 64, 4),
+    "no limit": ("0::/", {"cpu.max": "max 100000", "memory.max": "max"}, 64, 256),
+    "half a core": ("0::/", {"cpu.max": "50000 100000", "memory.max": str(2**29)}, 1, 0),
+    "a core and a half": ("0::/", {"cpu.max": "150000 100000"}, 1, 256),
+    "more than there is": ("0::/", {"cpu.max": "9900000 100000", "memory.max": str(2**50)}, 64, 256),
+    "version 1": (
+        "4:memory:/docker/x\n3:cpu,cpuacct:/docker/x\n0::/",
+        {
+            "cpu/cpu.cfs_quota_us": "200000",
+            "cpu/cpu.cfs_period_us": "100000",
+            "memory/memory.limit_in_bytes": str(8 * 2**30),
+        },
+        2,
+        8,
+    ),
+    "version 1, of the host": (
+        "4:memory:/docker/x\n3:cpuset:/\n2:cpu:/docker/x",
+        {
+            "cpu/cpu.cfs_quota_us": "-1",
+            "cpu/docker/x/cpu.cfs_quota_us": "300000",
+            "cpu/docker/x/cpu.cfs_period_us": "50000",
+            "memory/memory.limit_in_bytes": NO_LIMIT,
+            "memory/docker/x/memory.limit_in_bytes": str(4 * 2**30),
+        },
+        6,
+        4,
+    ),
+    "version 1, no limit": (
+        "4:memory:/\n2:cpu:/",
+        {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "1", "memory/memory.limit_in_bytes": NO_LIMIT},
+        64,
+        256,
+    ),
+    "no files": ("0::/a/b", {}, 64, 256),
+    "no groups": ("", {}, 64, 256),
+}
+
+
+@pytest.mark.parametrize(("membership", "files", "cores", "gib"), GROUPS.values(), ids=GROUPS)
+def test_threads_and_cache_follow_the_limits_of_a_container(
+    environment: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    membership: str,
+    files: dict[str, str],
+    cores: int,
+    gib: int,
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    if membership:
+        (tmp_path / "membership").write_text(f"{membership}\n")
+    monkeypatch.setattr(hardware, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(hardware, "CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 256 * 2**18}.get)
+    monkeypatch.setattr(hardware, "on_cpu", lambda: True)
+    chosen = hardware.values(hardware.environment_defaults())
+    assert chosen["OMP_NUM_THREADS"] == str(cores)
+    assert chosen["VLLM_CPU_KVCACHE_SPACE"] == str(max(1, min(4, gib // 4)))
+    monkeypatch.setattr(hardware, "on_cpu", lambda: False)
+    monkeypatch.setattr(hardware, "max_num_seqs", lambda args: 1024)
+    front_ends = hardware.values(hardware.server_defaults(command_line()))["api_server_count"]
+    assert front_ends == max(1, min(6, cores * 3 // 8))
 
 
 @pytest.fixture

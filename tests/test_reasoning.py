@@ -1,12 +1,15 @@
 """What a model thinks, told from what it says: wherever the answer is cut, by the same rules for all."""
 
 from functools import partial
+from itertools import chain, pairwise
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.parser import ParserManager
 from vllm.reasoning import ReasoningParserManager
 
 from qwen_vllm.reasoning import (
@@ -20,8 +23,15 @@ from qwen_vllm.reasoning import (
 )
 from tests.support.tokenizers import QWEN3_TEMPLATE
 
-END_ID = 9
-MARKS = ThinkTags("<think>", "</think>", END_ID)
+START, END = "<think>", "</think>"
+MARKS = ThinkTags(START, END, ord("S"), ord("E"), lambda ids: "".join(map(text_of, ids)))
+
+
+def text_of(token: int) -> str:
+    """The text of a token: S and E are the marks, any other character is a token of its own."""
+    return {"S": START, "E": END}.get(chr(token), chr(token))
+
+
 OPENS = "<|im_end|>\n<|im_start|>assistant\n<think>\n"
 ALWAYS_THINKS = "{% set enable_thinking = true %}" + QWEN3_TEMPLATE.replace(
     "assistant\\n' }}", "assistant\\n<think>\\n' }}"
@@ -30,91 +40,92 @@ THINKS_UNLESS_TOLD = QWEN3_TEMPLATE.replace("endif %}\n{%- endif %}", "else %}<t
 DROPS_THOUGHTS = QWEN3_TEMPLATE.replace("enable_thinking is defined", "false")
 
 
-def split(pieces: list[str], opening: str = "assistant\n", marks: ThinkTags | None = MARKS) -> tuple[str, str, int]:
-    """Thought, text and the thought's tokens of an answer that comes in these pieces; a mark is a token, and so is any
-    other piece."""
+def split(answer: str, cuts: list[int], opening: str = "assistant\n", marks: ThinkTags | None = MARKS) -> Any:
+    """Thought, text and the thought's tokens of an answer, a token a character, that comes in pieces cut at `cuts`."""
     splitter, thought, text = ReasoningSplitter(marks, opening), "", ""
-    for n, piece in enumerate(pieces, start=1):
-        new = splitter.split(piece, [END_ID if piece == "</think>" else 1], n == len(pieces))
+    for start, end in pairwise([0, *cuts, len(answer)]):
+        ids = [ord(c) for c in answer[start:end]]
+        new = splitter.split("".join(map(text_of, ids)), ids, end == len(answer))
         thought, text = thought + new[0], text + new[1]
     return thought, text, splitter.tokens
 
 
+def lagging(answer: str, lag: int, opening: str) -> Any:
+    """The same, a token a piece, where each text comes `lag` characters late."""
+    splitter, thought, text = ReasoningSplitter(MARKS, opening), "", ""
+    whole = "".join(text_of(ord(c)) for c in answer)
+    sent = come = 0
+    for n, c in enumerate(answer, start=1):
+        come += len(text_of(ord(c)))
+        upto = come if n == len(answer) else max(sent, come - lag)
+        new = splitter.split(whole[sent:upto], [ord(c)], n == len(answer))
+        thought, text, sent = thought + new[0], text + new[1], upto
+    return thought, text, splitter.tokens
+
+
+CLOSED = "<think>\n\n</think>\n\n"
 ANSWERS = {
-    "a thought": ("", "<think>\nHm, 你.\n</think>\n\nHello\n", "Hm, 你.", "Hello\n"),
-    "a thought that the prompt begins": (OPENS, "Hm.\n</think>\n\nHello", "Hm.", "Hello"),
-    "begun twice": (OPENS, "<think>Hm.</think>Hello", "<think>Hm.", "Hello"),
-    "no thought": ("", "\n Hello", "", "\n Hello"),
-    "an empty thought": ("", "<think>\n\n</think>\n\nHello", "", "Hello"),
-    "thinking turned off": ("<think>\n\n</think>\n\n", "\nHello", "", "\nHello"),
-    "cut in the thought": ("", "<think>\nHm\n", "Hm", ""),
-    "cut in the end mark": ("", "<think>Hm\n</thi", "Hm\n</thi", ""),
-    "cut in the start mark": ("", "<thi", "", "<thi"),
-    "cut behind the thought": ("", "<think>Hm</think>\n\n", "Hm", ""),
-    "white space first": ("", " \n<think>Hm</think>Hello", "Hm", "Hello"),
-    "marks in the text": ("", "<think>a</think>b</think><think>c", "a", "b</think><think>c"),
-    "a mark later": ("", "Write <think> first</think>", "", "Write <think> first</think>"),
-    "near marks": ("", "<think>a </thin> < </ \n\n b\n</think>c", "a </thin> < </ \n\n b", "c"),
-    "nothing": ("", "", "", ""),
-    "nothing after all": (OPENS, "", "", ""),
+    "a thought": ("", "S\nHm, 你.\nE\n\nHello\n", "Hm, 你.", "Hello\n", 8),
+    "a thought that the prompt begins": (OPENS, "Hm.\nE\n\nHello", "Hm.", "Hello", 4),
+    "begun twice": (OPENS, "SHm.EHello", "<think>Hm.", "Hello", 4),
+    "no thought": ("", "\n Hello", "", "\n Hello", 0),
+    "an empty thought": ("", "S\n\nE\n\nHello", "", "Hello", 2),
+    "thinking turned off": (CLOSED, "\nHello", "", "\nHello", 0),
+    "thinking turned off, and a mark": (CLOSED, "SHmEHello", "", "<think>Hm</think>Hello", 0),
+    "thinking turned off, and a mark in letters": (CLOSED, "<think> is a tag", "", "<think> is a tag", 0),
+    "cut in the thought": ("", "S\nHm\n", "Hm", "", 4),
+    "the end mark in letters": ("", "SHm</think>moE.", "Hm</think>mo", ".", 12),
+    "the end mark in letters, and cut": (OPENS, "Hm</think>mo", "Hm</think>mo", "", 12),
+    "the end mark in letters, cut": ("", "SHm\n</thi", "Hm\n</thi", "", 8),
+    "the end mark in letters at the end": ("", "S</think>E</think>", "</think>", "</think>", 8),
+    "half of it before the mark": ("", "S</thi</think></E.", "</thi</think></", ".", 15),
+    "the start mark in letters": ("", "<think>HmE.", "", "<think>Hm</think>.", 0),
+    "the start mark in letters, then a token": ("", "<think>SHm", "", "<think><think>Hm", 0),
+    "cut in the start mark": ("", "<thi", "", "<thi", 0),
+    "cut behind the thought": ("", "SHmE\n\n", "Hm", "", 2),
+    "white space first": ("", " \nSHmEHello", "Hm", "Hello", 4),
+    "white space alone": ("", " \n", "", " \n", 0),
+    "marks in the text": ("", "SaEbESc", "a", "b</think><think>c", 1),
+    "a mark later": ("", "Write S firstE", "", "Write <think> first</think>", 0),
+    "an end alone": ("", "aEc", "", "a</think>c", 0),
+    "near marks": ("", "Sa </thin> < </ \n\n b\nEc", "a </thin> < </ \n\n b", "c", 20),
+    "nothing": ("", "", "", "", 0),
+    "nothing after all": (OPENS, "", "", "", 0),
 }
 
 
-@pytest.mark.parametrize(("opening", "answer", "thought", "text"), ANSWERS.values(), ids=ANSWERS.keys())
-def test_an_answer_is_split_the_same_wherever_it_is_cut(opening: str, answer: str, thought: str, text: str) -> None:
+@pytest.mark.parametrize(("opening", "answer", "thought", "text", "tokens"), ANSWERS.values(), ids=ANSWERS.keys())
+def test_an_answer_is_split_the_same_wherever_it_is_cut(
+    opening: str, answer: str, thought: str, text: str, tokens: int
+) -> None:
     for first in range(len(answer) + 1):
         for second in range(first, len(answer) + 1):
-            pieces = [answer[:first], answer[first:second], answer[second:]]
-            assert split(pieces, opening)[:2] == (thought, text), pieces
-    assert split(list(answer), opening)[:2] == (thought, text)
+            assert split(answer, [first, second], opening) == (thought, text, tokens), (first, second)
+    for lag in range(12):
+        assert lagging(answer, lag, opening) == (thought, text, tokens), lag
 
 
-@given(st.lists(st.sampled_from(["<think>", "</think>", "<", "/", "think", ">", "\n", " ", "a"])), st.booleans())
-def test_a_streamed_answer_is_split_as_the_whole_one(pieces: list[str], opened: bool) -> None:
-    opening = OPENS if opened else ""
-    thought, text, _ = split(pieces, opening)
-    assert (thought, text) == split(["".join(pieces)], opening)[:2]
+@given(st.text("SE</think> \na", max_size=30), st.sampled_from(["", OPENS, CLOSED]), st.integers(0, 12))
+def test_a_streamed_answer_is_split_as_the_whole_one(answer: str, opening: str, lag: int) -> None:
+    whole = thought, text, _ = split(answer, [], opening)
+    assert split(answer, [*range(1, len(answer))], opening) == lagging(answer, lag, opening) == whole
     assert thought.strip("\n") == thought
-    assert "</think>" not in thought
+    assert len(thought) + len(text) <= len(MARKS.decode([ord(c) for c in answer]))
 
 
 def test_nothing_waits_that_cannot_be_a_mark() -> None:
     splitter = ReasoningSplitter(MARKS, "")
-    script = [
-        ("<th", "", ""),
-        ("ink>\nHm", "Hm", ""),
-        (" <", " ", ""),
-        ("b", "<b", ""),
-        ("\n", "", ""),
-        ("c", "\nc", ""),
-    ]
-    script += [("</think>", "", ""), ("\n\n", "", ""), ("Hello", "", "Hello")]
-    for piece, thought, text in script:
+    script = [("S", "", ""), ("\n", "", ""), ("H", "H", ""), ("<", "", ""), ("b", "<b", ""), ("\n", "", "")]
+    script += [("c", "\nc", ""), ("E", "", ""), ("\n", "", ""), ("H", "", "H")]
+    for token, thought, text in script:
         assert not splitter.ended
-        assert splitter.split(piece, [1], False) == (thought, text)
+        assert splitter.split(text_of(ord(token)), [ord(token)], False) == (thought, text)
     assert splitter.ended
-
-
-@pytest.mark.parametrize(
-    ("opening", "pieces", "tokens"),
-    [
-        ("", ["<think>", "a", "b", "</think>", "c", "d"], 2),
-        (OPENS, ["a", "b", "</think>", "c"], 2),
-        ("", ["<think>", "a", "b"], 2),
-        ("", ["a", "</think>", "c"], 0),
-        ("", ["<think>", "</think>", "c"], 0),
-        ("", ["<", "a"], 0),
-    ],
-)
-def test_the_tokens_of_a_thought_are_counted_without_its_marks(opening: str, pieces: list[str], tokens: int) -> None:
-    assert split(pieces, opening)[2] == tokens
-    whole = ReasoningSplitter(MARKS, opening)
-    whole.split("".join(pieces), [END_ID if piece == "</think>" else 1 for piece in pieces], True)
-    assert whole.tokens == tokens
+    assert ReasoningSplitter(MARKS, "").split("<", [ord("<")], False) == ("", "<")
 
 
 def test_an_answer_of_a_model_that_does_not_think_is_left_alone() -> None:
-    assert split(["<think>", "a", "</think>\n"], marks=None) == ("", "<think>a</think>\n", 0)
+    assert split("SaE\n", [1], marks=None) == ("", "<think>a</think>\n", 0)
 
 
 CHOICES = {
@@ -146,8 +157,10 @@ def test_a_broken_template_is_left_to_others(qwen3_tokenizer: PreTrainedTokenize
 
 @pytest.mark.parametrize("parser", [PARSER, ALWAYS_PARSER, "qwen3", "deepseek_r1"])
 def test_the_marks_are_those_of_the_parser(qwen3_tokenizer: PreTrainedTokenizerBase, parser: str) -> None:
-    end_id = qwen3_tokenizer.convert_tokens_to_ids("</think>")
-    assert think_tags(parser, qwen3_tokenizer) == ThinkTags("<think>", "</think>", end_id)
+    marks = think_tags(parser, qwen3_tokenizer)
+    assert marks and (marks.start, marks.end) == (START, END)
+    assert [marks.start_id, marks.end_id] == qwen3_tokenizer.convert_tokens_to_ids([START, END])
+    assert marks.decode([marks.start_id, *qwen3_tokenizer.encode("Hm"), qwen3_tokenizer.eos_token_id]) == "<think>Hm"
 
 
 def test_without_a_parser_there_are_no_marks(qwen3_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -182,6 +195,31 @@ def test_vllm_takes_for_a_thought_only_what_is_one(
     qwen3_tokenizer: PreTrainedTokenizerBase, parser: str, answer: list[str], reasoning: str, content: str
 ) -> None:
     assert parsed_by_vllm(parser, qwen3_tokenizer, answer) == [(reasoning, content)] * 2
+
+
+@pytest.mark.parametrize("parser", [PARSER, "qwen3"])
+@pytest.mark.parametrize("answer", [[START, "Hm", END, "Hi"], ["<", "think", ">", "Hm", "</", "think", ">", "Hi"]])
+def test_vllm_takes_for_text_what_comes_where_the_prompt_has_closed_the_thought(
+    qwen3_tokenizer: PreTrainedTokenizerBase, parser: str, answer: list[str]
+) -> None:
+    register()
+    flags = {"enable_thinking": False}
+    messages = [{"role": "user", "content": "?"}]
+    request = ChatCompletionRequest(model="m", messages=messages)
+    prompt = qwen3_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **flags)
+    kind = ParserManager.get_parser(reasoning_parser_name=parser, tokenizer=qwen3_tokenizer)
+    ids, last = [qwen3_tokenizer.encode(piece) for piece in answer], len(answer) - 1
+    every_id = [*chain.from_iterable(ids)]
+    whole = kind(qwen3_tokenizer, None, chat_template_kwargs=flags)
+    assert whole.parse("".join(answer), request, model_output_token_ids=every_id)[:2] == (None, "".join(answer))
+    assert whole.count_reasoning_tokens(every_id) == 0
+    streamed = kind(qwen3_tokenizer, None, chat_template_kwargs=flags)
+    deltas = [
+        streamed.parse_delta(piece, ids[n], request, prompt_token_ids=prompt, finished=n == last)
+        for n, piece in enumerate(answer)
+    ]
+    assert "".join(delta.content or "" for delta in deltas if delta) == "".join(answer)
+    assert not any(delta and delta.reasoning for delta in deltas)
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,19 @@ def test_a_templates_own_default_system_prompt_never_comes_in(name: str, system:
     assert prompt.count("You are") == prompt.count(system or "You are") == bool(system)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_a_system_message_the_template_does_what_it_does_with_none(name: str) -> None:
+    dice, tokenizer, builder = random.Random(name), tokenizer_of(name), builder_of(name)
+    for _ in range(20):
+        _, history, query = random_conversation(dice, PIECES)
+        messages = FAMILIES[name].messages("", history, query)
+        messages = messages[messages[0]["role"] == "system" :]
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert builder.build(None, history, query, MANY).token_ids == expected
+    if name == "Qwen2.5":
+        assert "You are Qwen, created by Alibaba Cloud." in tokenizer.decode(expected)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_template_that_text_could_pass_for_is_refused(name: str) -> None:
     with pytest.raises(UnsupportedTemplate):

@@ -94,12 +94,29 @@ def test_streamed_and_whole_answers_agree(scripted_engine: Engines, pieces: list
     assert not any(call.aborted for call in engine.calls)
 
 
+def test_a_streamed_answer_has_a_line_a_piece_for_every_reader_of_lines(scripted_engine: Engines) -> None:
+    pieces = ["<think>", "a\u2028b", "</think>", "c\u2029d", "\x85", "…，", "e\v\f\x1cf"]
+    response = chat(scripted_engine(pieces), stream=True)
+    answer = [json.loads(line) for line in response.text.splitlines()]
+    assert answer == lines(response) == [json.loads(line) for line in response.iter_lines()]
+    assert [next(iter(line.values())) for line in answer[:-1]] == ["a\u2028b", *pieces[3:]]
+    assert "…，" in response.text
+
+
 THOUGHT = ["<think>", "\n", "Hm", ", 你", ".\n", "</think>", "\n\n", "Hel", "lo"]
 THOUGHTS = {
     "a thought": (THOUGHT, {}, ["Hm", ", 你", "."], ["Hel", "lo"], 4),
     "no thought": (["Hel", "lo"], {}, [], ["Hel", "lo"], 0),
     "cut in the thought": (THOUGHT[:4], {}, ["Hm", ", 你"], [], 4),
     "thinking turned off": (["Hel", "lo"], {"enable_thinking": False}, [], ["Hel", "lo"], 0),
+    "turned off, and a mark": (
+        ["<think>", " Hm", "</think>"],
+        {"enable_thinking": False},
+        [],
+        ["<think>", " Hm", "</think>"],
+        0,
+    ),
+    "marks in letters": (["<thi", "nk> Hm"], {}, [], ["<thi", "nk> Hm"], 0),
 }
 
 
@@ -114,6 +131,45 @@ def test_thoughts_have_lines_and_a_field_of_their_own(
     thought = {"reasoning": "".join(thoughts)} if thoughts else {}
     assert whole == {"text": "".join(deltas), **thought, **streamed[-1]}
     assert (whole["usage"]["reasoning_tokens"], whole["usage"]["completion_tokens"]) == (tokens, len(pieces) + 1)
+
+
+def test_null_is_no_system_message(scripted_engine: Engines) -> None:
+    engine = scripted_engine(["a"], ["a"], ["a"])
+    for system in (None, "", "S"):
+        assert chat(engine, system=system).status_code == 200
+    assert [call.prompt.partition("<|im_start|>user")[0] for call in engine.calls] == [
+        "",
+        "<|im_start|>system\n<|im_end|>\n",
+        "<|im_start|>system\nS<|im_end|>\n",
+    ]
+
+
+STOPS = {
+    "in the thought alone": (["Hm", "</think>", "think"], THOUGHT, ["Hel", "lo"], None),
+    "in the text too": (["Hm", "lo"], [*THOUGHT, " Hm", "!"], ["Hel"], "lo"),
+    "over two pieces": (["ello"], [*THOUGHT, "!", "?"], ["H"], "ello"),
+    "the start of one": (["lot"], THOUGHT, ["Hel", "lo"], None),
+    "what came to nothing": (["lots", "?"], [*THOUGHT, "t", "!", "?"], ["Hel", "lot!"], "?"),
+    "what is complete first": (["elops", "lo"], [*THOUGHT, "ps"], ["H", "el"], "lo"),
+    "behind the mark": (["\n\nHel"], THOUGHT, ["Hel", "lo"], None),
+    "a mark in the text": (["</think>"], [*THOUGHT, "</think>", "!"], ["Hel", "lo"], "</think>"),
+    "no thought": (["b"], ["a", "b", "c"], ["a"], "b"),
+    "the first piece": (["a"], ["a", "b", "c"], [], "a"),
+}
+
+
+@pytest.mark.parametrize(("stop", "pieces", "deltas", "found"), STOPS.values(), ids=STOPS.keys())
+def test_stop_words_count_in_the_text_alone(
+    scripted_engine: Engines, stop: list[str], pieces: list[str], deltas: list[str], found: str | None
+) -> None:
+    engine = scripted_engine(pieces, pieces, finish=("length", None))
+    whole, streamed = chat(engine, stop=stop).json(), lines(chat(engine, stop=stop, stream=True))
+    assert "".join(line.get("delta", "") for line in streamed) == "".join(deltas) == whole["text"]
+    assert whole.get("reasoning", "") == ("Hm, 你." if pieces[0] == "<think>" else "")
+    assert {name: whole[name] for name in streamed[-1]} == streamed[-1]
+    assert (whole["finish_reason"], whole["stop_reason"]) == (("stop", found) if found else ("length", None))
+    assert all(call.params.stop == [] for call in engine.calls)
+    assert [call.aborted for call in engine.calls] == [found is not None] * 2  # the engine does not write on
 
 
 def test_thinking_is_off_by_default_where_the_command_line_says_so(scripted_engine: Engines) -> None:
@@ -211,9 +267,9 @@ def test_the_configured_goes_over_ours_and_the_request_over_both(scripted_engine
 
 
 @pytest.mark.parametrize("field", ["stop", "user_stop_words"])
-def test_stop_words_are_passed_on(scripted_engine: Engines, field: str) -> None:
+def test_stop_words_are_passed_on_where_no_thought_may_come(scripted_engine: Engines, field: str) -> None:
     engine = scripted_engine(["a"])
-    chat(engine, **{field: ["END", "结束"]})
+    chat(engine, enable_thinking=False, **{field: ["END", "结束"]})
     params = engine.calls[0].params
     assert (params.stop, params.include_stop_str_in_output) == (["END", "结束"], False)
 

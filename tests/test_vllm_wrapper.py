@@ -99,6 +99,27 @@ def row(query: str = "?", tokens: int = 3, **fields: Any) -> dict[str, Any]:
     return {"query": query, "max_tokens": tokens, **fields}
 
 
+def test_a_stop_word_counts_in_the_text_alone_and_ends_its_row_in_the_engine(load):
+    model, llm = load()
+    llm.says = ["<think>", "END", "</think>", "H", "i E", "ND", "!", "!", "!"]
+    rows = [row("stops", 9, stop=["END"]), row("goes on", 9), row("thinks not", 2, stop=["END"], enable_thinking=False)]
+    stopped, whole, _ = model.chat_batch(rows)
+    assert (stopped.reasoning, stopped.text, stopped.finish_reason, stopped.stop_reason) == (
+        "END",
+        "Hi ",
+        "stop",
+        "END",
+    )
+    assert (stopped.completion_tokens, stopped.reasoning_tokens) == (6, 1)
+    assert (whole.text, whole.finish_reason) == ("Hi END!!!", "length")
+    assert llm.aborted == ["0"]
+    assert llm.requests["2"].params.stop == ["END"]
+    *parts, result = model.stream_chat("?", sampling=Sampling(stop=["END"], max_tokens=9))
+    assert parts == [Reasoning("END"), "H", "i "]
+    assert result.text == "Hi "
+    assert not llm.queue
+
+
 def test_a_batch_has_its_answers_in_order_whatever_finishes_first(load):
     model, llm = load()
     rows = [row("first", 5), row("second", 1, history=[["1", "2"]]), row("third", 3, system="S")]
@@ -160,7 +181,7 @@ def test_thoughts_stand_apart_from_the_text(load, tokens):
     rows = [row(tokens=tokens, history=[["1", "2"]]), row(tokens=4, enable_thinking=False)]
     whole, unthinking = model.chat_batch(rows)
     assert whole == result
-    assert (unthinking.text, unthinking.reasoning) == ("", "Hm.")  # it thinks although it was told not to
+    assert (unthinking.text, unthinking.reasoning) == ("<think>Hm.\n", "")  # the prompt has closed the thought
 
 
 def test_a_model_that_reads_earlier_reasoning_is_handed_it(load):

@@ -106,6 +106,13 @@ def test_a_server_that_ignores_sigterm_is_killed(program: Callable, log: Path, m
     assert ended(started)
 
 
+@pytest.mark.parametrize("port", ["65536", "99999", "-1"])
+def test_a_port_that_does_not_exist(launch: Callable, port: str) -> None:
+    status, _, told = launch("--port", port, "--", "true")
+    assert status == 1
+    assert told.splitlines()[-1] == f"--port {port}: there is no such port, only 1 to 65535"
+
+
 @pytest.mark.parametrize("flags", [["--port", "{}"], ["--port={}"]])
 def test_the_port_that_is_asked_for(program: Callable, log: Path, flags: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from qwen_vllm.models.checks import ModelArgs, ModelUnavailable, read_config
+from qwen_vllm.models.checks import ModelArgs, ModelUnavailable, read_config, refuse_pointer
 
 SIDES = re.compile(r"\blayers\.(\d+)\..*(?:([qkv]|gate|up)_proj\.lora_A|(o|down)_proj\.lora_B)\b")
 """Matches LoRA matrices with a dimension of `hidden_size`: dim 1 of lora_A (q, k, v, gate, up), dim 0 of lora_B (o,
@@ -40,6 +40,8 @@ def check_adapter(folder: Path, config: Mapping[str, Any], args: Any) -> None:
 
     if not folder.is_dir():
         raise ValueError("there is no such folder")
+    for file in folder.glob("adapter_*"):
+        refuse_pointer(file)
     try:
         PEFTHelper.from_local_dir(str(folder), None).validate_legal(args)
         # A .bin cannot be looked at without loading it.

@@ -3,12 +3,13 @@
 vLLM refuses these too, but only after it has loaded for a while, and in many lines.
 """
 
-import json
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 
 from qwen_vllm import hardware
@@ -16,6 +17,20 @@ from qwen_vllm.models import qwen_v1
 
 WEIGHTS = ("safetensors", "bin", "pt", "pth", "gguf")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
+DESCRIPTIONS = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.json", "preprocessor_config.json"),
+)
+"""Files of JSON that are read when a model is loaded."""
+TEXTS = ("merges.txt", "*.tiktoken", "tokenizer.model", "chat_template.jinja", "*.py")
+"""Other files that are read then."""
+LAYOUTS = (
+    ("consolidated*.safetensors", "consolidated.safetensors.index.json"),
+    ("*.safetensors", "model.safetensors.index.json"),
+    ("*.bin", "pytorch_model.bin.index.json"),
+)
+"""Of the weights vLLM loads the first of these that is there, and of safetensors only what the index names."""
+POINTER = b"version https://git-lfs.github.com/spec/"
 
 GATED_DELTA_NETS = ("qwen3_next", "qwen3_5", "qwen4_exp")
 """How the `model_type` of those begins whose linear attention is a gated delta net."""
@@ -40,30 +55,78 @@ class ModelArgs(Protocol):
 
 
 def checked_config(folder: Path) -> dict[str, Any]:
-    """Read a model's config.json, and check that the files of its folder are readable and whole.
+    """Read a model's config.json, and check that the files of its folder that are loaded are readable and whole.
 
     Raises:
         ModelUnavailable: naming the file that is missing or damaged.
     """
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except FileNotFoundError:
-        raise ModelUnavailable(f"{folder} holds no model: it has no config.json") from None
-    except ValueError as error:
-        raise ModelUnavailable(f"{folder / 'config.json'} is no JSON ({error}): fetch the model again") from None
+    if not (folder / "config.json").is_file():
+        raise ModelUnavailable(f"{folder} holds no model: it has no config.json")
+    check_descriptions(folder)
+    config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise ModelUnavailable(f"{folder / 'config.json'} describes no model")
-    for index in folder.glob("*.index.json"):
-        for file in sorted(set(json.loads(index.read_bytes())["weight_map"].values())):
-            if not (folder / file).is_file():
-                raise ModelUnavailable(f"{folder} lacks {file}, which {index.name} names: fetch the model again")
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
+        refuse_pointer(file)
         try:
-            with safe_open(file, framework="numpy"):
-                pass
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="numpy"):
+                    pass
         except SafetensorError as error:
             raise ModelUnavailable(f"{file} is damaged or cut off ({error}): fetch the model again") from None
     return config
+
+
+def check_descriptions(folder: Path) -> None:
+    """Refuse a model's or a tokenizer's folder of which a file beside the weights is damaged, or is not there yet."""
+    for name in DESCRIPTIONS:
+        if (folder / name).is_file():
+            read_json(folder / name)
+    for pattern in TEXTS:
+        for file in folder.glob(pattern):
+            refuse_pointer(file)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """List the files that vLLM would load the weights from.
+
+    Raises:
+        ModelUnavailable: the index that vLLM reads names one that is not there, or is none.
+    """
+    found = next((layout for layout in LAYOUTS if any(folder.glob(layout[0]))), None)
+    if not found:
+        return []
+    pattern, name = found
+    index = folder / name
+    if not index.is_file():
+        return sorted(folder.glob(pattern))
+    try:
+        files = sorted(folder / file for file in {*read_json(index)["weight_map"].values()})
+    except (KeyError, TypeError, AttributeError):
+        raise ModelUnavailable(f"{index} names no weights: delete it if {folder} is whole without") from None
+    for file in files:
+        if not file.is_file():
+            raise ModelUnavailable(
+                f"{folder} lacks {file.name}, which {name} names: fetch the model again, or delete {name} if it is "
+                "left over from another copy"
+            )
+    return files
+
+
+def read_json(file: Path) -> Any:
+    """Read a file of JSON; raise ModelUnavailable where it is none."""
+    refuse_pointer(file)
+    try:
+        return from_json(file.read_bytes())
+    except ValueError as error:
+        raise ModelUnavailable(f"{file} is no JSON ({error}): fetch the model again") from None
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raise ModelUnavailable where Git LFS has left a pointer in place of a file."""
+    with file.open("rb") as content:
+        if content.read(len(POINTER)) == POINTER:
+            raise ModelUnavailable(f"{file} is a Git LFS pointer: git lfs pull there, or fetch the model again")
 
 
 def check_loadable(args: ModelArgs) -> None:
@@ -82,6 +145,8 @@ def check_loadable(args: ModelArgs) -> None:
         raise ModelUnavailable(f"{folder} holds no weights, only a description: fetch the model again")
     if not (args.tokenizer or args.skip_tokenizer_init or any((folder / name).is_file() for name in TOKENIZERS)):
         raise ModelUnavailable(f"{folder} holds no tokenizer: fetch the model again, or name one with --tokenizer")
+    if args.tokenizer and Path(args.tokenizer).is_dir():
+        check_descriptions(Path(args.tokenizer))
     if not (args.tokenizer or args.trust_remote_code) and _tokenizer_is_code(folder):
         raise ModelUnavailable(
             f"{folder} brings Python code as its tokenizer: read it, then add --trust-remote-code (/chat stays "
@@ -108,6 +173,8 @@ def check_loadable(args: ModelArgs) -> None:
             "model without GPTQ or AWQ here"
         )
     _check_gptq(folder.name, config.get("quantization_config") or {})
+    if args.load_format != "dummy" and any(re.fullmatch(r"Qwen\w+ForCausalLM", name) for name in architectures):
+        _check_output_embeddings(folder)
     known = ModelRegistry.get_supported_archs()
     if any(name in known or hasattr(transformers, name) for name in architectures):
         return
@@ -124,7 +191,7 @@ def _tokenizer_is_code(folder: Path) -> bool:
     file = folder / "tokenizer_config.json"
     if (folder / "tokenizer.json").is_file() or not file.is_file():
         return False
-    config = json.loads(file.read_bytes())
+    config = read_json(file)
     return "AutoTokenizer" in config.get("auto_map", {}) and not hasattr(
         transformers, config.get("tokenizer_class", "")
     )
@@ -138,6 +205,38 @@ def _check_gptq(name: str, quantization: Mapping[str, Any]) -> None:
     if ordered or not quantization.get("sym", True) or quantization.get("bits", 4) not in (4, 8):
         raise ModelUnavailable(
             f"{name}: of GPTQ vLLM takes 4 or 8 bits, symmetric, without desc_act: take another quantisation of it"
+        )
+
+
+def _check_output_embeddings(folder: Path) -> None:
+    """Refuse a Qwen whose weights are otherwise than its config.json says: with a matrix for the output, or without.
+
+    vLLM meets a missing one after it has loaded; one that is there too many it leaves out, and answers nonsense.
+    """
+    from transformers import AutoConfig
+
+    found = {}
+    for file in weight_files(folder):
+        if file.suffix != ".safetensors":
+            return
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                    found[name.split(".")[-2]] = tensors.get_slice(name)[:8]
+                elif "lm_head" in name:
+                    return  # quantised
+    if "embed_tokens" not in found:
+        return
+    tied = AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings
+    if not tied and "lm_head" not in found:
+        raise ModelUnavailable(
+            f"{folder} has no lm_head.weight, and its config.json does not say that the embeddings stand in for it: "
+            'add "tie_word_embeddings": true there, or fetch the model again'
+        )
+    if tied and "lm_head" in found and not found["lm_head"].equal(found["embed_tokens"]):
+        raise ModelUnavailable(
+            f"{folder} has a lm_head.weight of its own, and its config.json says that the embeddings stand in for it: "
+            'set "tie_word_embeddings": false there'
         )
 
 
@@ -165,7 +264,7 @@ def _only_bfloat16(config: Mapping[str, Any]) -> bool:
 
 def read_config(folder: str) -> dict[str, Any]:
     """Read the config.json of a folder that was checked."""
-    config: dict[str, Any] = json.loads((Path(folder) / "config.json").read_bytes())
+    config: dict[str, Any] = read_json(Path(folder) / "config.json")
     return config
 
 

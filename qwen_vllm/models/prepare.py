@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen_vllm.hardware import Default, fill_in, graph_defaults
 from qwen_vllm.models.adapters import check_adapters
-from qwen_vllm.models.checks import ModelUnavailable, check_loadable, language_part_only, number_format
+from qwen_vllm.models.checks import ModelUnavailable, check_loadable, language_part_only, number_format, read_json
 from qwen_vllm.models.tokenizer import load_tokenizer, tokenizer_as_written
 from qwen_vllm.reasoning import parser_for
 from qwen_vllm.tool_calls import JSON_CALLS, XML_CALLS, tool_parser_for
@@ -28,7 +28,8 @@ def prepare(
 
     Args:
         args: `vllm.EngineArgs`, or a command line with the same names; `model` is a folder of `resolve_model`. Its
-            `tokenizer`, `dtype`, `language_model_only`, `reasoning_parser` and what is open of its CUDA graphs are set.
+            `tokenizer`, `dtype`, `language_model_only`, `reasoning_parser`, `override_generation_config` and what is
+            open of its CUDA graphs are set.
         adapters: folders of LoRA adapters by their names.
         chat_template: a file with a Jinja template that replaces the model's own, or its text.
         template_options: what the template is given beside the messages.
@@ -40,6 +41,7 @@ def prepare(
     check_adapters(adapters, args)
     args.tokenizer = tokenizer_as_written(args)
     args.dtype = number_format(args)
+    args.override_generation_config = {**_greedy_as_written(args), **args.override_generation_config}
     if not args.language_model_only and language_part_only(args.model):
         args.language_model_only = True
         LOG.warning("torchvision is not installed: %s takes no images", Path(args.model).name)
@@ -70,6 +72,14 @@ def _chosen(choose: Callable[..., str], args: Any, *template: Any) -> str:
         with suppress(Exception):
             tokenizer = load_tokenizer(args.tokenizer or args.model, args)
     return choose(tokenizer, *template) if tokenizer is not None else ""
+
+
+def _greedy_as_written(args: Any) -> dict[str, Any]:
+    """Return a temperature of 0 where generation_config.json has `do_sample: false` alone: vLLM would sample."""
+    source = args.model if args.generation_config == "auto" else args.generation_config
+    file = Path(source) / "generation_config.json"
+    written = {**(read_json(file) if file.is_file() else {}), **args.override_generation_config}
+    return {"temperature": 0.0} if written.get("do_sample") is False and written.get("temperature") is None else {}
 
 
 def read_chat_template(template: str | None) -> str | None:

@@ -6,6 +6,7 @@ It knows files; the model is handed to it.
 import fcntl
 import json
 import os
+import re
 import stat
 import time
 from array import array
@@ -20,8 +21,10 @@ from pydantic_core import from_json
 from tqdm import tqdm
 
 from qwen_vllm.offline.rows import Row, digest, read_lines, read_rows
-from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Part, Sampling
+from qwen_vllm.protocol import ChatError, ChatResult, Part, Sampling, one_line
 
+ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|$)")
+"""The start of a file that is one JSON array of objects; a row `[]` is only a bad one."""
 BAR = "{n_fmt}/{total_fmt} rows |{bar}| {elapsed}, {remaining} left{postfix}"
 BAR_OF_PIPE = "{n_fmt} rows, {elapsed}{postfix}"
 
@@ -57,6 +60,8 @@ class Batch:
         self._reference, self._rows, self._scores = reference, None, None
         try:
             self._source = source.open("rb")
+            if ARRAY.match(self._source.peek(1)):
+                raise BatchError(f"{source} is a JSON array, not JSONL: write each row on a line (jq -c '.[]')")
             if self._source.seekable():
                 self._rows = sum(1 for _ in read_lines(self._source))
                 self._source.seek(0)
@@ -75,14 +80,14 @@ class Batch:
         self._prompt_tokens = self._completion_tokens = 0
         self._seconds = 0.0
 
-    def run(self, load: Callable[[], Model], system: str = DEFAULT_SYSTEM, sampling: Sampling | None = None) -> None:
+    def run(self, load: Callable[[], Model], system: str | None = None, sampling: Sampling | None = None) -> None:
         """Answer the rows that are not finished; `load` is called only if there are any.
 
         A line is handed to the operating system as soon as its row has finished, so it outlives this process; all are
         forced to the disk at the end.
 
         Args:
-            system, sampling: for rows that do not say.
+            system, sampling: for rows that do not say. Without `system`, rows in OpenAI's form get no system message.
 
         Raises:
             ChatError: the engine has failed.
@@ -134,13 +139,13 @@ class Batch:
             else:
                 yield row
 
-    def _answer(self, model: Model, rows: Iterator[Row], system: str, sampling: Sampling | None) -> None:
+    def _answer(self, model: Model, rows: Iterator[Row], system: str | None, sampling: Sampling | None) -> None:
         running: dict[int, Row] = {}
 
         def requests() -> Iterator[dict[str, Any]]:
             for i, row in enumerate(rows):
                 running[i] = row
-                yield {"system": system, **row.request}
+                yield {"system": row.default_system if system is None else system, **row.request}
 
         began = time.monotonic()
         bar: tqdm[Any] = tqdm(
@@ -223,7 +228,7 @@ class AnswerFile:
     def append(self, record: dict[str, Any]) -> int:
         """Add a line and return where it begins."""
         offset = self._file.seek(0, os.SEEK_END)
-        self._write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._write(one_line(json.dumps(record, ensure_ascii=False).encode()) + b"\n")
         return offset
 
     def read(self, offset: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import from_json
 
-from qwen_vllm.protocol import ChatError, turn, validated
+from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, turn, validated
 
 MAX_LINE = 8 * 2**20
 """Bytes in the longest row that is read."""
@@ -19,12 +19,16 @@ MAX_LINE = 8 * 2**20
 
 @dataclass
 class Row:
-    """One row. `request` has the fields of a `ChatRequest`, not yet checked; `error` says why there is none."""
+    """One row. `request` has the fields of a `ChatRequest`, not yet checked; `error` says why there is none.
+
+    `default_system` is for a request without `system`.
+    """
 
     line: int
     id: str | int | None = None
     request: dict[str, Any] = field(default_factory=dict)
     reference: str | None = None
+    default_system: str | None = DEFAULT_SYSTEM
     error: ChatError | None = None
 
     @cached_property
@@ -77,7 +81,7 @@ def _parse(row: Row, line: bytes, reference: str | None) -> None:
     if "body" in fields:
         fields = dict(validated(_BatchLine, fields).body)
     if "messages" in fields:
-        fields = _from_openai(fields)
+        fields, row.default_system = _from_openai(fields), None
     row.request = {name: value for name, value in fields.items() if value is not None}
 
 
@@ -118,9 +122,21 @@ class _BatchLine(BaseModel):
 
 class _Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: str
     reasoning: str | None = Field(None, validation_alias=AliasChoices("reasoning", "reasoning_content"))
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, content: Any) -> Any:
+        """Join parts of text, a line each, as vLLM's own routes do."""
+        if not isinstance(content, list):
+            return content
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        if len(texts) < len(content):
+            raise ValueError("of parts only those of text can be answered here")
+        return "\n".join(texts)
 
     @field_validator("reasoning")
     @classmethod
@@ -141,7 +157,7 @@ def _from_openai(fields: dict[str, Any]) -> dict[str, Any]:
             raise ChatError(f"{name}: cannot stand beside messages", param=name)
     messages = validated(_Messages, {"messages": fields["messages"]}).messages
     ours = {name: value for name, value in fields.items() if name not in ("messages", "model")}
-    if messages and messages[0].role == "system":
+    if messages and messages[0].role in ("system", "developer"):
         ours["system"] = messages.pop(0).content
     if [message.role for message in messages] != [
         ("user", "assistant")[i % 2] for i in range(len(messages) // 2 * 2 + 1)

@@ -19,6 +19,7 @@ class Scores:
         self._rouge_l = 0.0
         self._counts = [[0, 0] for _ in range(self._bleu.max_ngram_order)]
         self._lengths: Counter[str] = Counter()
+        self._longest = 0  # words of the longest pair, by the shorter of its two
 
     def add(self, answer: str, reference: str) -> None:
         """Count one pair in."""
@@ -31,17 +32,23 @@ class Scores:
         for sums, *found in zip(self._counts, pair.counts, pair.totals, strict=True):
             sums[:] = [a + b for a, b in zip(sums, found, strict=True)]
         self._lengths.update(answer=pair.sys_len, reference=pair.ref_len)
+        self._longest = max(self._longest, min(pair.sys_len, pair.ref_len))
 
     def summary(self) -> dict[str, float]:
-        """Return the number of pairs, the means of exact matches and ROUGE-L (0 to 1), and corpus BLEU (0 to 100)."""
+        """Return the number of pairs, the means of exact matches and ROUGE-L (0 to 1), and corpus BLEU (0 to 100).
+
+        BLEU counts sequences of four words: it is left out where no pair has so many.
+        """
         if not self._pairs:
             return {"pairs": 0}
-        correct, total = (list(column) for column in zip(*self._counts, strict=True))
-        lengths = self._lengths["answer"], self._lengths["reference"]
-        bleu = BLEU.compute_bleu(correct, total, *lengths, smooth_method="exp")
-        return {
+        means = {
             "pairs": self._pairs,
             "exact_match": round(self._exact / self._pairs, 4),
             "rouge_l": round(self._rouge_l / self._pairs, 4),
-            "bleu": round(bleu.score, 2),
         }
+        if self._longest < self._bleu.max_ngram_order:
+            return means
+        correct, total = (list(column) for column in zip(*self._counts, strict=True))
+        lengths = self._lengths["answer"], self._lengths["reference"]
+        bleu = BLEU.compute_bleu(correct, total, *lengths, smooth_method="exp")
+        return {**means, "bleu": round(bleu.score, 2)}

@@ -31,7 +31,7 @@ from qwen_vllm.generation import RequestBuilder, RunningAnswer
 from qwen_vllm.hardware import Default, fill_in
 from qwen_vllm.models.prepare import read_chat_template
 from qwen_vllm.network import address
-from qwen_vllm.protocol import ChatError, ChatRequest, validated
+from qwen_vllm.protocol import ChatError, ChatRequest, one_line, validated
 from qwen_vllm.server.guard import body_limit, error_response
 from qwen_vllm.server.lifecycle import Lifecycle
 from qwen_vllm.vllm_plugin import plugin
@@ -156,7 +156,7 @@ class ChatService:
             if isinstance(requests, ChatError):
                 raise requests
             adapter = self._adapter(chat.model)
-            length = sum(map(len, chain([chat.system, chat.query], *chat.history)))
+            length = sum(map(len, chain([chat.system or "", chat.query], *chat.history)))
             if length < LONG_TEXT:
                 prompt, params = requests.build(chat, chat.stream)
             else:
@@ -167,7 +167,7 @@ class ChatService:
         outputs = self._engine.generate(
             tokens_input(prompt.token_ids), params, f"chat-{os.urandom(16).hex()}", lora_request=adapter
         )
-        return AnswerResponse(outputs, chat.stream, requests.answer(prompt))
+        return AnswerResponse(outputs, chat.stream, requests.answer(prompt, chat))
 
     def info(self) -> dict[str, Any]:
         """Tell what the server has, in the wire form of `protocol.ServerInfo`."""
@@ -242,9 +242,13 @@ class AnswerResponse(Response):
         async with aclosing(self._outputs):
             try:
                 output = await anext(self._outputs)
-                reasoning, text = self._answer.add(output.outputs[0])
+                parts = [self._answer.add(output.outputs[0])]
+                while not (self._stream or self._answer.finish_reason):
+                    output = await anext(self._outputs)
+                    parts.append(self._answer.add(output.outputs[0]))
                 if output.finished:
                     await anext(self._outputs, None)  # the engine's generator ends by itself, not as if aborted
+                reasoning, text = map("".join, zip(*parts, strict=True))
                 if not self._stream:
                     whole = {"text": text, **({"reasoning": reasoning} if reasoning else {}), **self._answer.ending()}
                     return await JSONResponse(whole)(scope, receive, send)
@@ -253,7 +257,7 @@ class AnswerResponse(Response):
             await send({"type": "http.response.start", "status": 200, "headers": NDJSON_HEADERS})
             try:
                 await _send_deltas(reasoning, text, send)
-                async for output in self._outputs:
+                while not self._answer.stopped and (output := await anext(self._outputs, None)):
                     await _send_deltas(*self._answer.add(output.outputs[0]), send)
                 last_line = self._answer.ending()
             except Exception as error:
@@ -269,7 +273,7 @@ async def _send_deltas(reasoning: str, text: str, send: Send) -> None:
 
 
 async def _send_line(line: dict[str, Any], send: Send, more_body: bool) -> None:
-    body = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+    body = one_line(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
     await send({"type": "http.response.body", "body": body, "more_body": more_body})
 
 

@@ -13,10 +13,12 @@ from qwen_vllm.reasoning import PARSER
 
 
 class QwenParser(Qwen3Parser):
-    """Starts outside the reasoning, which only its tag begins: an answer without tags is text."""
+    """Starts outside the reasoning, which only its tag begins; where the request turns thinking off, nothing does."""
 
     def __init__(self, tokenizer: Any, tools: Any = None, **kwargs: Any) -> None:
-        super().__init__(tokenizer, tools, parser_engine_config=_config(), **kwargs)
+        if (kwargs.get("chat_template_kwargs") or {}).get("enable_thinking", True):
+            kwargs["parser_engine_config"] = _config()
+        super().__init__(tokenizer, tools, **kwargs)
 
 
 @cache

@@ -114,7 +114,7 @@ def test_a_model_told_not_to_think_does_not(url):
         ({"max_tokens": 6}, "Hm, two and", "", ("length", None)),
         ({"max_tokens": 1}, "", "", ("length", None)),
         ({"max_tokens": THOUGHT_TOKENS + 2}, THOUGHT, "", ("length", None)),
-        ({"stop": ["three 是五"]}, "Hm, two and ", "", ("stop", "three 是五")),
+        ({"stop": ["three 是五"]}, THOUGHT, TEXT, ("stop", None)),
         ({"stop": ["is five"]}, THOUGHT, "It ", ("stop", "is five")),
         ({"stop": ["</think>\n\nIt is six, and that is all"]}, THOUGHT, TEXT, ("stop", None)),
     ],

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from qwen_vllm.models.adapters import check_adapter
-from tests.support.tiny_checkpoints import TEXT, write_adapter, write_model
+from qwen_vllm.models.checks import ModelUnavailable
+from tests.support.tiny_checkpoints import POINTER, TEXT, write_adapter, write_model
 
 CONFIG = {"hidden_size": TEXT["hidden_size"], "num_hidden_layers": TEXT["num_hidden_layers"]}
 
@@ -33,6 +34,14 @@ def test_folders_that_hold_no_adapter(tmp_path: Path) -> None:
     assert "header" in adapter_error(tmp_path / "cut")
     (write_adapter(tmp_path / "no json") / "adapter_config.json").write_text("{")
     assert adapter_error(tmp_path / "no json")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_a_pointer_of_git_lfs_in_an_adapter(tmp_path: Path, name: str) -> None:
+    folder = write_adapter(tmp_path / "poet")
+    (folder / name).write_text(POINTER)
+    with pytest.raises(ModelUnavailable, match=f"{name} is a Git LFS pointer: git lfs pull"):
+        check_adapter(folder, CONFIG, SimpleNamespace(max_lora_rank=16))
 
 
 def test_adapters_of_too_high_a_rank_and_of_other_kinds(tmp_path: Path) -> None:

@@ -3,14 +3,23 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from qwen_vllm import hardware
 from qwen_vllm.models import checks
-from qwen_vllm.models.checks import ModelUnavailable, check_loadable, language_part_only, number_format
-from tests.support.tiny_checkpoints import write_model
+from qwen_vllm.models.checks import (
+    ModelUnavailable,
+    check_loadable,
+    checked_config,
+    language_part_only,
+    number_format,
+    weight_files,
+)
+from tests.support.tiny_checkpoints import POINTER, write_model
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 LOADING = {
@@ -162,3 +171,126 @@ def test_four_bits_where_the_machine_can_compute_with_them(
 def test_four_bits_are_not_loaded_as_float32(tmp_path: Path, config: dict, asked: str, taken: str) -> None:
     folder = write_model(tmp_path, **config)
     assert number_format(SimpleNamespace(model=str(folder), dtype=asked)) == taken
+
+
+def refusal(folder: Path, **flags: Any) -> str:
+    """Why the model in a folder is not loaded, in one line."""
+    with pytest.raises(ModelUnavailable) as caught:
+        checked_config(folder)
+        check_loadable(SimpleNamespace(model=str(folder), **{**LOADING, **flags}))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin.index.json", "consolidated.safetensors.index.json", "x.index.json"]
+)
+@pytest.mark.parametrize("content", ['{"weight_map": {"a": "gone.bin"}}', "{}", "no JSON", POINTER])
+def test_an_index_of_what_is_not_loaded_does_not_count(tmp_path: Path, name: str, content: str) -> None:
+    folder = write_model(tmp_path)
+    (folder / name).write_text(content)
+    checked_config(folder)
+    assert weight_files(folder) == [folder / "model.safetensors"]
+
+
+def test_weights_that_are_not_loaded_do_not_count(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    (folder / "pytorch_model.bin").write_text(POINTER)
+    (folder / "picture.png").write_text(POINTER)
+    (folder / "old.safetensors").write_text("cut off")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"weight": "model.safetensors"}}')
+    checked_config(folder)
+    assert weight_files(folder) == [folder / "model.safetensors"]
+
+
+def test_weights_without_safetensors(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    assert weight_files(folder) == [folder / "pytorch_model.bin"]
+    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-2.bin"}}')
+    assert "lacks pytorch_model-2.bin" in refusal(folder)
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": ["model.safetensors"]}', '{"weight_map": {"a": 1}}'])
+def test_an_index_that_names_no_weights(tmp_path: Path, index: str) -> None:
+    folder = write_model(tmp_path)
+    (folder / "model.safetensors.index.json").write_text(index)
+    assert "model.safetensors.index.json names no weights: delete it" in refusal(folder)
+
+
+def test_an_index_of_another_copy_is_to_be_deleted(tmp_path: Path) -> None:
+    """vLLM would not load the whole file beside it either."""
+    folder = write_model(tmp_path)
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "or delete model.safetensors.index.json if it is left over" in refusal(folder)
+
+
+READ = [
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"),
+    *("model.safetensors.index.json", "merges.txt", "vocab.json", "qwen.tiktoken", "chat_template.jinja"),
+    *("modeling_qwen.py", "tokenizer.model", "special_tokens_map.json", "preprocessor_config.json"),
+]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path, name: str) -> None:
+    folder = write_model(tmp_path)
+    (folder / name).write_text(POINTER)
+    assert refusal(folder) == f"{folder / name} is a Git LFS pointer: git lfs pull there, or fetch the model again"
+
+
+def test_a_pointer_in_place_of_the_only_weights(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_text(POINTER)
+    assert "pytorch_model.bin is a Git LFS pointer" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", [POINTER, "", "{", "\ufeff{}"], ids=["pointer", "empty", "cut off", "with a mark"])
+def test_a_tokenizer_of_its_own_that_is_damaged(tmp_path: Path, content: str) -> None:
+    folder, tokenizer = write_model(tmp_path), tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer_config.json").write_text(content)
+    assert refusal(folder, tokenizer=str(tokenizer)).startswith(f"{tokenizer / 'tokenizer_config.json'} is ")
+
+
+@pytest.mark.parametrize("name", [name for name in READ if name.endswith(".json")])
+@pytest.mark.parametrize("content", ["", '{"a":', "\ufeff{}"], ids=["empty", "cut off", "with a mark"])
+def test_json_that_is_damaged_is_named(tmp_path: Path, name: str, content: str) -> None:
+    folder = write_model(tmp_path)
+    (folder / name).write_text(content)
+    assert f"{folder / name} is no JSON" in refusal(folder)
+
+
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+ONES, ZEROS = torch.ones(9, 2), torch.zeros(9, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "advice"),
+    [
+        ({"tie_word_embeddings": False}, {"model.embed_tokens.weight": ONES}, 'add "tie_word_embeddings": true'),
+        ({}, {"model.embed_tokens.weight": ONES}, 'add "tie_word_embeddings": true'),
+        ({"tie_word_embeddings": True}, {"model.embed_tokens.weight": ONES}, None),
+        ({"tie_word_embeddings": False}, {"model.embed_tokens.weight": ONES, "lm_head.weight": ZEROS}, None),
+        ({"tie_word_embeddings": True}, {"model.embed_tokens.weight": ONES, "lm_head.weight": ONES.clone()}, None),
+        (
+            {"tie_word_embeddings": True},
+            {"model.embed_tokens.weight": ONES, "lm_head.weight": ZEROS},
+            'set "tie_word_embeddings": false',
+        ),
+        ({}, {"model.embed_tokens.weight": ONES, "lm_head.qweight": ZEROS}, None),
+    ],
+)
+def test_the_output_embeddings_are_as_the_description_says(
+    tmp_path: Path, config: dict, weights: dict, advice: str | None
+) -> None:
+    folder = write_model(tmp_path, **QWEN3, **config)
+    save_file(weights, folder / "model.safetensors")
+    if advice:
+        assert advice in refusal(folder)
+    else:
+        check_loadable(SimpleNamespace(model=str(folder), **LOADING))
+    check_loadable(SimpleNamespace(model=str(folder), **{**LOADING, "load_format": "dummy"}))

@@ -1,16 +1,19 @@
 """The one recipe that makes a model ready to serve."""
 
+import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vllm import EngineArgs
 
 from qwen_vllm import hardware
+from qwen_vllm.generation import sampling_defaults
 from qwen_vllm.models import checks
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.models.prepare import prepare, read_chat_template
-from tests.support.tiny_checkpoints import write_model
+from tests.support.tiny_checkpoints import TEXT, write_model
 
 
 def test_a_chat_template_is_a_file_or_its_text(tmp_path: Path) -> None:
@@ -53,3 +56,39 @@ def test_multi_token_prediction_with_prefix_caching_is_warned_of(
     args.speculative_config = {"method": method, "num_speculative_tokens": 2}
     prepare(args, {}, None, {})
     assert ("--no-enable-prefix-caching" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("written", "flags", "temperature"),
+    [
+        ({"do_sample": False}, {}, 0),
+        ({"do_sample": False, "repetition_penalty": 1.1}, {}, 0),
+        ({"do_sample": False, "temperature": 0.6}, {}, 0.6),
+        ({"do_sample": True}, {}, 0.7),
+        ({}, {}, 0.7),
+        (None, {}, 0.7),
+        ({"do_sample": False}, {"override_generation_config": {"temperature": 0.5}}, 0.5),
+        ({"do_sample": False}, {"override_generation_config": {"top_k": 5}}, 0),
+        ({"do_sample": False}, {"override_generation_config": {"do_sample": True}}, 0.7),
+        ({"do_sample": False}, {"generation_config": "vllm"}, 0.7),
+    ],
+)
+def test_a_model_whose_makers_say_greedy_is_greedy_by_every_way_in(
+    tmp_path: Path, written: dict | None, flags: dict[str, Any], temperature: float
+) -> None:
+    folder = write_model(tmp_path, model_type="qwen2", transformers_version="5.19.0", **TEXT)
+    if written is not None:
+        (folder / "generation_config.json").write_text(json.dumps(written))
+    args = EngineArgs(model=str(folder), dtype="float32", **flags)
+    prepare(args, {}, None, {})
+    configured = args.create_model_config().get_diff_sampling_param()  # of /v1 these are the defaults too
+    assert sampling_defaults(2048, configured)["temperature"] == temperature
+
+
+def test_a_generation_config_of_another_folder(tmp_path: Path) -> None:
+    folder, other = write_model(tmp_path), tmp_path / "other"
+    other.mkdir()
+    (other / "generation_config.json").write_text('{"do_sample": false}')
+    args = EngineArgs(model=str(folder), generation_config=str(other))
+    prepare(args, {}, None, {})
+    assert args.override_generation_config == {"temperature": 0}

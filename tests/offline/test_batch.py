@@ -1,5 +1,6 @@
 """Files of rows and of answers, with a scripted model: what is done stays done, whatever happens."""
 
+import json
 import os
 import resource
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from qwen_vllm.offline.batch import Batch, BatchError
-from qwen_vllm.protocol import ChatError, Sampling
+from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling
 from tests.support import ROOT
 from tests.support.scripted_model import ScriptedModel, records, texts, write
 
@@ -71,6 +72,37 @@ def test_each_row_gets_a_line(files):
         "history": [["1", "2"], ["a", "A"]],
     }
     assert (last["id"], last["line"], last["text"]) == ("x", 2, "B")
+
+
+def test_rows_in_openais_form_get_a_system_prompt_only_if_it_is_asked_for(files):
+    message = {"role": "user", "content": "a"}
+    write(
+        files[0], {"query": "b"}, {"messages": [message]}, {"messages": [{"role": "system", "content": "S"}, message]}
+    )
+    for given, expected in ((None, [DEFAULT_SYSTEM, None, "S"]), ("D", ["D", "D", "S"])):
+        model = ScriptedModel(window=1)
+        answer((files[0], files[1].with_name(f"{given}.jsonl")), model, system=given)
+        assert [request["system"] for request in model.requests] == expected
+
+
+@pytest.mark.parametrize("text", ['[{"query": "a"}]', '\ufeff\n [\n{"query": "a"},\n{"query": "b"}\n]\n'])
+def test_a_json_array_is_no_file_of_rows(files, text):
+    files[0].write_text(text)
+    with pytest.raises(BatchError, match=r"rows.jsonl is a JSON array, not JSONL"):
+        Batch(*files)
+    assert not files[1].exists()
+
+
+def test_no_reader_of_lines_breaks_an_answer(files):
+    write(
+        files[0], {"id": "\u2028", "query": "a\u2028b\u2029c\x85d 你好"}, {"id": "\u2029", "query": "b", "messages": []}
+    )
+    summary = answer(files)
+    assert counts(summary) == (1, 0, 1)
+    answered, failed = sorted(map(json.loads, files[1].read_text().splitlines()), key=lambda line: line["line"])
+    assert (answered["id"], answered["text"], failed["id"]) == ("\u2028", "A\u2028B\u2029C\x85D 你好", "\u2029")
+    assert "你好" in files[1].read_text()
+    assert counts(answer(files)) == (0, 1, 1)
 
 
 def test_thoughts_have_a_field_of_their_own(files):

@@ -2,10 +2,13 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
+from vllm.renderers.chat_utils import parse_chat_messages
 
 from qwen_vllm.offline.rows import MAX_LINE, Row, read_rows
+from qwen_vllm.protocol import DEFAULT_SYSTEM
 
 
 def read(*lines: str | bytes, reference: str | None = None) -> list[Row]:
@@ -44,6 +47,24 @@ def test_openai_messages():
     assert only(json.dumps(line)).id == "x"
     assert only(json.dumps(line)).request == wanted | {"max_tokens": 9, "stop": ["\n"]}
     assert only(json.dumps({"messages": messages[-1:]})).request == {"query": "Q", "history": []}
+    messages[0]["role"] = "developer"
+    assert only(json.dumps({"messages": messages})).request == wanted
+
+
+def test_parts_of_text_are_joined_as_vllm_does():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b\n"}]
+    messages = [{"role": role, "content": parts} for role in ("system", "user", "assistant", "user")]
+    wanted = {"query": "a\nb\n", "history": [("a\nb\n", "a\nb\n")], "system": "a\nb\n"}
+    assert only(json.dumps({"messages": messages})).request == wanted
+    parsed, _, _ = parse_chat_messages(
+        messages[1:2], SimpleNamespace(multimodal_config=None, enable_prompt_embeds=False), "string"
+    )
+    assert parsed[0]["content"] == wanted["query"]
+
+
+def test_without_a_system_message_openais_form_has_none_and_ours_has_the_default():
+    ours, openais = read('{"query": "Q"}', '{"messages": [{"role": "user", "content": "Q"}]}')
+    assert (ours.default_system, openais.default_system) == (DEFAULT_SYSTEM, None)
 
 
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
@@ -89,7 +110,9 @@ def test_messages_whose_roles_make_no_conversation(roles):
         ('{"custom_id": 1.5, "query": "a"}', "custom_id: must be"),
         ('{"messages": "hello"}', "messages"),
         ('{"messages": [{"role": "tool", "content": ""}]}', "messages.0.role"),
-        ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "messages.0.content"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "messages.0.content: of parts only"),
+        ('{"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}', "messages.0.content: of parts"),
+        ('{"messages": [{"role": "user", "content": ["a"]}]}', "messages.0.content: of parts only those of text"),
         ('{"messages": [], "query": "a"}', "query: cannot stand beside messages"),
         ('{"custom_id": "a", "url": "/v1/embeddings", "body": {}}', "url"),
         ('{"custom_id": "a", "body": {}, "query": "a"}', "query"),

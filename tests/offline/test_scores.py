@@ -27,6 +27,15 @@ def test_bleu_is_that_of_the_whole_corpus(pairs):
     assert scored(pairs)["bleu"] == round(corpus.score, 2)
 
 
+@pytest.mark.parametrize(
+    "pairs",
+    [[("北京", "北京"), ("是的。", "是的。")], [("B", "B")], [("Paris is the capital.", "Paris")], [("", "A b c d")]],
+)
+def test_short_pairs_have_no_bleu(pairs):
+    assert [*scored(pairs)] == ["pairs", "exact_match", "rouge_l"]
+    assert scored([*pairs, ("one two three four", "one two three four")])["bleu"] > 0
+
+
 def test_rouge_l_counts_chinese_characters_and_english_words():
     # 11 of 13 and 14 characters are common, in order.
     assert scored(CHINESE[:1])["rouge_l"] == pytest.approx(2 * 11 / (13 + 14), abs=1e-4)

@@ -36,6 +36,8 @@ TEXT = {
 }
 PROJECTIONS = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
 SCALE = 2.0
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123\n"
+"""What Git LFS leaves in place of a file that it has not fetched."""
 
 # The part of Qwen2.5-VL's own template that deals with texts and images.
 VISION_TEMPLATE = """\

@@ -7,22 +7,26 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 
-def write_reciter(folder: Path, tokenizer: PreTrainedTokenizerFast, *texts: str) -> None:
+def write_reciter(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, *texts: str | list[int], vocab_size: int | None = None
+) -> None:
     """Writes a Qwen3 that recites: after the first token of a text comes its second, and so on, whatever came before.
 
     Attention and MLP add nothing; each token of the texts has a dimension of its own, and the head maps it to the next.
 
     Args:
         tokenizer: goes into the folder, with its chat template.
-        texts: control tokens count in them. Over all of them, a token is always followed by the same one.
+        texts: or their token ids. Control tokens count in them. Over all of them, a token is always followed by the
+            same one.
+        vocab_size: rows of the embeddings, where they are more than the tokenizer's tokens.
     """
     following = {}
     for text in texts:
-        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        token_ids = tokenizer.encode(text, add_special_tokens=False) if isinstance(text, str) else text
         for token, after in pairwise(token_ids):
             assert following.setdefault(token, after) == after, tokenizer.decode([token])
     config = Qwen3Config(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size or len(tokenizer),
         hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=1,

@@ -198,6 +198,17 @@ def turn(user: str, assistant: str, reasoning: str) -> Turn:
     return (user, assistant, reasoning) if reasoning else (user, assistant)
 
 
+def turns_to_drop(least: int, most: int) -> int:
+    """Choose how many of the oldest turns to drop: the number from `least` to `most` with the highest power of two.
+
+    Both grow with the conversation, but this number stays the same for many turns. So the prompts of these turns begin
+    alike, and the engine's prefix cache holds what they share.
+    """
+    while most > least and most & (most - 1) >= least:
+        most &= most - 1
+    return most
+
+
 @dataclass(frozen=True)
 class ServerInfo:
     """Describes a server.

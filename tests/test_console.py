@@ -240,12 +240,19 @@ def test_a_failed_question_from_a_pipe_is_told_and_left_out(pipe: Callable, caps
     assert ask.closed == 3
 
 
-@pytest.mark.parametrize(("flags", "kept"), [([], 5), (["--history-max", "2"], 2), (["--history-max", "0"], 0)])
-def test_history_max(pipe: Callable, flags: list[str], kept: int) -> None:
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        ([], [0, 1, 2, 3, 4, 5, 4, 5]),
+        (["--history-max", "2"], [0, 1, 2, 2, 2, 2, 2, 2]),
+        (["--history-max", "0"], [0] * 8),
+    ],
+)
+def test_history_max(pipe: Callable, flags: list[str], kept: list[int]) -> None:
     ask = ScriptedAsk(*[[f"answer {n}"] for n in range(8)])
     pipe(ask, "".join(f"question {n}\n" for n in range(8)), *flags)
-    turns = [(f"question {n}", f"answer {n}") for n in range(7)]
-    assert ask.calls[7].history == turns[7 - kept :]
+    turns = [(f"question {n}", f"answer {n}") for n in range(8)]
+    assert [call.history for call in ask.calls] == [turns[n - kept[n] : n] for n in range(8)]
 
 
 def test_flags_reach_the_model(pipe: Callable) -> None:

@@ -5,8 +5,8 @@
 `first`: nothing of the conversation was seen before; `next`: all but the last turn was, as while people chat. With
 `--reasoning` each turn has some, as where the chat template keeps it (Qwen3.8).
 
-With `--beside`: turns 1,000 to 1,019 of a conversation, with a full context, by turns with our prompts and with those of
-another checkout of this repository (`git worktree add CHECKOUT COMMIT`), and the ratio of their times in all.
+With `--beside`: turns 1,000 to 1,019 of a conversation, with a full context, by turns with our prompts and with those
+of another checkout of this repository (`git worktree add CHECKOUT COMMIT`), and the ratio of their times in all.
 """
 
 import argparse

@@ -369,9 +369,9 @@ def figures_line(result: ChatResult, began: float, first: float) -> str:
     if result.finish_reason == "length":
         figures.append("cut at the token limit")
     if result.dropped_turns:
-        figures.append(f"{result.dropped_turns} old turns did not fit")
+        figures.append(f"{result.dropped_turns} old turns left out")
     if result.dropped_reasoning:
-        figures.append(f"reasoning of {result.dropped_reasoning} old turns did not fit")
+        figures.append(f"reasoning of {result.dropped_reasoning} old turns left out")
     return " · ".join(figures)
 
 

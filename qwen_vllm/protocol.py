@@ -137,8 +137,8 @@ class ChatResult:
 
     `history` ends with this turn, ready for the next request; the turn has its reasoning where the chat template keeps
     that. `finish_reason` is "stop" or "length". `stop_reason` is the stop word that matched, or None. `dropped_turns`
-    counts the oldest turns, which did not fit the context; `dropped_reasoning` counts those of the others whose
-    reasoning did not. `reasoning_tokens` are included in `completion_tokens`.
+    counts the oldest turns, which were left out to fit the context; `dropped_reasoning` counts those of the others
+    whose reasoning was. `reasoning_tokens` are included in `completion_tokens`.
     """
 
     text: str

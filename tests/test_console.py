@@ -339,9 +339,9 @@ def test_a_conversation_in_a_terminal(terminal: Callable) -> None:
 def test_the_line_of_figures(terminal: Callable) -> None:
     shown = terminal(ScriptedAsk(["a", "b", "c"], finish_reason="length", dropped=(2, 3)), "one")
     remark = next(line for line in shown.splitlines() if line.startswith(DIM))
-    for figure in ("first token ", "tokens/s", "3 tokens", "cut at the token limit", "· 2 old turns did not fit"):
+    for figure in ("first token ", "tokens/s", "3 tokens", "cut at the token limit", "· 2 old turns left out"):
         assert figure in remark
-    assert "· reasoning of 3 old turns did not fit" in remark
+    assert "· reasoning of 3 old turns left out" in remark
 
 
 def test_keys(terminal: Callable) -> None:

@@ -23,7 +23,7 @@ from qwen_vllm.chat_template import (
     UnsupportedTokenizer,
     learn_format,
 )
-from qwen_vllm.protocol import Turn
+from qwen_vllm.protocol import Turn, turns_to_drop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ class Prompt:
 
     Attributes:
         token_ids: what the engine takes.
-        dropped_turns: how many of the oldest turns were left out to fit.
+        dropped_turns: how many of the oldest turns were left out.
         opening: the text between the query and the answer.
         dropped_reasoning: how many of the turns that were kept lost their reasoning to fit.
     """
@@ -107,7 +107,8 @@ class PromptBuilder:
     ) -> Prompt:
         """Build the prompt for `query`, of at most `budget` tokens, with the newest whole turns that fit, in order.
 
-        Where not all fits, reasoning is left out before turns are, from the oldest turn on.
+        Where not all fits, reasoning is left out before turns are, from the oldest turn on. A few more than must go, so
+        that the prompts of the next turns begin alike: at most a quarter of the history's room is given up for this.
 
         Args:
             system: None: without a system message, which the template may replace by one of its own.
@@ -150,7 +151,7 @@ class PromptBuilder:
         return self._template.render(system, history, query, (enable_thinking, reasoning_effort))
 
     def _fit(self, history: Sequence[Turn], room: int, layout: Layout, lead: str) -> tuple[list[tuple[int, ...]], int]:
-        """Encode the newest turns that fit into `room` tokens.
+        """Encode the newest turns that fit into `room` tokens; where not all do, a few fewer (see `_steady_number`).
 
         Returns (their token ids, the newest first; how many of them lost their reasoning).
         """
@@ -158,30 +159,36 @@ class PromptBuilder:
         if len(kept) == len(history) or not self.keeps_reasoning:
             return kept, 0
         kept = self._newest([(user, answer) for user, answer, *_ in history], room, layout, lead)
+        spare = room // 4
         room -= sum(map(len, kept))
         newest = history[: -len(kept) - 1 : -1]
+        whole: list[tuple[int, ...]] = []
+        left = room
         for n, turn in enumerate(newest):
             is_oldest = n == len(newest) - 1
-            whole = self._with_system(turn, layout, lead) if lead and is_oldest else self._turn_ids(turn)
-            room -= len(whole) - len(kept[n])
-            if room < 0:
-                return kept, sum(any(reasoning) for _, _, *reasoning in newest[n:])
-            kept[n] = whole
-        return kept, 0
+            token_ids = self._with_system(turn, layout, lead) if lead and is_oldest else self._turn_ids(turn)
+            left -= len(token_ids) - len(kept[n])
+            if left < 0:
+                costs = [len(token_ids) - len(bare) for token_ids, bare in zip(whole, kept, strict=False)]
+                del whole[_steady_number(costs, len(history), room, spare) :]
+                break
+            whole.append(token_ids)
+        without = newest[len(whole) :]
+        return [*whole, *kept[len(whole) :]], sum(any(reasoning) for _, _, *reasoning in without)
 
     def _newest(self, turns: Sequence[Turn], room: int, layout: Layout, lead: str) -> list[tuple[int, ...]]:
-        """Encode the newest whole turns that fit into `room` tokens, the newest first."""
-        kept = []
+        """Encode the newest whole turns that fit into `room` tokens, or a few fewer, the newest first."""
+        kept: list[tuple[int, ...]] = []
+        left = room
         for turn in reversed(turns):
             token_ids = self._turn_ids(turn)
-            opening = self._with_system(turn, layout, lead) if lead else token_ids
-            if len(opening) > room:
+            if len(self._with_system(turn, layout, lead) if lead else token_ids) > left:
                 break
-            room -= len(token_ids)
+            left -= len(token_ids)
             kept.append(token_ids)
-            oldest = opening
-        if kept:
-            kept[-1] = oldest
+        del kept[_steady_number([*map(len, kept)], len(turns), room, room // 4) :]
+        if lead and kept:
+            kept[-1] = self._with_system(turns[-len(kept)], layout, lead)
         return kept
 
     def _with_system(self, turn: Turn, layout: Layout, lead: str) -> tuple[int, ...]:
@@ -235,6 +242,24 @@ class PromptBuilder:
             # Where a tag is a control token, one in a text is no token of ours, but of the template's.
             if not (same or (tagged[0] in history and self._encoder.decode(built) == rendered)):
                 raise UnsupportedTemplate("the prompt builder and the model's chat template disagree")
+
+
+def _steady_number(costs: Sequence[int], turns: int, room: int, spare: int) -> int:
+    """Choose how many of the newest turns to keep: all, or a number that seldom changes what is dropped.
+
+    Args:
+        costs: tokens of each that fits into `room`, the newest first.
+        turns: how many there are.
+        spare: how many tokens of the room may stay free for this.
+    """
+    least = most = turns - len(costs)
+    free = room - sum(costs)
+    for cost in reversed(costs):
+        free += cost
+        if free > spare:
+            break
+        most += 1
+    return turns - turns_to_drop(least, most)
 
 
 def _cached(encode: Callable[..., tuple[int, ...]]) -> Callable[[tuple[str, ...]], tuple[int, ...]]:

@@ -1,7 +1,7 @@
 """The Chinese words for flags, fields and commands, by name; `{default}` is replaced by the program's own default."""
 
 CONSOLE = {
-    "--history-max": "随问题一起发送的历史轮数，默认 {default}；0 为单轮对话",
+    "--history-max": "最多随问题一起发送多少轮历史，默认 {default}；0 为单轮对话",
     "--system": "系统提示词，默认 `{default}`",
 }
 

@@ -37,6 +37,7 @@ from qwen_vllm.protocol import (
     ServerInfo,
     one_line,
     text_turns,
+    turns_to_drop,
     validated,
 )
 from qwen_vllm.retry import retry_delay
@@ -70,7 +71,7 @@ Enter sends, Alt-Enter breaks the line, Ctrl-C stops the answer."""
 def add_arguments(parser: argparse.ArgumentParser, sampling: Iterable[str] = tuple(Sampling.model_fields)) -> None:
     """Add the flags of a terminal chat; `sampling` names the parameters to offer."""
     parser.add_argument(
-        "--history-max", type=_count, default=5, metavar="N", help="earlier turns sent along; 0: none (default: 5)"
+        "--history-max", type=_count, default=5, metavar="N", help="most earlier turns sent along; 0: none (default: 5)"
     )
     parser.add_argument("--system", default=DEFAULT_SYSTEM, help="system prompt (default: %(default)r)")
     group = parser.add_argument_group("sampling (default: the model's)")
@@ -183,8 +184,9 @@ class Chat:
         return not unanswered
 
     def _sent_along(self, turns: list[AskedTurn]) -> list[AskedTurn]:
-        """Return the last turns, at most `history_max`."""
-        return turns[-self.history_max :] if self.history_max else []
+        """Return the last turns: at most `history_max`, or up to a quarter fewer, so that they begin alike for long."""
+        least = max(0, len(turns) - self.history_max)
+        return turns[turns_to_drop(least, least + self.history_max // 4) :]
 
     def _ask_until_answered(self, query: Question, earlier: Sequence[AskedTurn]) -> Generator[Part, None, None]:
         """Ask; ask again while the server is busy."""
@@ -405,9 +407,9 @@ def figures_line(result: ChatResult, began: float, first: float) -> str:
     if result.finish_reason == "length":
         figures.append("cut at the token limit")
     if result.dropped_turns:
-        figures.append(f"{result.dropped_turns} old turns did not fit")
+        figures.append(f"{result.dropped_turns} old turns left out")
     if result.dropped_reasoning:
-        figures.append(f"reasoning of {result.dropped_reasoning} old turns did not fit")
+        figures.append(f"reasoning of {result.dropped_reasoning} old turns left out")
     return " · ".join(figures)
 
 

@@ -137,8 +137,8 @@ class ChatResult:
 
     `history` ends with this turn, ready for the next request; the turn has its reasoning where the chat template keeps
     that. `finish_reason` is "stop" or "length". `stop_reason` is the stop word that matched, or None. `dropped_turns`
-    counts the oldest turns, which did not fit the context; `dropped_reasoning` counts those of the others whose
-    reasoning did not. `reasoning_tokens` are included in `completion_tokens`.
+    counts the oldest turns, which were left out to fit the context; `dropped_reasoning` counts those of the others
+    whose reasoning was. `reasoning_tokens` are included in `completion_tokens`.
     """
 
     text: str
@@ -196,6 +196,17 @@ def text_turns(history: Sequence[AskedTurn]) -> list[Turn]:
 def turn(user: str, assistant: str, reasoning: str) -> Turn:
     """Make a turn, without reasoning where that is empty."""
     return (user, assistant, reasoning) if reasoning else (user, assistant)
+
+
+def turns_to_drop(least: int, most: int) -> int:
+    """Choose how many of the oldest turns to drop: the number from `least` to `most` with the highest power of two.
+
+    Both grow with the conversation, but this number stays the same for many turns. So the prompts of these turns begin
+    alike, and the engine's prefix cache holds what they share.
+    """
+    while most > least and most & (most - 1) >= least:
+        most &= most - 1
+    return most
 
 
 @dataclass(frozen=True)

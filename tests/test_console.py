@@ -242,12 +242,19 @@ def test_a_failed_question_from_a_pipe_is_told_and_left_out(pipe: Callable, caps
     assert ask.closed == 3
 
 
-@pytest.mark.parametrize(("flags", "kept"), [([], 5), (["--history-max", "2"], 2), (["--history-max", "0"], 0)])
-def test_history_max(pipe: Callable, flags: list[str], kept: int) -> None:
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        ([], [0, 1, 2, 3, 4, 5, 4, 5]),
+        (["--history-max", "2"], [0, 1, 2, 2, 2, 2, 2, 2]),
+        (["--history-max", "0"], [0] * 8),
+    ],
+)
+def test_history_max(pipe: Callable, flags: list[str], kept: list[int]) -> None:
     ask = ScriptedAsk(*[[f"answer {n}"] for n in range(8)])
     pipe(ask, "".join(f"question {n}\n" for n in range(8)), *flags)
-    turns = [(f"question {n}", f"answer {n}") for n in range(7)]
-    assert ask.calls[7].history == turns[7 - kept :]
+    turns = [(f"question {n}", f"answer {n}") for n in range(8)]
+    assert [call.history for call in ask.calls] == [turns[n - kept[n] : n] for n in range(8)]
 
 
 def test_flags_reach_the_model(pipe: Callable) -> None:
@@ -334,9 +341,9 @@ def test_a_conversation_in_a_terminal(terminal: Callable) -> None:
 def test_the_line_of_figures(terminal: Callable) -> None:
     shown = terminal(ScriptedAsk(["a", "b", "c"], finish_reason="length", dropped=(2, 3)), "one")
     remark = next(line for line in shown.splitlines() if line.startswith(DIM))
-    for figure in ("first token ", "tokens/s", "3 tokens", "cut at the token limit", "· 2 old turns did not fit"):
+    for figure in ("first token ", "tokens/s", "3 tokens", "cut at the token limit", "· 2 old turns left out"):
         assert figure in remark
-    assert "· reasoning of 3 old turns did not fit" in remark
+    assert "· reasoning of 3 old turns left out" in remark
 
 
 def test_keys(terminal: Callable) -> None:

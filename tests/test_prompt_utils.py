@@ -174,11 +174,12 @@ def test_the_stop_token_ends_a_turn(builder: PromptBuilder, tokenizer: PreTraine
     assert tokenizer.convert_ids_to_tokens(builder.stop_token_id) == "<|im_end|>"
 
 
-HISTORY = [(f"question {n}", f"answer {n} " * n) for n in range(1, 7)]
+# Each turn takes more than a quarter of the room, so none is dropped but for the room.
+HISTORY = [(f"question {n}", f"answer {n} " * n) for n in range(1, 4)]
 
 
-def length(builder: PromptBuilder, history: list[Turn]) -> int:
-    return len(builder.build("s", history, "q", MANY).token_ids)
+def length(builder: PromptBuilder, history: list[Turn], query: str = "q") -> int:
+    return len(builder.build("s", history, query, MANY).token_ids)
 
 
 @pytest.mark.parametrize("kept", range(len(HISTORY) + 1))
@@ -215,6 +216,23 @@ def test_never_over_the_budget(builder: PromptBuilder, history: list[Turn], quer
     prompt = builder.build("s", history, query, budget)
     assert len(prompt.token_ids) <= budget
     assert prompt.token_ids == builder.build("s", history[prompt.dropped_turns :], query, MANY).token_ids
+
+
+@FUZZ
+@given(st.lists(st.tuples(ordinary, ordinary), min_size=1, max_size=40), st.integers(40, 400), ordinary)
+def test_the_cut_gives_up_a_quarter_of_the_room_at_most_and_never_goes_back(
+    builder: PromptBuilder, turns: list[Turn], budget: int, query: str
+) -> None:
+    dropped = 0
+    for n in range(len(turns) + 1):
+        if length(builder, [], query) > budget:
+            return
+        fits = min(cut for cut in range(n + 1) if length(builder, turns[cut:n], query) <= budget)
+        prompt = builder.build("s", turns[:n], query, budget)
+        assert prompt.dropped_turns >= max(dropped, fits)
+        unused, room = budget - len(prompt.token_ids), budget - length(builder, [], query)
+        assert prompt.dropped_turns == fits or (fits and unused <= room / 4)
+        dropped = prompt.dropped_turns
 
 
 @pytest.mark.parametrize("budget", [20, 0, -5])

@@ -3,6 +3,7 @@
 import random
 import unicodedata
 from functools import cache
+from itertools import pairwise, takewhile
 
 import pytest
 from transformers import PreTrainedTokenizerBase
@@ -105,7 +106,7 @@ def test_text_that_spells_control_tokens_stays_text(name: str, count: int) -> No
 @pytest.mark.parametrize("system", ["", "Be brief.", "long " * 30])
 def test_the_newest_whole_turns_that_fit_are_kept(name: str, system: str) -> None:
     builder = builder_of(name)
-    history = [(f" question {n}", f"answer {n} " * n) for n in range(1, 7)]
+    history = [(f" question {n}", f"answer {n} " * n) for n in range(1, 4)]
     whole = [builder.build(system, history[n:], "q", MANY).token_ids for n in range(len(history) + 1)]
     for budget in range(len(whole[-1]), len(whole[0]) + 1):
         prompt = builder.build(system, history, "q", budget)
@@ -119,16 +120,29 @@ def test_the_newest_whole_turns_that_fit_are_kept(name: str, system: str) -> Non
 @pytest.mark.parametrize("system", ["", "Be brief."])
 def test_reasoning_goes_before_turns_and_the_oldest_first(name: str, system: str) -> None:
     builder = builder_of(name)
-    history = [(f"question {n}", f"answer {n}", f"thought {n} " * n if n != 3 else "") for n in range(1, 6)]
+    history = [(f"question {n}", f"answer {n}", *([f"thought {n} " * n] if n != 3 else [])) for n in range(1, 6)]
     bare = [turn[:2] for turn in history]
-    kept = [[*bare[:n], *history[n:]] for n in range(5)] + [bare[n:] for n in range(6)]
-    whole = [builder.build(system, turns, "q", MANY).token_ids for turns in kept]
-    counts = [(0, 0), (0, 1), (0, 2), (0, 2), (0, 3), (0, 4), *((n, 4 - n + (n > 2)) for n in range(1, 6))]
-    for budget in range(len(whole[-1]), len(whole[0]) + 1):
+    least, all_bare, whole = (len(builder.build(system, turns, "q", MANY).token_ids) for turns in ([], bare, history))
+    for budget in range(least, whole + 1):
         prompt = builder.build(system, history, "q", budget)
-        fitting = next(n for n, token_ids in enumerate(whole) if len(token_ids) <= budget)
-        assert prompt.token_ids == whole[fitting]
-        assert (prompt.dropped_turns, prompt.dropped_reasoning) == counts[fitting]
+        assert len(prompt.token_ids) <= budget
+        assert bool(prompt.dropped_turns) == (budget < all_bare)
+        assert bool(prompt.dropped_turns or prompt.dropped_reasoning) == (budget < whole)
+        left = [n for n in range(prompt.dropped_turns, 5) if len(history[n]) == 3][prompt.dropped_reasoning :]
+        kept = [turn if n in left else turn[:2] for n, turn in enumerate(history)][prompt.dropped_turns :]
+        assert prompt.token_ids == builder.build(system, kept, "q", MANY).token_ids
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_while_the_context_is_full_the_engine_finds_most_of_the_prompt_in_its_cache(name: str) -> None:
+    dice, builder = random.Random(name), builder_of(name)
+    history = [tuple(f"{n} " * dice.randrange(1, 40) for _ in range(3)) for n in range(120)]
+    budget = len(builder.build("Be brief.", history[:60], "q", MANY).token_ids)
+    prompts = [builder.build("Be brief.", history[:n], history[n][0], budget) for n in range(61, 120)]
+    assert all(prompt.dropped_turns or prompt.dropped_reasoning for prompt in prompts)
+    pairs = [zip(one.token_ids, two.token_ids, strict=False) for one, two in pairwise(prompts)]
+    shared = sum(len([*takewhile(lambda pair: pair[0] == pair[1], pair)]) for pair in pairs)
+    assert shared > 0.75 * sum(len(prompt.token_ids) for prompt in prompts)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -25,6 +25,7 @@ from qwen_vllm.network import THIS_MACHINE, address, listen
 from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling, ServerInfo
 from qwen_vllm.webui.answering import AnswerStreams, Reply, WaitingLine
 from qwen_vllm.webui.conversation import Messages, as_json, as_markdown, text_message, text_of
+from qwen_vllm.webui.markdown import LATEX, written
 from qwen_vllm.webui.words import WORDS, Words, words_for
 from vllm_client import DEFAULT_URL, server_info_async
 
@@ -32,10 +33,6 @@ REDRAW = 0.05
 """Seconds between two drawings of a growing answer."""
 CLOSE_TIMEOUT = 5
 """Seconds that open connections have when the page's server ends."""
-LATEX: list[dict[str, str | bool]] = [
-    {"left": left, "right": right, "display": display}
-    for left, right, display in (("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$", "$", False))
-]
 BUSY_BOX: dict[str, Any] = {"interactive": False, "submit_btn": False, "stop_btn": True}
 UNQUEUED: dict[str, Any] = {"queue": False, "api_visibility": "private"}
 
@@ -217,7 +214,7 @@ def retry(messages: Messages, data: gr.RetryData) -> tuple[Any, Messages]:
 
 def edit(messages: Messages, data: gr.EditData) -> tuple[Any, Messages]:
     """Cut the conversation behind the edited question, and put the new text there."""
-    return gr.update(**BUSY_BOX), [*messages[: data.index], text_message("user", data.value)]
+    return gr.update(**BUSY_BOX), [*messages[: data.index], text_message("user", written(data.value))]
 
 
 def undo(messages: Messages, data: gr.UndoData) -> tuple[Any, Messages]:

@@ -64,8 +64,8 @@ const chats = {
 const showTitle = () => { document.title = document.querySelector("#heading").textContent.trim(); };
 const focusBox = () => document.querySelector("#box textarea").focus();
 
-// Copies hold what was written, without the word joiners that keep its HTML from being rendered.
-const written = (text) => text.replaceAll("\u2060", "");
+// Copies and edits hold what was written, without the invisible characters of markdown.py.
+const written = (text) => text.replace(/([\u2060\ufeff])(\1?)/g, "$2");
 const clipboard = navigator.clipboard, copy = clipboard?.writeText.bind(clipboard);
 if (copy) clipboard.writeText = (text) => copy(written(text));
 addEventListener("copy", (event) => {
@@ -74,5 +74,12 @@ addEventListener("copy", (event) => {
   event.clipboardData.setData("text/plain", written(text));
   event.preventDefault();
 });
+addEventListener("click", () => setTimeout(() => {  // by then Gradio has opened the field of a question to edit
+  const field = document.querySelector("#chat textarea");
+  if (!field || field.written) return;
+  field.written = true;
+  field.value = written(field.value);
+  field.dispatchEvent(new Event("input", {bubbles: true}));
+}));
 
 Object.assign(window, {chats, showTitle, focusBox});  // the page's events call these by name

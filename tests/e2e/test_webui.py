@@ -28,7 +28,9 @@ from selenium.webdriver.support.ui import WebDriverWait
 from gradio_webui import Page, PageServer, parse_args
 from qwen_vllm.protocol import Sampling
 from qwen_vllm.webui.answering import WaitingLine
-from qwen_vllm.webui.conversation import WORD_JOINER, text_of
+from qwen_vllm.webui.conversation import text_message, text_of
+from qwen_vllm.webui.markdown import written
+from tests.support.answers import SEEN
 from tests.support.chat_messages import assistant, user
 from tests.support.probes import unfinished
 from tests.support.programs import KEY
@@ -88,7 +90,7 @@ class Tab:
     def texts(self, selector: str) -> list[str]:
         """What the elements show, without what is folded away and what is invisible."""
         script = "return [...document.querySelectorAll(arguments[0])].map((element) => element.innerText.trim())"
-        return [text.replace(WORD_JOINER, "") for text in self.run(script, selector)]
+        return [written(text) for text in self.run(script, selector)]
 
     def messages(self) -> list[str]:
         return self.texts("#chat [data-testid=user], #chat [data-testid=bot]")
@@ -277,6 +279,51 @@ def test_text_cannot_run(server, page, person):
     assert tab.run("return window.pwned") is None
     assert tab.run("return document.querySelectorAll('#chat :is(script, iframe, b, details, [onerror])').length") == 0
     assert tab.asked_hosts() == {urlsplit(page).netloc}
+
+
+SEE = """
+const names = {STRONG: "b", EM: "i", DEL: "del", CODE: "code", PRE: "pre", SUB: "sub", SUP: "sup", LI: "li",
+  TD: "td", TH: "td", H1: "h1", BLOCKQUOTE: "quote", A: "a"};
+const see = (node) => {
+  if (node.nodeType === Node.TEXT_NODE) return node.data.trim() || !node.data.includes("\\n") ? node.data : "";
+  if (node.matches(".katex-display")) return `⟦${see(node.firstChild)}⟧`;
+  if (node.matches(".katex")) return `⟦${node.querySelector("annotation").textContent.trim()}⟧`;
+  if (node.matches("br")) return "\\n";
+  if (node.matches("input")) return node.checked ? "☑" : "☐";
+  if (node.matches("button")) return "";
+  const inner = [...node.childNodes].map(see).join("");
+  const name = node.matches("pre > code") ? undefined : names[node.tagName];
+  if (!name) return inner;
+  const link = name === "a" ? `${node.getAttribute("href")} ` : "";
+  return `‹${name} ${link}${name === "pre" ? inner.trimEnd() : inner}›`;
+};
+return [...document.querySelectorAll("#chat [data-testid=bot] .md")].map(see);"""
+"""The answers on the page in the notation of `SEEN`."""
+COPY = """
+const done = arguments[0], copies = [];
+navigator.clipboard.writeText("").then(async () => {
+  for (const button of document.querySelectorAll("#chat [aria-label='Copy message']")) {
+    button.click();
+    await new Promise((resolve) => setTimeout(resolve));
+    copies.push(await navigator.clipboard.readText());
+  }
+  done(copies);
+});"""
+
+
+def test_an_answer_looks_as_its_author_meant_and_is_copied_and_saved_as_it_was_written(server, page, person):
+    talk = [message for text in SEEN for message in (text_message("user", text), text_message("assistant", text))]
+    tab = person(page)
+    tab.run("localStorage[`qwen-vllm/chat/${sessionStorage['qwen-vllm/open']}`] = JSON.stringify(arguments[0])", talk)
+    tab.driver.refresh()
+    tab.until(lambda: [written(text) for text in tab.run(SEE)] == list(SEEN.values()))
+    grant = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": page}
+    tab.driver.execute_cdp_cmd("Browser.grantPermissions", grant)
+    assert tab.driver.execute_async_script(COPY) == [text for text in SEEN for _ in ("question", "answer")]
+    assert json.loads(exported(tab, "#to-json"))["history"] == [[text, text] for text in SEEN]
+    assert all(f"## Assistant\n\n{text}\n" in exported(tab, "#to-markdown") for text in list(SEEN)[:2])
+    tab.run("[...document.querySelectorAll('#chat [aria-label=Edit]')].at(0).click()")
+    tab.until(lambda: tab.run("return document.querySelector('#chat textarea')?.value") == next(iter(SEEN)))
 
 
 def test_what_is_copied_is_what_was_written(server, page, person):

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qwen_vllm.network import THIS_MACHINE, address, listen
 from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling, ServerInfo
 from qwen_vllm.webui.answering import AnswerStreams, Reply, WaitingLine
-from qwen_vllm.webui.conversation import Messages, as_json, as_markdown, text_message, text_of
+from qwen_vllm.webui.conversation import Messages, as_json, as_markdown, images_of, question, text_of
 from qwen_vllm.webui.markdown import LATEX, written
 from qwen_vllm.webui.words import WORDS, Words, words_for
 from vllm_client import DEFAULT_URL, server_info_async
@@ -137,7 +137,7 @@ class Page:
         for start in (
             on.box.submit(begin, asking, asking, **UNQUEUED),
             on.chat.retry(retry, on.chat, asking, **UNQUEUED),
-            on.chat.edit(edit, on.chat, asking, **UNQUEUED),
+            on.chat.edit(edit, asking, asking, js="chats.edited", **UNQUEUED),
         ):
             start.then(
                 self.answer,
@@ -152,7 +152,7 @@ class Page:
 
         on.new.click(self.stop, **UNQUEUED).then(js="chats.fresh", outputs=shown)
         on.earlier.input(self.stop, **UNQUEUED).then(js="chats.open", inputs=on.earlier, outputs=shown)
-        on.delete.click(self.stop, **UNQUEUED).then(js="chats.remove", inputs=on.chat_id, outputs=shown)
+        on.delete.click(self.stop, **UNQUEUED).then(js="chats.remove", outputs=shown)
         for button, export, save in (
             (on.to_markdown, as_markdown, "chats.saveMarkdown"),
             (on.to_json, as_json, "chats.saveJson"),
@@ -201,10 +201,7 @@ class Page:
 
 def begin(asked: dict[str, Any], messages: Messages) -> tuple[Any, Messages]:
     """Move the question from the box into the conversation."""
-    images = [{"path": path} for path in asked["files"]]
-    text = text_message("user", asked["text"])["content"] if asked["text"].strip() else []
-    question = [{"role": "user", "content": images + text}] if images or text else []
-    return gr.update(value=None, **BUSY_BOX), [*messages, *question]
+    return gr.update(value=None, **BUSY_BOX), [*messages, *question(asked["files"], asked["text"])]
 
 
 def retry(messages: Messages, data: gr.RetryData) -> tuple[Any, Messages]:
@@ -212,14 +209,16 @@ def retry(messages: Messages, data: gr.RetryData) -> tuple[Any, Messages]:
     return gr.update(**BUSY_BOX), messages[: data.index + 1]
 
 
-def edit(messages: Messages, data: gr.EditData) -> tuple[Any, Messages]:
-    """Cut the conversation behind the edited question, and put the new text there."""
-    return gr.update(**BUSY_BOX), [*messages[: data.index], text_message("user", written(data.value))]
+def edit(_: dict[str, Any], messages: Messages, data: gr.EditData) -> tuple[Any, Messages]:
+    """Cut the conversation behind the edited question, and put the new text there. It keeps its images."""
+    edited = question(images_of(messages[data.index]), written(data.value))
+    return gr.update(**BUSY_BOX), [*messages[: data.index], *edited] if edited else messages
 
 
 def undo(messages: Messages, data: gr.UndoData) -> tuple[Any, Messages]:
     """Move the last question back into the box; drop its answer."""
-    return gr.update(value={"text": text_of(messages[data.index]), "files": []}), messages[: data.index]
+    asked = messages[data.index]
+    return gr.update(value={"text": text_of(asked), "files": images_of(asked)}), messages[: data.index]
 
 
 def ready() -> Any:

@@ -2,7 +2,7 @@
 
 import base64
 import mimetypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,13 @@ def text_message(role: str, text: str, **metadata: str) -> Message:
     return {"role": role, "content": [{"type": "text", "text": shown(text)}], "metadata": metadata or None}
 
 
+def question(images: Sequence[str], text: str) -> Messages:
+    """Return a question as a message, or nothing where there is no image and no text."""
+    content: list[dict[str, Any]] = [{"path": path} for path in images]  # Gradio makes a file part of each
+    content += text_message("user", text)["content"] if text.strip() else []
+    return [{"role": "user", "content": content}] if content else []
+
+
 def remark(title: str, text: str = "", **metadata: str) -> Message:
     """Return what stands in an answer's place: a notice (`status="pending"`), or why there is no answer."""
     return text_message("assistant", text, id=REMARK, title=title, **metadata)
@@ -45,6 +52,11 @@ def is_folded(message: Message) -> bool:
 def text_of(message: Message) -> str:
     """Return a message's text as it was written, without its images."""
     return written("".join(part["text"] for part in message["content"] if part["type"] == "text"))
+
+
+def images_of(message: Message) -> list[str]:
+    """Return the paths of a message's images."""
+    return [part["file"]["path"] for part in message["content"] if part["type"] == "file"]
 
 
 def answered_exchanges(messages: Messages) -> Iterator[tuple[Message, str, str]]:
@@ -68,7 +80,7 @@ def turns(messages: Messages) -> list[AskedTurn]:
 
 def question_of(message: Message) -> Question:
     """Return a user's message with its images as data URLs; for each that is gone, its text says so."""
-    images = [_image(part["file"]["path"]) for part in message["content"] if part["type"] == "file"]
+    images = [_image(path) for path in images_of(message)]
     texts = ["(an image that is not kept any more)" for image in images if not image] + [text_of(message)]
     return Question("\n".join(filter(None, texts)), tuple(filter(None, images)))
 

@@ -431,6 +431,30 @@ def test_chats_are_kept_opened_exported_and_deleted(server, page, person):
     assert tab.earlier() == ["About the sky"]
 
 
+def test_a_chat_that_two_tabs_go_on_with_loses_no_turn(server, page, person):
+    server.play(line({"delta": "one"}), line(LAST))
+    tab = person(page)
+    tab.ask("first")
+    chat = tab.run("return sessionStorage['qwen-vllm/open']")
+    tab.driver.switch_to.new_window("tab")
+    first, second = tab.driver.window_handles
+    tab.open(page)
+    tab.press("#earlier label input")
+    tab.until(lambda: tab.messages() == ["first", "one"])
+    server.play(line({"delta": "of the second"}), line(LAST))
+    tab.ask("second tab")
+    tab.driver.close()
+    tab.driver.switch_to.window(first)
+    server.play(line({"delta": "of the first"}), line(LAST))
+    tab.ask("first tab")
+    assert tab.earlier() == ["first", "first"]
+    tab.driver.refresh()
+    tab.until(lambda: tab.messages() == ["first", "one", "first tab", "of the first"])
+    assert tab.run("return sessionStorage['qwen-vllm/open']") != chat
+    tab.press("#earlier label:nth-of-type(2) input")
+    tab.until(lambda: tab.messages() == ["first", "one", "second tab", "of the second"])
+
+
 def exported(tab: Tab, button: str) -> str:
     """The text of the file that the button offers."""
     tab.run("URL.createObjectURL = (blob) => { blob.text().then((text) => { window.saved = text; }); return '#'; };")
@@ -562,7 +586,15 @@ def test_an_answer_that_is_cut_in_its_reasoning_says_what_to_set(server, page, p
     assert questions(server)[-1]["history"] == []
 
 
-def test_images_are_taken_where_the_model_takes_them(server, page, person, tmp_path):
+def pictured(server: Server) -> list[tuple[list[str], str]]:
+    """(images as base64, text) of the last question of each request with images."""
+    asked = [body["messages"][-1]["content"] for path, _, body in server.requests if path == "/v1/chat/completions"]
+    images = [[part["image_url"]["url"] for part in parts if part["type"] == "image_url"] for parts in asked]
+    texts = ["".join(part["text"] for part in parts if part["type"] == "text") for parts in asked]
+    return list(zip(images, texts, strict=True))
+
+
+def test_images_are_taken_where_the_model_takes_them_and_stay_with_their_question(server, page, person, tmp_path):
     tab = person(page)
     assert tab.run("return document.querySelectorAll('#box .upload-button').length") == 0
     server.play(line(INFO | {"images": True}), path="/chat/info")
@@ -571,16 +603,22 @@ def test_images_are_taken_where_the_model_takes_them(server, page, person, tmp_p
     server.play(b"data: " + line(chunk) + b"\ndata: " + line(usage) + b"\n", path="/v1/chat/completions")
     image = tmp_path / "dot.png"
     Image.new("RGB", (8, 8), "red").save(image)
+    dots = ["data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()]
     tab.driver.refresh()
     tab.until(lambda: tab.run("return document.querySelectorAll('#box .upload-button').length"))
     tab.driver.find_element(By.CSS_SELECTOR, "#box input[type=file]").send_keys(str(image))
     tab.until(lambda: tab.run("return document.querySelectorAll('#box .thumbnails img').length"))
     assert tab.ask("What is this?") == "A dot."
-    [body] = [body for path, _, body in server.requests if path == "/v1/chat/completions"]
-    content = {part["type"]: part for part in body["messages"][-1]["content"]}
-    assert content["text"]["text"] == "What is this?"
-    data = content["image_url"]["image_url"]["url"].removeprefix("data:image/png;base64,")
-    assert base64.b64decode(data) == image.read_bytes()
+    tab.press("#chat [aria-label=Edit]")
+    tab.until(lambda: tab.texts("#chat textarea"))
+    tab.fill("#chat textarea", "What colour?")
+    tab.press("#chat [aria-label=Submit]")
+    tab.until(lambda: len(pictured(server)) == 2 and tab.is_ready() and "What colour?" in tab.messages())
+    tab.press("#chat [aria-label=Undo]")
+    tab.until(lambda: tab.run("return document.querySelectorAll('#box .thumbnails img').length"))
+    tab.box().send_keys(" And size?", Keys.ENTER)
+    tab.until(lambda: len(pictured(server)) == 3)
+    assert pictured(server) == [(dots, "What is this?"), (dots, "What colour?"), (dots, "What colour? And size?")]
 
 
 def test_the_browser_knows_each_rule_of_the_style_sheet(server, page, person):

@@ -16,13 +16,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_vllm.network import THIS_MACHINE, address, listen
 from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling, ServerInfo
+from qwen_vllm.webui import gradio as gr
 from qwen_vllm.webui.answering import AnswerStreams, Reply, WaitingLine
 from qwen_vllm.webui.conversation import Messages, as_json, as_markdown, images_of, question, text_of
 from qwen_vllm.webui.markdown import LATEX, written
@@ -276,6 +276,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if file and not Path(file).is_file():
             parser.error(f"{flag}: there is no file {file}")
     args.server_url = args.server_url.rstrip("/")
+    args.root_path = args.root_path.rstrip("/")
     return args
 
 

@@ -1,7 +1,11 @@
 """The page without a browser: what it sends, what it shows, who waits, and its command line."""
 
 import asyncio
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 from fastapi.testclient import TestClient
 
 from gradio_webui import Page, PageServer, begin, main, parse_args
@@ -212,5 +217,19 @@ def test_the_page_tells_nobody_of_itself() -> None:
     assert [dependency["api_visibility"] for dependency in config["dependencies"]].count("public") == 0
 
 
-def test_a_path_behind_a_proxy() -> None:
-    assert visit("--root-path", "/chat").get("/config").json()["root"].endswith("/chat")
+@pytest.mark.parametrize("path", ["/chat", "/chat/"])
+def test_a_path_behind_a_proxy(path: str) -> None:
+    assert visit("--root-path", path).get("/config").json()["root"].endswith("/chat")
+
+
+@pytest.mark.parametrize("proxy", ["socks://127.0.0.1:9", "socks5://127.0.0.1:9"])
+def test_the_page_starts_where_the_desktop_has_a_socks_proxy(proxy: str) -> None:
+    environment = os.environ | {"ALL_PROXY": proxy, "http_proxy": proxy}
+    command = [sys.executable, "gradio_webui.py", "--port", "0"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as program:
+        url = program.stdout.readline().split()[4]
+        with requests.Session() as session:
+            session.trust_env = False
+            assert session.get(url, timeout=30).ok
+        program.send_signal(signal.SIGINT)
+        assert program.wait(30) == 0

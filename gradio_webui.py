@@ -24,13 +24,15 @@ from qwen_vllm.network import THIS_MACHINE, address, listen
 from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling, ServerInfo
 from qwen_vllm.webui import gradio as gr
 from qwen_vllm.webui.answering import AnswerStreams, Reply, WaitingLine
-from qwen_vllm.webui.conversation import Messages, as_json, as_markdown, images_of, question, text_of
+from qwen_vllm.webui.conversation import Messages, as_json, as_markdown, images_of, question, size_of, text_of
 from qwen_vllm.webui.markdown import LATEX, written
 from qwen_vllm.webui.words import WORDS, Words, words_for
 from vllm_client import DEFAULT_URL, server_info_async
 
 REDRAW = 0.05
-"""Seconds between two drawings of a growing answer."""
+"""Seconds between two drawings of a growing answer in a short chat."""
+QUICKLY_DRAWN = 20_000
+"""Characters. Gradio reads the whole chat for each drawing: one this much longer is drawn half, a third, … as often."""
 CLOSE_TIMEOUT = 5
 """Seconds that open connections have when the page's server ends."""
 BUSY_BOX: dict[str, Any] = {"interactive": False, "submit_btn": False, "stop_btn": True}
@@ -183,11 +185,13 @@ class Page:
             return
         reply = Reply(self._words(request), self._info)
         with self.streams.grow(reply, str(request.session_hash), messages, system, settings):
-            while reply.changed.is_set() or not reply.ended:  # the end may come while this sleeps
+            while reply.changed.is_set() or not reply.ended.is_set():  # the end may come while this pauses
                 await reply.changed.wait()
                 reply.changed.clear()
-                yield chat_id, [*messages, *reply.messages()], reply.figures()
-                await asyncio.sleep(REDRAW)
+                drawn = [*messages, *reply.messages()]
+                yield chat_id, drawn, reply.figures()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(reply.ended.wait(), REDRAW * (1 + size_of(drawn) / QUICKLY_DRAWN))
 
     def _words(self, request: gr.Request) -> Words:
         """Return the words in the language of the page, or of the person's browser."""

@@ -54,6 +54,11 @@ def text_of(message: Message) -> str:
     return written("".join(part["text"] for part in message["content"] if part["type"] == "text"))
 
 
+def size_of(messages: Messages) -> int:
+    """Return how many characters a conversation has on the page."""
+    return sum(len(part.get("text", "")) for message in messages for part in message["content"])
+
+
 def images_of(message: Message) -> list[str]:
     """Return the paths of a message's images."""
     return [part["file"]["path"] for part in message["content"] if part["type"] == "file"]

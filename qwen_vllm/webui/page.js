@@ -65,12 +65,10 @@ const chats = {
     }
     shown.kept = localStorage[chats.key(shown.id)] ?? "[]";
   },
+  images: (message) => message.content.filter((part) => part.type === "file"),
   // Gradio drops the images of a question that is edited.
-  edited(box, messages) {
-    const images = (message) => message.content.filter((part) => part.type === "file");
-    return [box, messages.map((message, n) => message.role !== "user" || images(message).length ? message
-      : {...message, content: [...images(chats.before[n]), ...message.content]})];
-  },
+  edited: (box, messages) => [box, messages.map((message, n) => chats.images(message).length ? message
+    : {...message, content: [...chats.images(chats.before[n]), ...message.content]})],
 
   keepSettings: (...settings) => { localStorage["qwen-vllm/settings"] = JSON.stringify(settings); },
   restore(...settings) {

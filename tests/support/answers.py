@@ -1,7 +1,7 @@
 """Short answers of models, each with what is seen of it on the page.
 
-In what is seen, an element is its name and what it holds in ‹ ›: b, i, del, a with its address, code, pre, sub, sup, li,
-td, h1, quote. A formula is its TeX in ⟦ ⟧, a displayed one in ⟦⟦ ⟧⟧. All else is what stands on the page, to the character.
+In what is seen, an element is its name and what it holds in ‹ ›: b, i, del, a with its address, code, pre, sub, sup,
+li, td, h1, quote. A formula is its TeX in ⟦ ⟧, a displayed one in ⟦⟦ ⟧⟧. All else is what stands on the page.
 """
 
 SEEN = {
@@ -48,10 +48,10 @@ SEEN = {
     "Plain **bold**, *italic* and ***both***.": "Plain ‹b bold›, ‹i italic› and ‹i ‹b both››.",
     # links
     "链接https://example.com，然后": "链接‹a https://example.com https://example.com›，然后",
-    "见https://example.com/a?b=1。或www.a.cn吧": "见‹a https://example.com/a?b=1 https://example.com/a?b=1›。或‹a http://www.a.cn www.a.cn›吧",
+    "见https://a.cn/?b=1。或www.a.cn": "见‹a https://a.cn/?b=1 https://a.cn/?b=1›。或‹a http://www.a.cn www.a.cn›",
     "（https://a.cn/x）和**https://b.cn**，": "（‹a https://a.cn/x https://a.cn/x›）和‹b ‹a https://b.cn https://b.cn››，",
-    "[维基](https://a.cn/中国)和<https://b.cn/x>": "‹a https://a.cn/%E4%B8%AD%E5%9B%BD 维基›和‹a https://b.cn/x https://b.cn/x›",
-    "See https://a.cn/x, or mail me@a.cn.": "See ‹a https://a.cn/x https://a.cn/x›, or mail ‹a mailto:me@a.cn me@a.cn›.",
+    "[维基](https://a.cn/中)和<https://b.cn/x>": "‹a https://a.cn/%E4%B8%AD 维基›和‹a https://b.cn/x https://b.cn/x›",
+    "See https://a.cn/x, mail me@a.cn.": "See ‹a https://a.cn/x https://a.cn/x›, mail ‹a mailto:me@a.cn me@a.cn›.",
     "据报道[^1]。\n\n[^1]: 数据来自年鉴。": "据报道[^1]。[^1]: 数据来自年鉴。",
     "[注意]: 请看下文": "[注意]: 请看下文",
     "[文档][1]\n\n[1]: https://a.cn/d": "‹a https://a.cn/d 文档›",

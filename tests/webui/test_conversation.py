@@ -12,7 +12,6 @@ from qwen_vllm.webui.conversation import as_json, as_markdown, question_of, rema
 from tests.support.chat_messages import KEPT_THOUGHT, TALK, THOUGHT, assistant, user
 from vllm_client import openai_messages
 
-
 KEEPING = [user("a"), KEPT_THOUGHT, assistant("b"), *TALK]
 KEPT_TURNS = [(Question("a"), "b", "Hm, a <b>."), (Question("a"), "b", ""), (Question("d"), "half", "")]
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from gradio_webui import Page, PageServer, begin, main, parse_args
 from qwen_vllm.protocol import Sampling
 from qwen_vllm.webui.answering import WaitingLine
 from qwen_vllm.webui.words import WORDS
-from tests.support.chat_messages import TALK, shown, user
+from tests.support.chat_messages import TALK, assistant, shown, user
 from tests.support.scripted_server import LAST, Server, line
 
 UNSET = [""] * len(Sampling.model_fields)
@@ -73,6 +73,20 @@ def test_an_answer_comes_piece_by_piece_with_its_figures(server: Server) -> None
     assert shown(end[1]) == [("", "Hello")]
     assert end[2].startswith("first token 0.")
     assert end[2].endswith(" · 23 tokens · old turns left out: 1")
+
+
+def test_a_long_chat_is_drawn_less_often(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.play(line({"delta": "Hi"}), line(LAST))
+    pauses = []
+
+    async def pause(ended: Awaitable, seconds: float) -> None:
+        pauses.append(seconds)
+        await ended
+
+    monkeypatch.setattr("gradio_webui.asyncio.wait_for", pause)
+    asyncio.run(last(answer(page_for(server), user("q"))))
+    asyncio.run(last(answer(page_for(server), *[user("q" * 5000), assistant("a" * 5000)] * 20, user("q"))))
+    assert 10 * pauses[0] < pauses[-1] < 1
 
 
 def test_the_key_and_the_conversation_are_sent(server: Server) -> None:

@@ -16,26 +16,25 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_vllm.network import THIS_MACHINE, address, listen
 from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling, ServerInfo
+from qwen_vllm.webui import gradio as gr
 from qwen_vllm.webui.answering import AnswerStreams, Reply, WaitingLine
-from qwen_vllm.webui.conversation import Messages, as_json, as_markdown, text_message, text_of
+from qwen_vllm.webui.conversation import Messages, as_json, as_markdown, images_of, question, size_of, text_of
+from qwen_vllm.webui.markdown import LATEX, written
 from qwen_vllm.webui.words import WORDS, Words, words_for
 from vllm_client import DEFAULT_URL, server_info_async
 
 REDRAW = 0.05
-"""Seconds between two drawings of a growing answer."""
+"""Seconds between two drawings of a growing answer in a short chat."""
+QUICKLY_DRAWN = 20_000
+"""Characters. Gradio reads the whole chat for each drawing: one this much longer is drawn half, a third, … as often."""
 CLOSE_TIMEOUT = 5
 """Seconds that open connections have when the page's server ends."""
-LATEX: list[dict[str, str | bool]] = [
-    {"left": left, "right": right, "display": display}
-    for left, right, display in (("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$", "$", False))
-]
 BUSY_BOX: dict[str, Any] = {"interactive": False, "submit_btn": False, "stop_btn": True}
 UNQUEUED: dict[str, Any] = {"queue": False, "api_visibility": "private"}
 
@@ -140,7 +139,7 @@ class Page:
         for start in (
             on.box.submit(begin, asking, asking, **UNQUEUED),
             on.chat.retry(retry, on.chat, asking, **UNQUEUED),
-            on.chat.edit(edit, on.chat, asking, **UNQUEUED),
+            on.chat.edit(edit, asking, asking, js="chats.edited", **UNQUEUED),
         ):
             start.then(
                 self.answer,
@@ -155,7 +154,7 @@ class Page:
 
         on.new.click(self.stop, **UNQUEUED).then(js="chats.fresh", outputs=shown)
         on.earlier.input(self.stop, **UNQUEUED).then(js="chats.open", inputs=on.earlier, outputs=shown)
-        on.delete.click(self.stop, **UNQUEUED).then(js="chats.remove", inputs=on.chat_id, outputs=shown)
+        on.delete.click(self.stop, **UNQUEUED).then(js="chats.remove", outputs=shown)
         for button, export, save in (
             (on.to_markdown, as_markdown, "chats.saveMarkdown"),
             (on.to_json, as_json, "chats.saveJson"),
@@ -186,11 +185,13 @@ class Page:
             return
         reply = Reply(self._words(request), self._info)
         with self.streams.grow(reply, str(request.session_hash), messages, system, settings):
-            while reply.changed.is_set() or not reply.ended:  # the end may come while this sleeps
+            while reply.changed.is_set() or not reply.ended.is_set():  # the end may come while this pauses
                 await reply.changed.wait()
                 reply.changed.clear()
-                yield chat_id, [*messages, *reply.messages()], reply.figures()
-                await asyncio.sleep(REDRAW)
+                drawn = [*messages, *reply.messages()]
+                yield chat_id, drawn, reply.figures()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(reply.ended.wait(), REDRAW * (1 + size_of(drawn) / QUICKLY_DRAWN))
 
     def _words(self, request: gr.Request) -> Words:
         """Return the words in the language of the page, or of the person's browser."""
@@ -204,10 +205,7 @@ class Page:
 
 def begin(asked: dict[str, Any], messages: Messages) -> tuple[Any, Messages]:
     """Move the question from the box into the conversation."""
-    images = [{"path": path} for path in asked["files"]]
-    text = text_message("user", asked["text"])["content"] if asked["text"].strip() else []
-    question = [{"role": "user", "content": images + text}] if images or text else []
-    return gr.update(value=None, **BUSY_BOX), [*messages, *question]
+    return gr.update(value=None, **BUSY_BOX), [*messages, *question(asked["files"], asked["text"])]
 
 
 def retry(messages: Messages, data: gr.RetryData) -> tuple[Any, Messages]:
@@ -215,14 +213,16 @@ def retry(messages: Messages, data: gr.RetryData) -> tuple[Any, Messages]:
     return gr.update(**BUSY_BOX), messages[: data.index + 1]
 
 
-def edit(messages: Messages, data: gr.EditData) -> tuple[Any, Messages]:
-    """Cut the conversation behind the edited question, and put the new text there."""
-    return gr.update(**BUSY_BOX), [*messages[: data.index], text_message("user", data.value)]
+def edit(_: dict[str, Any], messages: Messages, data: gr.EditData) -> tuple[Any, Messages]:
+    """Cut the conversation behind the edited question, and put the new text there. It keeps its images."""
+    edited = question(images_of(messages[data.index]), written(data.value))
+    return gr.update(**BUSY_BOX), [*messages[: data.index], *edited] if edited else messages
 
 
 def undo(messages: Messages, data: gr.UndoData) -> tuple[Any, Messages]:
     """Move the last question back into the box; drop its answer."""
-    return gr.update(value={"text": text_of(messages[data.index]), "files": []}), messages[: data.index]
+    asked = messages[data.index]
+    return gr.update(value={"text": text_of(asked), "files": images_of(asked)}), messages[: data.index]
 
 
 def ready() -> Any:
@@ -280,6 +280,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if file and not Path(file).is_file():
             parser.error(f"{flag}: there is no file {file}")
     args.server_url = args.server_url.rstrip("/")
+    args.root_path = args.root_path.rstrip("/")
     return args
 
 

@@ -52,7 +52,7 @@ class Reply:
     """A growing answer as the page shows it. `info` describes the server, as far as it is known."""
 
     def __init__(self, words: Words, info: ServerInfo) -> None:
-        self.words, self.ended, self.changed = words, False, asyncio.Event()
+        self.words, self.ended, self.changed = words, asyncio.Event(), asyncio.Event()
         self._info, self._began = info, time.monotonic()
         self._first = self._last = 0.0
         self._reasoning, self._text, self._notice = "", "", ""
@@ -68,7 +68,7 @@ class Reply:
         self._notice, now = "", time.monotonic()
         match part:
             case None:
-                self.ended = True
+                self.ended.set()
             case Reasoning():
                 self._reasoning, self._first = self._reasoning + part.text, self._first or now
             case str():
@@ -81,7 +81,7 @@ class Reply:
         """Return what stands under the question now: reasoning, the answer, a remark in its place."""
         result = self._end if isinstance(self._end, ChatResult) else None
         kept = not result or bool(result.kept_reasoning)  # a stopped answer leaves it to the server
-        shown = answer_messages(self._reasoning, self._text, self.words, ended=self.ended, kept=kept)
+        shown = answer_messages(self._reasoning, self._text, self.words, ended=self.ended.is_set(), kept=kept)
         if self._notice:
             shown.append(remark(self._notice, status="pending"))
         elif isinstance(self._end, ChatError):
@@ -89,14 +89,14 @@ class Reply:
         elif result and result.ended_in_reasoning:
             effort = self.words["lower_effort"] if self._info.reasoning_efforts else ""
             shown.append(remark(self.words["no_answer"], self.words["ended_in_reasoning"] + effort))
-        elif self.ended and not shown:
+        elif self.ended.is_set() and not shown:
             shown.append(remark(self.words["no_answer"], self.words["empty_answer" if self._end else "stopped_early"]))
         return shown
 
     def figures(self) -> str:
         """Return the line under the answer: its speed, and how much of the context the conversation takes."""
         if not isinstance(self._end, ChatResult):
-            return self.words["stopped"] if self.ended and not self._end else ""
+            return self.words["stopped"] if self.ended.is_set() and not self._end else ""
         words, result = self.words, self._end
         seconds, used = max(self._last - self._first, 1e-9), result.prompt_tokens + result.completion_tokens
         figures = [words["first_token"].format(seconds=(self._first or self._last) - self._began)]

@@ -2,8 +2,7 @@
 
 import base64
 import mimetypes
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from gradio.utils import get_upload_folder
 
 from qwen_vllm import console
 from qwen_vllm.protocol import AskedTurn, Question
+from qwen_vllm.webui.markdown import shown, written
 
 Message = dict[str, Any]
 """One message of Gradio's chatbot: `{"role", "content": [{"type", "text" or "file"}], "metadata"}`. A message with a
@@ -21,16 +21,18 @@ REMARK = "no-answer"
 """The `id` in the metadata of a remark."""
 KEPT = "kept"
 """The `id` in the metadata of reasoning that goes along with later questions: the chat template reads it."""
-WORD_JOINER = "\u2060"
-"""An invisible character. Behind a `<` it keeps Markdown from reading an HTML tag."""
-HTML_TAG = re.compile(r"<(?!(?:br ?/?|/?su[bp])>)(?=[a-zA-Z/!?])")
-"""The `<` of an HTML tag, except line breaks, sub- and superscript: models write those in tables."""
-CODE = re.compile(r"(```.*?(?:```|\Z)|(?<!\\)`[^`\n]*`)", re.DOTALL)
 
 
 def text_message(role: str, text: str, **metadata: str) -> Message:
     """Return a message of the chatbot that shows `text`."""
-    return {"role": role, "content": [{"type": "text", "text": as_text(text)}], "metadata": metadata or None}
+    return {"role": role, "content": [{"type": "text", "text": shown(text)}], "metadata": metadata or None}
+
+
+def question(images: Sequence[str], text: str) -> Messages:
+    """Return a question as a message, or nothing where there is no image and no text."""
+    content: list[dict[str, Any]] = [{"path": path} for path in images]  # Gradio makes a file part of each
+    content += text_message("user", text)["content"] if text.strip() else []
+    return [{"role": "user", "content": content}] if content else []
 
 
 def remark(title: str, text: str = "", **metadata: str) -> Message:
@@ -47,16 +49,19 @@ def is_folded(message: Message) -> bool:
     return bool((message.get("metadata") or {}).get("title"))
 
 
-def as_text(text: str) -> str:
-    """Return Markdown that shows HTML as it is written. Line breaks, sub- and superscript are still rendered."""
-    pieces = CODE.split(text)  # text and code in turns; Markdown shows the HTML in code as it is
-    pieces[::2] = [HTML_TAG.sub(f"<{WORD_JOINER}", piece) for piece in pieces[::2]]
-    return "".join(pieces)
-
-
 def text_of(message: Message) -> str:
     """Return a message's text as it was written, without its images."""
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text").replace(WORD_JOINER, "")
+    return written("".join(part["text"] for part in message["content"] if part["type"] == "text"))
+
+
+def size_of(messages: Messages) -> int:
+    """Return how many characters a conversation has on the page."""
+    return sum(len(part.get("text", "")) for message in messages for part in message["content"])
+
+
+def images_of(message: Message) -> list[str]:
+    """Return the paths of a message's images."""
+    return [part["file"]["path"] for part in message["content"] if part["type"] == "file"]
 
 
 def answered_exchanges(messages: Messages) -> Iterator[tuple[Message, str, str]]:
@@ -80,7 +85,7 @@ def turns(messages: Messages) -> list[AskedTurn]:
 
 def question_of(message: Message) -> Question:
     """Return a user's message with its images as data URLs; for each that is gone, its text says so."""
-    images = [_image(part["file"]["path"]) for part in message["content"] if part["type"] == "file"]
+    images = [_image(path) for path in images_of(message)]
     texts = ["(an image that is not kept any more)" for image in images if not image] + [text_of(message)]
     return Question("\n".join(filter(None, texts)), tuple(filter(None, images)))
 

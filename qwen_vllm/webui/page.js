@@ -6,6 +6,9 @@ const words = Object.entries(WORDS).find(([language]) => navigator.language.star
 const chats = {
   key: (id) => `qwen-vllm/chat/${id}`,
   card: (id) => `qwen-vllm/card/${id}`,
+  newId: () => Date.now().toString(36) + Math.random().toString(36).slice(2),
+  // The chat on the page: the ids of this opening and of the chat, what of it is kept, and its messages by now.
+  shown: null,
 
   list(open) {
     const cards = Object.keys(localStorage).filter((key) => key.startsWith(chats.card("")))
@@ -13,36 +16,59 @@ const chats = {
     return {__type__: "update", choices: cards.map(({title, id}) => [title, id]), value: open};
   },
   open(id) {
+    chats.keep();
     sessionStorage["qwen-vllm/open"] = id;
     if (innerWidth < 768) document.querySelector("#chats.open .toggle-button")?.click();  // it covers a phone's page
-    return [id, JSON.parse(localStorage[chats.key(id)] ?? "[]"), "", chats.list(id)];
+    const kept = localStorage[chats.key(id)] ?? "[]", messages = JSON.parse(kept);
+    chats.shown = {opening: chats.newId(), id, kept, messages};
+    return [chats.shown.opening, messages, "", chats.list(id)];
   },
-  fresh: () => chats.open(Date.now().toString(36) + Math.random().toString(36).slice(2)),
-  remove(id) {
+  fresh: () => chats.open(chats.newId()),
+  remove() {
     if (!confirm(words.delete_sure)) return [];
-    chats.forget(id);
+    chats.forget(chats.shown.id);
+    chats.shown = null;
     return chats.fresh();
   },
   forget: (id) => [chats.key(id), chats.card(id)].forEach((key) => localStorage.removeItem(key)),
 
-  save(id, messages) {
-    const key = chats.key(id), text = JSON.stringify(messages), open = sessionStorage["qwen-vllm/open"];
-    if (!open) return [];
-    if (!messages?.length) chats.forget(id);
-    else if (localStorage[key] !== text) {
-      const question = written(messages[0].content.map((part) => part.text ?? "").join(" ")).trim();
-      const card = {id, title: question.slice(0, 60) || "🖼", saved: Date.now()};
+  save(opening, messages) {
+    if (!chats.shown) return [];
+    // The last piece of an answer may come after another chat was opened: then the opened one stays on the page.
+    if (opening !== chats.shown.opening) return chats.open(chats.shown.id);
+    const growing = messages?.length === chats.shown.count;
+    Object.assign(chats.shown, {messages, count: messages?.length});
+    if (chats.soon && growing) return [];  // a long chat takes its time to write: not for each piece of an answer
+    chats.keep();
+    chats.soon = setTimeout(chats.keep, 1000);
+    return [undefined, undefined, undefined, chats.list(chats.shown.id)];
+  },
+  keep() {
+    clearTimeout(chats.soon);
+    chats.soon = null;
+    const {shown} = chats, text = JSON.stringify(shown?.messages ?? []);
+    if (!shown || text === shown.kept) return;
+    // Another tab went on with this chat: that stays, and what is shown here becomes a chat of its own.
+    if ((localStorage[chats.key(shown.id)] ?? "[]") !== shown.kept) shown.id = chats.newId();
+    sessionStorage["qwen-vllm/open"] = shown.id;
+    if (text === "[]") chats.forget(shown.id);
+    else {
+      const question = written(shown.messages[0].content.map((part) => part.text ?? "").join(" ")).trim();
+      const card = {id: shown.id, title: question.slice(0, 60) || "🖼", saved: Date.now()};
       try {
-        localStorage[key] = text;
-        localStorage[chats.card(id)] = JSON.stringify(card);
+        localStorage[chats.key(shown.id)] = text;
+        localStorage[chats.card(shown.id)] = JSON.stringify(card);
       } catch {
         if (!chats.warned) alert(words.storage_full);
         chats.warned = true;
       }
     }
-    // The last piece of an answer may come after another chat was opened: then the opened one stays on the page.
-    return id === open ? [undefined, undefined, undefined, chats.list(id)] : chats.open(open);
+    shown.kept = localStorage[chats.key(shown.id)] ?? "[]";
   },
+  images: (message) => message.content.filter((part) => part.type === "file"),
+  // Gradio drops the images of a question that is edited.
+  edited: (box, messages) => [box, messages.map((message, n) => chats.images(message).length ? message
+    : {...message, content: [...chats.images(chats.before[n]), ...message.content]})],
 
   keepSettings: (...settings) => { localStorage["qwen-vllm/settings"] = JSON.stringify(settings); },
   restore(...settings) {
@@ -64,8 +90,8 @@ const chats = {
 const showTitle = () => { document.title = document.querySelector("#heading").textContent.trim(); };
 const focusBox = () => document.querySelector("#box textarea").focus();
 
-// Copies hold what was written, without the word joiners that keep its HTML from being rendered.
-const written = (text) => text.replaceAll("\u2060", "");
+// Copies and edits hold what was written, without the invisible characters of markdown.py.
+const written = (text) => text.replace(/([\u2060\ufeff])(\1?)/g, "$2");
 const clipboard = navigator.clipboard, copy = clipboard?.writeText.bind(clipboard);
 if (copy) clipboard.writeText = (text) => copy(written(text));
 addEventListener("copy", (event) => {
@@ -74,5 +100,14 @@ addEventListener("copy", (event) => {
   event.clipboardData.setData("text/plain", written(text));
   event.preventDefault();
 });
+addEventListener("click", () => setTimeout(() => {  // by then Gradio has opened the field of a question to edit
+  const field = document.querySelector("#chat textarea");
+  if (!field || field.written) return;
+  field.written = true;
+  field.value = written(field.value);
+  field.dispatchEvent(new Event("input", {bubbles: true}));
+  chats.before = JSON.parse(JSON.stringify(chats.shown.messages));
+}));
+addEventListener("pagehide", () => chats.keep());
 
 Object.assign(window, {chats, showTitle, focusBox});  // the page's events call these by name

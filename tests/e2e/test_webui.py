@@ -28,7 +28,9 @@ from selenium.webdriver.support.ui import WebDriverWait
 from gradio_webui import Page, PageServer, parse_args
 from qwen_vllm.protocol import Sampling
 from qwen_vllm.webui.answering import WaitingLine
-from qwen_vllm.webui.conversation import WORD_JOINER, text_of
+from qwen_vllm.webui.conversation import text_message, text_of
+from qwen_vllm.webui.markdown import written
+from tests.support.answers import SEEN
 from tests.support.chat_messages import assistant, user
 from tests.support.probes import unfinished
 from tests.support.programs import KEY
@@ -88,7 +90,7 @@ class Tab:
     def texts(self, selector: str) -> list[str]:
         """What the elements show, without what is folded away and what is invisible."""
         script = "return [...document.querySelectorAll(arguments[0])].map((element) => element.innerText.trim())"
-        return [text.replace(WORD_JOINER, "") for text in self.run(script, selector)]
+        return [written(text) for text in self.run(script, selector)]
 
     def messages(self) -> list[str]:
         return self.texts("#chat [data-testid=user], #chat [data-testid=bot]")
@@ -279,6 +281,51 @@ def test_text_cannot_run(server, page, person):
     assert tab.asked_hosts() == {urlsplit(page).netloc}
 
 
+SEE = """
+const names = {STRONG: "b", EM: "i", DEL: "del", CODE: "code", PRE: "pre", SUB: "sub", SUP: "sup", LI: "li",
+  TD: "td", TH: "td", H1: "h1", BLOCKQUOTE: "quote", A: "a"};
+const see = (node) => {
+  if (node.nodeType === Node.TEXT_NODE) return node.data.trim() || !node.data.includes("\\n") ? node.data : "";
+  if (node.matches(".katex-display")) return `⟦${see(node.firstChild)}⟧`;
+  if (node.matches(".katex")) return `⟦${node.querySelector("annotation").textContent.trim()}⟧`;
+  if (node.matches("br")) return "\\n";
+  if (node.matches("input")) return node.checked ? "☑" : "☐";
+  if (node.matches("button")) return "";
+  const inner = [...node.childNodes].map(see).join("");
+  const name = node.matches("pre > code") ? undefined : names[node.tagName];
+  if (!name) return inner;
+  const link = name === "a" ? `${node.getAttribute("href")} ` : "";
+  return `‹${name} ${link}${name === "pre" ? inner.trimEnd() : inner}›`;
+};
+return [...document.querySelectorAll("#chat [data-testid=bot] .md")].map(see);"""
+"""The answers on the page in the notation of `SEEN`."""
+COPY = """
+const done = arguments[0], copies = [];
+navigator.clipboard.writeText("").then(async () => {
+  for (const button of document.querySelectorAll("#chat [aria-label='Copy message']")) {
+    button.click();
+    await new Promise((resolve) => setTimeout(resolve));
+    copies.push(await navigator.clipboard.readText());
+  }
+  done(copies);
+});"""
+
+
+def test_an_answer_looks_as_its_author_meant_and_is_copied_and_saved_as_it_was_written(server, page, person):
+    talk = [message for text in SEEN for message in (text_message("user", text), text_message("assistant", text))]
+    tab = person(page)
+    tab.run("localStorage[`qwen-vllm/chat/${sessionStorage['qwen-vllm/open']}`] = JSON.stringify(arguments[0])", talk)
+    tab.driver.refresh()
+    tab.until(lambda: [written(text) for text in tab.run(SEE)] == list(SEEN.values()))
+    grant = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": page}
+    tab.driver.execute_cdp_cmd("Browser.grantPermissions", grant)
+    assert tab.driver.execute_async_script(COPY) == [text for text in SEEN for _ in ("question", "answer")]
+    assert json.loads(exported(tab, "#to-json"))["history"] == [[text, text] for text in SEEN]
+    assert all(f"## Assistant\n\n{text}\n" in exported(tab, "#to-markdown") for text in list(SEEN)[:2])
+    tab.run("[...document.querySelectorAll('#chat [aria-label=Edit]')].at(0).click()")
+    tab.until(lambda: tab.run("return document.querySelector('#chat textarea')?.value") == next(iter(SEEN)))
+
+
 def test_what_is_copied_is_what_was_written(server, page, person):
     server.play(line({"reasoning": "Hm."}), line({"delta": "A vector<int>, *see* `<b>`."}), line(LAST))
     tab = person(page)
@@ -382,6 +429,30 @@ def test_chats_are_kept_opened_exported_and_deleted(server, page, person):
     WebDriverWait(tab.driver, 10).until(alert_is_present()).accept()
     tab.until(lambda: tab.messages() == [])
     assert tab.earlier() == ["About the sky"]
+
+
+def test_a_chat_that_two_tabs_go_on_with_loses_no_turn(server, page, person):
+    server.play(line({"delta": "one"}), line(LAST))
+    tab = person(page)
+    tab.ask("first")
+    chat = tab.run("return sessionStorage['qwen-vllm/open']")
+    tab.driver.switch_to.new_window("tab")
+    first = tab.driver.window_handles[0]
+    tab.open(page)
+    tab.press("#earlier label input")
+    tab.until(lambda: tab.messages() == ["first", "one"])
+    server.play(line({"delta": "of the second"}), line(LAST))
+    tab.ask("second tab")
+    tab.driver.close()
+    tab.driver.switch_to.window(first)
+    server.play(line({"delta": "of the first"}), line(LAST))
+    tab.ask("first tab")
+    assert tab.earlier() == ["first", "first"]
+    tab.driver.refresh()
+    tab.until(lambda: tab.messages() == ["first", "one", "first tab", "of the first"])
+    assert tab.run("return sessionStorage['qwen-vllm/open']") != chat
+    tab.press("#earlier label:nth-of-type(2) input")
+    tab.until(lambda: tab.messages() == ["first", "one", "second tab", "of the second"])
 
 
 def exported(tab: Tab, button: str) -> str:
@@ -515,7 +586,15 @@ def test_an_answer_that_is_cut_in_its_reasoning_says_what_to_set(server, page, p
     assert questions(server)[-1]["history"] == []
 
 
-def test_images_are_taken_where_the_model_takes_them(server, page, person, tmp_path):
+def pictured(server: Server) -> list[tuple[list[str], str]]:
+    """(images as base64, text) of the last question of each request with images."""
+    asked = [body["messages"][-1]["content"] for path, _, body in server.requests if path == "/v1/chat/completions"]
+    images = [[part["image_url"]["url"] for part in parts if part["type"] == "image_url"] for parts in asked]
+    texts = ["".join(part["text"] for part in parts if part["type"] == "text") for parts in asked]
+    return list(zip(images, texts, strict=True))
+
+
+def test_images_are_taken_where_the_model_takes_them_and_stay_with_their_question(server, page, person, tmp_path):
     tab = person(page)
     assert tab.run("return document.querySelectorAll('#box .upload-button').length") == 0
     server.play(line(INFO | {"images": True}), path="/chat/info")
@@ -524,16 +603,22 @@ def test_images_are_taken_where_the_model_takes_them(server, page, person, tmp_p
     server.play(b"data: " + line(chunk) + b"\ndata: " + line(usage) + b"\n", path="/v1/chat/completions")
     image = tmp_path / "dot.png"
     Image.new("RGB", (8, 8), "red").save(image)
+    dots = ["data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()]
     tab.driver.refresh()
     tab.until(lambda: tab.run("return document.querySelectorAll('#box .upload-button').length"))
     tab.driver.find_element(By.CSS_SELECTOR, "#box input[type=file]").send_keys(str(image))
     tab.until(lambda: tab.run("return document.querySelectorAll('#box .thumbnails img').length"))
     assert tab.ask("What is this?") == "A dot."
-    [body] = [body for path, _, body in server.requests if path == "/v1/chat/completions"]
-    content = {part["type"]: part for part in body["messages"][-1]["content"]}
-    assert content["text"]["text"] == "What is this?"
-    data = content["image_url"]["image_url"]["url"].removeprefix("data:image/png;base64,")
-    assert base64.b64decode(data) == image.read_bytes()
+    tab.press("#chat [aria-label=Edit]")
+    tab.until(lambda: tab.texts("#chat textarea"))
+    tab.fill("#chat textarea", "What colour?")
+    tab.press("#chat [aria-label=Submit]")
+    tab.until(lambda: len(pictured(server)) == 2 and tab.is_ready() and "What colour?" in tab.messages())
+    tab.press("#chat [aria-label=Undo]")
+    tab.until(lambda: tab.run("return document.querySelectorAll('#box .thumbnails img').length"))
+    tab.box().send_keys(" And size?", Keys.ENTER)
+    tab.until(lambda: len(pictured(server)) == 3)
+    assert pictured(server) == [(dots, "What is this?"), (dots, "What colour?"), (dots, "What colour? And size?")]
 
 
 def test_the_browser_knows_each_rule_of_the_style_sheet(server, page, person):

@@ -8,29 +8,9 @@ from typing import Any
 import pytest
 
 from qwen_vllm.protocol import ChatRequest, Question, text_turns, validated
-from qwen_vllm.webui.conversation import as_json, as_markdown, as_text, question_of, remark, text_of, turns
+from qwen_vllm.webui.conversation import as_json, as_markdown, question_of, remark, turns
 from tests.support.chat_messages import KEPT_THOUGHT, TALK, THOUGHT, assistant, user
 from vllm_client import openai_messages
-
-
-@pytest.mark.parametrize(
-    ("text", "rendered"),
-    [
-        ("vector<int> 1 < 2", "vector<\u2060int> 1 < 2"),
-        ("</p><!-- x --><?y?>", "<\u2060/p><\u2060!-- x --><\u2060?y?>"),
-        ("a<br>b<br />H<sub>2</sub>O", "a<br>b<br />H<sub>2</sub>O"),
-        ("<sub onclick=x>", "<\u2060sub onclick=x>"),
-        ("`<b>` <b>", "`<b>` <\u2060b>"),
-        ("```\n<b>`\n```\n<b>", "```\n<b>`\n```\n<\u2060b>"),
-        ("```\n<b>", "```\n<b>"),
-        ("\\`<b>`", "\\`<\u2060b>`"),
-    ],
-)
-def test_html_shows_as_it_is_written(text: str, rendered: str) -> None:
-    message = {"role": "user", "content": [{"type": "text", "text": as_text(text)}]}
-    assert as_text(text) == rendered
-    assert text_of(message) == text
-
 
 KEEPING = [user("a"), KEPT_THOUGHT, assistant("b"), *TALK]
 KEPT_TURNS = [(Question("a"), "b", "Hm, a <b>."), (Question("a"), "b", ""), (Question("d"), "half", "")]

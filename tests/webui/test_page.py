@@ -1,21 +1,26 @@
 """The page without a browser: what it sends, what it shows, who waits, and its command line."""
 
 import asyncio
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 from fastapi.testclient import TestClient
 
 from gradio_webui import Page, PageServer, begin, main, parse_args
 from qwen_vllm.protocol import Sampling
 from qwen_vllm.webui.answering import WaitingLine
 from qwen_vllm.webui.words import WORDS
-from tests.support.chat_messages import TALK, shown, user
+from tests.support.chat_messages import TALK, assistant, shown, user
 from tests.support.scripted_server import LAST, Server, line
 
 UNSET = [""] * len(Sampling.model_fields)
@@ -68,6 +73,20 @@ def test_an_answer_comes_piece_by_piece_with_its_figures(server: Server) -> None
     assert shown(end[1]) == [("", "Hello")]
     assert end[2].startswith("first token 0.")
     assert end[2].endswith(" · 23 tokens · old turns left out: 1")
+
+
+def test_a_long_chat_is_drawn_less_often(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.play(line({"delta": "Hi"}), line(LAST))
+    pauses = []
+
+    async def pause(ended: Awaitable, seconds: float) -> None:
+        pauses.append(seconds)
+        await ended
+
+    monkeypatch.setattr("gradio_webui.asyncio.wait_for", pause)
+    asyncio.run(last(answer(page_for(server), user("q"))))
+    asyncio.run(last(answer(page_for(server), *[user("q" * 5000), assistant("a" * 5000)] * 20, user("q"))))
+    assert 10 * pauses[0] < pauses[-1] < 1
 
 
 def test_the_key_and_the_conversation_are_sent(server: Server) -> None:
@@ -212,5 +231,19 @@ def test_the_page_tells_nobody_of_itself() -> None:
     assert [dependency["api_visibility"] for dependency in config["dependencies"]].count("public") == 0
 
 
-def test_a_path_behind_a_proxy() -> None:
-    assert visit("--root-path", "/chat").get("/config").json()["root"].endswith("/chat")
+@pytest.mark.parametrize("path", ["/chat", "/chat/"])
+def test_a_path_behind_a_proxy(path: str) -> None:
+    assert visit("--root-path", path).get("/config").json()["root"].endswith("/chat")
+
+
+@pytest.mark.parametrize("proxy", ["socks://127.0.0.1:9", "socks5://127.0.0.1:9"])
+def test_the_page_starts_where_the_desktop_has_a_socks_proxy(proxy: str) -> None:
+    environment = os.environ | {"ALL_PROXY": proxy, "http_proxy": proxy}
+    command = [sys.executable, "gradio_webui.py", "--port", "0"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as program:
+        url = program.stdout.readline().split()[4]
+        with requests.Session() as session:
+            session.trust_env = False
+            assert session.get(url, timeout=30).ok
+        program.send_signal(signal.SIGINT)
+        assert program.wait(30) == 0

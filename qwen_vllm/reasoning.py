@@ -117,8 +117,10 @@ def parser_for(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None, 
         chat_template: Jinja text that replaces the tokenizer's own.
         options: what the template is given beside the messages.
     """
-    template = chat_template or tokenizer.chat_template
-    if not isinstance(template, str) or END not in template or not {START, END} <= tokenizer.get_vocab().keys():
+    if not (chat_template or tokenizer.chat_template):
+        return ""
+    template = tokenizer.get_chat_template(chat_template)  # of several, the one without tools
+    if END not in template or not {START, END} <= tokenizer.get_vocab().keys():
         return ""
 
     def begins_reasoning(enable_thinking: bool) -> bool:
@@ -141,10 +143,8 @@ def parser_for_folder(
     folder: Path, chat_template: str | None, options: Mapping[str, Any], trust_remote_code: bool
 ) -> str:
     """Choose it for a checkpoint that is not loaded. Its tokenizer is loaded only where the model may think."""
-    described = [chat_template or ""]
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
-        if (folder / name).is_file():
-            described.append((folder / name).read_text(encoding="utf-8"))
+    files = [folder / "tokenizer_config.json", folder / "chat_template.jinja"]
+    described = [chat_template or "", *(file.read_text(encoding="utf-8") for file in files if file.is_file())]
     if not any(END in text for text in described):
         return ""
     from transformers import AutoTokenizer

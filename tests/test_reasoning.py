@@ -139,6 +139,15 @@ def test_the_parser_is_chosen_by_the_chat_template(
     assert parser_for_folder(tmp_path, template, options, False) == parser
 
 
+def test_of_several_templates_the_parser_is_that_of_the_one_without_tools(
+    qwen3_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    qwen3_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    assert parser_for_folder(tmp_path, None, {}, False) == PARSER
+
+
 def test_a_model_without_the_marks_gets_no_parser(demo_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     assert parser_for(demo_tokenizer, QWEN3_TEMPLATE, {}) == ""
     assert parser_for(demo_tokenizer, None, {}) == ""

@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -78,7 +79,7 @@ class ChatEndpoint:
             requests = RequestBuilder(
                 engine_client.model_config,
                 engine_client.get_tokenizer(),
-                read_chat_template(args.chat_template),
+                read_chat_template(args.chat_template, Path(args.tokenizer or args.model)),
                 args.default_chat_template_kwargs or {},
                 args.reasoning_parser,
             )

@@ -20,7 +20,8 @@ from qwen_vllm.cache import CACHE, open_log
 from qwen_vllm.hardware import set_environment
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.models.demo import DEMO_NAME
-from qwen_vllm.models.resolve import HUBS, resolve_model
+from qwen_vllm.models.hubs import HUBS
+from qwen_vllm.models.resolve import resolve_model, resolve_parts
 from qwen_vllm.offline.batch import Batch, BatchError
 from qwen_vllm.protocol import (
     DEFAULT_SYSTEM,
@@ -53,6 +54,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
         "--model", "--model-path", dest="model_path", metavar="MODEL", help="folder or id; default: demo"
     )
     parser.add_argument("--hub", choices=HUBS, default="modelscope", help="where a model that is no folder comes from")
+    parser.add_argument("--revision", help="branch, tag or commit of it there; asks the hub again")
+    parser.add_argument("--download-dir", metavar="FOLDER", help="folder for what is downloaded")
     parser.add_argument(
         "--lora-modules", nargs="+", type=_adapter, default=[], metavar="NAME=FOLDER", help="LoRA adapters"
     )
@@ -154,9 +157,13 @@ def _load(args: argparse.Namespace, engine_flags: list[str]) -> "ChatModel":
     Raises:
         ModelUnavailable: it cannot be had, or the engine cannot start.
     """
-    folder = resolve_model(args.model_path, args.hub)  # here, where its progress shows
+    # Outside of the log, where its progress shows.
+    folder = resolve_model(args.model_path, args.hub, args.revision, args.download_dir)
     print(f"Loading {args.model_path or DEMO_NAME} …", file=sys.stderr, flush=True)
     try:
+        with _output_to(LOG, args.verbose):
+            engine_args = {"download_dir": args.download_dir, **_engine_args(engine_flags)}
+        resolve_parts(engine_args, args.hub)
         with _output_to(LOG, args.verbose):
             from vllm_wrapper import ChatModel
 
@@ -165,7 +172,7 @@ def _load(args: argparse.Namespace, engine_flags: list[str]) -> "ChatModel":
                 chat_template=args.chat_template,
                 chat_template_options=args.default_chat_template_kwargs,
                 adapters=dict(args.lora_modules),
-                **_engine_args(engine_flags),
+                **engine_args,
             )
     except ModelUnavailable:
         raise

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from qwen_vllm import hardware
 from qwen_vllm.models.checks import ModelUnavailable
+from qwen_vllm.models.hubs import HUBS
 from qwen_vllm.models.prepare import prepare, tool_default
-from qwen_vllm.models.resolve import HUBS, resolve_model
+from qwen_vllm.models.resolve import resolve_model, resolve_parts
 from qwen_vllm.network import THIS_MACHINE, listen
 from qwen_vllm.protocol import reason_of
 from qwen_vllm.server.guard import Guard
@@ -91,7 +92,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if not (args.uds or args.headless):
         listen("vllm_server.py", args.host or "", args.port).close()  # before anything is fetched or loaded
     args.middleware = [*args.middleware, f"{Guard.__module__}.{Guard.__name__}"]
-    args.model = args.model_tag = resolve_model(name, args.hub)
+    args.model = args.model_tag = resolve_model(name, args.hub, args.revision, args.download_dir)
+    resolve_parts(vars(args), args.hub)
     # The name that clients see: an id as it is, of a folder no more than its last part.
     shown = name if name and not is_folder else Path(args.model).resolve().name
     args.served_model_name = args.served_model_name or [shown]

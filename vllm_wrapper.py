@@ -16,7 +16,7 @@ from qwen_vllm.generation import RequestBuilder, RunningAnswer, sampling_default
 from qwen_vllm.hardware import engine_defaults, set_environment, values
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.models.prepare import prepare
-from qwen_vllm.models.resolve import resolve_model
+from qwen_vllm.models.resolve import resolve_model, resolve_parts
 from qwen_vllm.protocol import (
     DEFAULT_SYSTEM,
     PROMPT_FIELDS,
@@ -45,7 +45,8 @@ class ChatModel:
 
     Args:
         model: a local folder or a hub id; None: the demo model.
-        hub: "modelscope" or "huggingface", where an id is fetched from.
+        hub: "modelscope" or "huggingface", where an id is fetched from: of the model, of `tokenizer`, and of the
+            model in `speculative_config`.
         adapters: folders of LoRA adapters by the names under which a row's `model` chooses them.
         chat_template: a file with the Jinja template to take in place of the model's own, or its text.
         chat_template_options: what the template is given beside the messages, such as `{"preserve_thinking": True}`.
@@ -69,7 +70,8 @@ class ChatModel:
         **engine_args: Any,
     ) -> None:
         adapters, options = adapters or {}, chat_template_options or {}
-        folder = resolve_model(model, hub)
+        folder = resolve_model(model, hub, engine_args.get("revision"), engine_args.get("download_dir"))
+        resolve_parts(engine_args, hub)
         set_environment()
         from vllm import LLM, EngineArgs, envs
         from vllm.lora.request import LoRARequest

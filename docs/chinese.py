@@ -14,6 +14,8 @@ VLLM_CLIENT = {
 VLLM_OFFLINE = {
     "--model": "模型目录或模型名；默认为演示模型",
     "--hub": "模型不是目录时从哪里下载，默认 {default}",
+    "--revision": "该模型在那里的分支、标签或提交；会重新询问模型站",
+    "--download-dir": "下载内容存放的目录",
     "--lora-modules": "LoRA 适配器",
     "--chat-template": "代替模型自带对话模板的 Jinja 文件",
     "--default-chat-template-kwargs": "另外传给对话模板的选项，如 `'{{\"preserve_thinking\": true}}'`",

@@ -145,8 +145,10 @@ def parser_for(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None, 
         chat_template: Jinja text that replaces the tokenizer's own.
         options: what the template is given beside the messages.
     """
-    template = chat_template or tokenizer.chat_template
-    if not isinstance(template, str) or END not in template or not {START, END} <= tokenizer.get_vocab().keys():
+    if not (chat_template or tokenizer.chat_template):
+        return ""
+    template = tokenizer.get_chat_template(chat_template)  # of several, the one without tools
+    if END not in template or not {START, END} <= tokenizer.get_vocab().keys():
         return ""
 
     def begins_reasoning(enable_thinking: bool) -> bool:

@@ -7,6 +7,7 @@ file, with --verbose also to the terminal.
 """
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ import requests
 
 from qwen_vllm.cache import CACHE, open_log
 from qwen_vllm.models.checks import ModelUnavailable
-from qwen_vllm.models.resolve import HUBS, resolve_model
+from qwen_vllm.models.resolve import resolve_model, resolve_parts
 from qwen_vllm.network import address
 
 LOG = CACHE / "server.log"
@@ -119,7 +120,12 @@ def _known_flags(flags: Sequence[str]) -> argparse.Namespace:
     """Read the server flags that the launcher must know."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model", "--model-path", "--model_path")
-    parser.add_argument("--hub", default=HUBS[0])
+    parser.add_argument("--hub", default="modelscope")
+    parser.add_argument("--revision")
+    parser.add_argument("--download-dir", "--download_dir")
+    parser.add_argument("--tokenizer")
+    parser.add_argument("--tokenizer-revision", "--tokenizer_revision")
+    parser.add_argument("--speculative-config", "--speculative_config", type=json.loads)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int)
     parser.add_argument("--api-key", "--api_key", nargs="+", default=[os.environ.get("VLLM_API_KEY", "")])
@@ -178,7 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         known = _known_flags(flags)
-        resolve_model(known.model, known.hub)  # before the server does, because its progress shows here
+        # Before the server does, because its progress shows here.
+        resolve_model(known.model, known.hub, known.revision, known.download_dir)
+        resolve_parts(vars(known), known.hub)
         print(f"Starting the server; its log: {LOG}", file=sys.stderr, flush=True)
         with running_server(flags, progress=_show) as url:
             print(CLEAR_LINE, end="", file=sys.stderr, flush=True)

@@ -2,12 +2,13 @@
 
 from functools import partial
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.parser import ParserManager
 from vllm.reasoning import ReasoningParserManager
@@ -21,7 +22,9 @@ from qwen_vllm.reasoning import (
     register,
     think_tags,
 )
+from qwen_vllm.tool_calls import JSON_CALLS, tool_parser_for
 from tests.support.tokenizers import QWEN3_TEMPLATE
+from tests.support.tool_templates import JSON_TOOLS
 
 START, END = "<think>", "</think>"
 MARKS = ThinkTags(START, END, ord("S"), ord("E"), lambda ids: "".join(map(text_of, ids)))
@@ -143,6 +146,17 @@ def test_the_parser_is_chosen_by_the_chat_template(
     qwen3_tokenizer: PreTrainedTokenizerBase, template: str, options: dict, parser: str
 ) -> None:
     assert parser_for(qwen3_tokenizer, template, options) == parser
+
+
+def test_of_several_templates_the_parser_is_that_of_the_one_without_tools(
+    qwen3_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    qwen3_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(JSON_TOOLS)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert parser_for(tokenizer, None, {}) == PARSER
+    assert tool_parser_for(tokenizer, None, {}) == JSON_CALLS
 
 
 def test_a_model_without_the_marks_gets_no_parser(demo_tokenizer: PreTrainedTokenizerBase) -> None:

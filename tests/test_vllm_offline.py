@@ -119,7 +119,7 @@ def test_flags_may_be_spelled_with_underscores():
 def test_a_chat_template_reaches_the_model(monkeypatch, tmp_path):
     loaded = []
     monkeypatch.setattr(vllm_offline, "LOG", tmp_path / "log")
-    monkeypatch.setattr(vllm_offline, "resolve_model", lambda name, _: name)
+    monkeypatch.setattr(vllm_offline, "resolve_model", lambda name, *_: name)
     monkeypatch.setattr(vllm_offline, "_engine_args", lambda flags: {"flags": flags})
     monkeypatch.setattr("vllm_wrapper.ChatModel", lambda model, **args: loaded.append((model, args)) or ScriptedModel())
     monkeypatch.setattr(ScriptedModel, "no_chat", None, raising=False)
@@ -127,7 +127,7 @@ def test_a_chat_template_reaches_the_model(monkeypatch, tmp_path):
     given = ["--model", "m", "--chat-template", "mine.jinja", "--max-model-len", "9", *options]
     vllm_offline._load(*vllm_offline.parse_args(given))
     wanted = {"chat_template": "mine.jinja", "chat_template_options": {"preserve_thinking": True}, "adapters": {}}
-    assert loaded == [("m", {"flags": ["--max-model-len", "9"], **wanted})]
+    assert loaded == [("m", {"flags": ["--max-model-len", "9"], "download_dir": None, **wanted})]
 
 
 def test_the_chat_knows_the_levels_of_reasoning_effort(monkeypatch):

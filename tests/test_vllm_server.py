@@ -3,7 +3,6 @@
 import asyncio
 import json
 import socket
-import sys
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -605,7 +604,7 @@ def test_a_folder_is_served_under_its_last_part(model: str, end: str) -> None:
 
 
 def test_an_id_is_served_as_it_is(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "modelscope", SimpleNamespace(snapshot_download=lambda name: model))
+    monkeypatch.setattr("qwen_vllm.models.resolve.fetch", lambda *_: Path(model))
     args = parse_args(["--model", "Qwen/Qwen3-8B", "--port", "0"])
     assert (args.model, args.served_model_name) == (model, ["Qwen/Qwen3-8B"])
 

@@ -1,5 +1,6 @@
 """The one recipe that makes a model's folder ready to serve, online and offline."""
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -48,7 +49,8 @@ def prepare(
     if str((args.speculative_config or {}).get("method")).endswith("mtp") and args.enable_prefix_caching is not False:
         LOG.warning("MTP with prefix caching: texts can be wrong (vLLM issue 53912); add --no-enable-prefix-caching")
     fill_in(args, graph_defaults(args))
-    template = read_chat_template(chat_template)
+    folder = Path(args.tokenizer or args.model)
+    template = read_chat_template(chat_template, folder)
     # The engine needs the parser too: it ends the reasoning when a request's budget of it is spent.
     args.reasoning_parser = args.reasoning_parser or _chosen(parser_for, args, template, template_options)
     return template
@@ -82,11 +84,20 @@ def _greedy_as_written(args: Any) -> dict[str, Any]:
     return {"temperature": 0.0} if written.get("do_sample") is False and written.get("temperature") is None else {}
 
 
-def read_chat_template(template: str | None) -> str | None:
-    """Return the Jinja text that `--chat-template` names: a file's, or the text itself."""
+def read_chat_template(template: str | None, folder: Path | None = None) -> str | None:
+    """Return the Jinja text that `--chat-template` names: a file's, or the text itself.
+
+    Without one, vLLM takes that of the model's processor, if it has one: chat_template.json, beside the tokenizer in
+    `folder`; but not for a request with tools. None: the tokenizer's own.
+    """
     from vllm.exceptions import VLLMValidationError
     from vllm.renderers.chat_utils import load_chat_template
 
+    if folder and not (template or (folder / "chat_template.jinja").is_file()):
+        of_processor = folder / "chat_template.json"
+        if of_processor.is_file() and any(folder.glob("*processor_config.json")):
+            text: str = json.loads(of_processor.read_bytes())["chat_template"]
+            return text
     try:
         return load_chat_template(template)
     except VLLMValidationError as error:

@@ -3,26 +3,30 @@
 A model is a local folder, an id on a hub (ModelScope unless told otherwise), or by default the demo model.
 """
 
-import errno
+import re
 import sys
-from contextlib import suppress
-from importlib import import_module
+from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any
 
 from qwen_vllm.cache import CACHE, made_once
 from qwen_vllm.models import qwen_v1
 from qwen_vllm.models.checks import ModelUnavailable, checked_config
 from qwen_vllm.models.demo import DEMO_NAME, demo_model
-from qwen_vllm.protocol import reason_of
-
-HUBS = ("modelscope", "huggingface")
+from qwen_vllm.models.download import fetch
 
 
-def resolve_model(name: str | None, hub: str = "modelscope") -> str:
+def resolve_model(
+    name: str | None, hub: str = "modelscope", revision: str | None = None, cache: str | None = None
+) -> str:
     """Return the folder that holds model `name`; None: the demo model.
 
     A model that is no local folder is fetched from `hub`. For a first-generation Qwen the folder is one in the user's
     cache, which describes the model to vLLM and links to its weights.
+
+    Args:
+        revision: a branch, a tag or a commit of the hub, which is then asked even where a whole copy is there.
+        cache: the folder for what is fetched; None: the hub's usual cache.
 
     Raises:
         ModelUnavailable: no such folder, no network, no such model, no room on the disk.
@@ -33,11 +37,30 @@ def resolve_model(name: str | None, hub: str = "modelscope") -> str:
         folder = Path(name).expanduser()
         if folder.is_dir():
             return str(_servable(folder))
-        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        if not _is_id(name):
             raise ModelUnavailable(f"{name} is neither a folder nor a model id such as Qwen/Qwen2.5-7B-Instruct")
-        return str(_servable(Path(_download(name, hub))))
+        return str(_servable(fetch(name, hub, revision, cache)))
     except OSError as error:
         raise ModelUnavailable(f"cannot prepare {name or DEMO_NAME}: {error.strerror or error}; run again") from error
+
+
+def resolve_parts(args: MutableMapping[str, Any], hub: str) -> None:
+    """Fetch the tokenizer and the speculative model that `vllm.EngineArgs` name by an id; put in their folders.
+
+    Raises:
+        ModelUnavailable: as in `resolve_model`.
+    """
+    cache, tokenizer, speculative = args.get("download_dir"), args.get("tokenizer"), args.get("speculative_config")
+    if tokenizer and _is_id(tokenizer):
+        args["tokenizer"] = str(fetch(tokenizer, hub, args.get("tokenizer_revision"), cache, with_weights=False))
+    model = (speculative or {}).get("model")
+    if speculative and model and _is_id(model):
+        folder = fetch(model, hub, speculative.get("revision"), cache)
+        args["speculative_config"] = {**speculative, "model": str(folder)}
+
+
+def _is_id(name: str) -> bool:
+    return bool(re.fullmatch("[^/.~][^/]*/[^/]+", name)) and not Path(name).exists()
 
 
 def _servable(folder: Path) -> Path:
@@ -58,24 +81,3 @@ def _servable(folder: Path) -> Path:
         flush=True,
     )
     return target
-
-
-def _download(name: str, hub: str) -> str:
-    """Fetch what is not there yet of a model into its hub's usual cache, with a progress bar."""
-    snapshot_download = import_module("huggingface_hub" if hub == "huggingface" else "modelscope").snapshot_download
-    print(f"Fetching {name} from {hub} …", file=sys.stderr, flush=True)
-    try:
-        return snapshot_download(name)
-    except Exception as failure:
-        if getattr(failure, "errno", None) == errno.ENOSPC:
-            raise
-        with suppress(Exception):
-            folder = snapshot_download(name, local_files_only=True)
-            if any(Path(folder).glob("*.safetensors")) or any(Path(folder).glob("*.bin")):
-                checked_config(Path(folder))
-                print(f"{hub} cannot be reached: using the copy of {name} fetched before.", file=sys.stderr)
-                return folder
-        raise ModelUnavailable(
-            f"{name} is not in the local cache and could not be fetched from {hub} ({reason_of(failure)}): check the "
-            "name and the network, pass a local folder, or choose another --hub"
-        ) from failure

@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -82,7 +83,7 @@ class ChatEndpoint:
             requests = RequestBuilder(
                 config,
                 engine_client.get_tokenizer(),
-                read_chat_template(args.chat_template),
+                read_chat_template(args.chat_template, Path(args.tokenizer or args.model)),
                 args.default_chat_template_kwargs or {},
                 args.reasoning_parser,
             )

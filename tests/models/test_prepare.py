@@ -19,10 +19,27 @@ from tests.support.tiny_checkpoints import TEXT, write_model
 def test_a_chat_template_is_a_file_or_its_text(tmp_path: Path) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text("{{ messages }}")
-    assert read_chat_template(str(file)) == read_chat_template("{{ messages }}") == "{{ messages }}"
-    assert read_chat_template(None) is None
+    assert read_chat_template(str(file), tmp_path) == read_chat_template("{{ messages }}", tmp_path) == "{{ messages }}"
+    assert read_chat_template(None, tmp_path) is None
     with pytest.raises(ModelUnavailable, match=r"--chat-template .*missing.jinja: neither a file"):
-        read_chat_template(str(tmp_path / "missing.jinja"))
+        read_chat_template(str(tmp_path / "missing.jinja"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "taken"),
+    [
+        (["chat_template.json", "preprocessor_config.json"], True),
+        (["chat_template.json"], False),  # vLLM asks the processor alone for this file
+        (["chat_template.json", "preprocessor_config.json", "chat_template.jinja"], False),
+    ],
+)
+def test_the_template_of_a_processor_goes_before_the_tokenizers_as_in_vllm(
+    tmp_path: Path, files: list[str], taken: bool
+) -> None:
+    for name in files:
+        (tmp_path / name).write_text('{"chat_template": "{{ messages }}"}')
+    assert read_chat_template(None, tmp_path) == ("{{ messages }}" if taken else None)
+    assert read_chat_template("mine {{ messages }}", tmp_path) == "mine {{ messages }}"
 
 
 @pytest.mark.parametrize("torchvision", [True, False])

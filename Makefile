@@ -29,18 +29,18 @@ serve: setup  ## start a server
 offline: setup  ## chat without a server
 	exec $(PY) vllm_offline.py $(SERVER_ARGS)
 
-TESTS = $(PY) -m coverage run -p -m pytest -m
+# The packages of the test libraries are then imported as they are, and not compiled anew with other asserts.
+TESTS = PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PY)
 
 test: setup lint  ## all tests, on the real engine too, and how much of the code they run; with ARGS, what pytest is told
 ifneq ($(ARGS),)
 	$(PY) -m pytest $(ARGS)
 else
 	# Those on the engine beside the others, whose report follows at the end.
-	$(PY) -m coverage erase
-	$(TESTS) 'not engine and not long and not vision' >.tests.log 2>&1 & others=$$!; \
-	$(TESTS) 'engine and not long and not vision'; engine=$$?; \
+	$(TESTS) -m tests.support.covered -m 'not engine and not long and not vision' >.tests.log 2>&1 & others=$$!; \
+	$(TESTS) -m pytest -m 'engine and not long and not vision' tests/e2e; engine=$$?; \
 	wait $$others; others=$$?; cat .tests.log; exit $$((engine | others))
-	$(PY) -m coverage combine -q && $(PY) -m coverage report
+	$(PY) -m coverage report
 endif
 
 test-long: setup  ## what takes longer: servers of several processes, families of models, adapters, thoughts

@@ -10,6 +10,7 @@ import pytest
 import tiktoken
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalLM
+from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging
 
 from prompt_utils import PromptBuilder
@@ -54,6 +55,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "target").mkdir()
     qwen_v1.describe(source, CONFIG, folder / "target")
     return folder / "target"
+
+
+@pytest.fixture
+def converted_before(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers does not convert the vocabulary again, which takes seconds."""
+    model = json.loads((prepared / "tokenizer.json").read_bytes())["model"]
+    merges = list(map(tuple, model["merges"]))
+    monkeypatch.setattr(TikTokenConverter, "extract_vocab_merges_from_model", lambda *_: (model["vocab"], merges))
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +168,7 @@ def test_the_models_own_sampling_is_kept_and_an_answer_ends_with_its_turn(prepar
     }
 
 
-def test_a_base_model_has_no_chat(checkpoint: Path) -> None:
+def test_a_base_model_has_no_chat(checkpoint: Path, converted_before: None) -> None:
     (checkpoint / "generation_config.json").write_text('{"chat_format": "raw"}')
     folder = Path(resolve_model(str(checkpoint)))
     tokenizer = AutoTokenizer.from_pretrained(folder)

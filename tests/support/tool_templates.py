@@ -82,3 +82,17 @@ def as_xml(name: str, arguments: dict[str, Any]) -> str:
     values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
     body = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
     return f"<tool_call>\n<function={name}>\n{body}</function>\n</tool_call>"
+
+
+SAID = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")
+"""The control tokens with which a prompt of `scripted` may end; a reciter says what follows on the last."""
+
+
+def scripted(template: str, thinks: bool = False) -> str:
+    """A template whose prompt ends with one of SAID: without tools the first, with tools the second, behind a tool's
+    result the third, or the one that the option `say` has the number of.
+    """
+    end = "{{- '<think>\\n' if enable_thinking is not defined or enable_thinking else '<think>\\n\\n</think>\\n\\n' }}"
+    said = "{%- set usual = 2 if messages[-1].role == 'tool' else 1 if tools else 0 %}"
+    say = f"{{{{- {list(SAID)}[say if say is defined else usual] }}}}"
+    return template.removesuffix("{%- endif %}\n") + (end if thinks else "") + said + say + "{%- endif %}\n"

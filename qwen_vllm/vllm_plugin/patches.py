@@ -83,8 +83,8 @@ class Patch:
         """Make the change, and return the steps that take it back."""
         undo: list[Callable[[], Any]] = []
         for target, replacement in self.replaces.items():
-            module, _, name = target.rpartition(".")
-            owner = import_module(module)
+            owner_name, _, name = target.rpartition(".")
+            owner = pkgutil.resolve_name(owner_name)
             original = getattr(owner, name)
             undo.append(partial(setattr, owner, name, original))
             setattr(owner, name, replacement(original))
@@ -160,6 +160,19 @@ def _forget_budget_of_the_gone(holder: Any) -> Any:
     return ForgettingHolder
 
 
+def _share_gpus(resolve: Callable[[Any], list[int] | None]) -> Callable[[Any], list[int] | None]:
+    def resolve_repeated(args: Any) -> list[int] | None:
+        named = args.device_ids
+        if not named or len(named) > args.data_parallel_size:
+            return resolve(args)  # the GPUs of one engine must differ
+        args.device_ids = [*dict.fromkeys(named)]
+        physical = dict(zip(args.device_ids, resolve(args) or (), strict=True))
+        args.device_ids = named
+        return [physical[device] for device in named]
+
+    return resolve_repeated
+
+
 SCHEDULER = Patch(
     name="quick KV-cache manager",
     why="The scheduler asks for blocks at each step of each request. While an answer grows, 15 of 16 steps need none.",
@@ -212,6 +225,18 @@ THINKING_BUDGET = Patch(
     made_for={"vllm.v1.sample.thinking_budget_state.ThinkingBudgetStateHolder.sync_batch": "a69915858ac7"},
     shows_fault=_keeps_budget_of_the_gone,
 )
+SHARED_GPU = Patch(
+    name="several engines on one GPU",
+    why="--device-ids refuses a GPU that is named twice. With a small model one Python thread plans for the GPU, which "
+    "could do several times as much: engines that share it do more.",
+    upstream="not proposed yet",
+    replaces={"vllm.engine.arg_utils.EngineArgs._resolve_device_ids": _share_gpus},
+    made_for={
+        "vllm.engine.arg_utils.EngineArgs._resolve_device_ids": "e01bcff10a81",
+        "vllm.platforms.interface.Platform.logical_device_id_to_visible_device_id": "06fe99d5183d",
+        "vllm.v1.worker.gpu_worker.Worker.init_device": "f52ca2a46793",
+    },
+)
 QWEN_VL = Patch(
     name="Qwen with vision, without torchvision",
     why="For one function vLLM's Qwen3.5 and Qwen-VL import a module of transformers that needs torchvision, even for "
@@ -249,7 +274,7 @@ GGUF = Patch(
         "transformers.modeling_gguf_pytorch_utils.get_gguf_hf_weights_map": "38d424be4e28",
     },
 )
-IN_EVERY_PROCESS: Sequence[Patch] = (SCHEDULER, DETOKENIZER, LORA_SLOTS, THINKING_BUDGET, QWEN_VL)
+IN_EVERY_PROCESS: Sequence[Patch] = (SCHEDULER, DETOKENIZER, LORA_SLOTS, THINKING_BUDGET, SHARED_GPU, QWEN_VL)
 """Applied by `plugin.begin_process` in each of vLLM's processes. `SIGNALS` is for the server's first process alone,
 `GGUF` for the moment in which the demo model is made."""
 PATCHES: Sequence[Patch] = (*IN_EVERY_PROCESS, SIGNALS, GGUF)

@@ -10,6 +10,7 @@ status 1 where an answer was not whole.
 
 import argparse
 import math
+import re
 import statistics
 import sys
 import time
@@ -27,7 +28,7 @@ def start(stack: ExitStack, number: int, side: str, flags: list[str]) -> str:
     """Starts a side's server, which ends with the stack; returns its address."""
     began = time.monotonic()
     own = side.partition(":")[2]
-    flags = [*flags, *own.split(",")] if own else flags
+    flags = [*flags, *re.split(",(?=--)", own)] if own else flags
     log = CACHE / f"benchmark-{number}.log"
     url = stack.enter_context(running_server(flags, log, program=PROGRAMS.get(side, SERVER)))
     print(f"{side}: up after {time.monotonic() - began:.0f} s", flush=True)

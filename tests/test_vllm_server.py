@@ -247,6 +247,16 @@ def test_every_request_has_an_id_of_its_own(scripted_engine: Engines) -> None:
     assert engine.calls[0].request_id != engine.calls[1].request_id
 
 
+def test_a_conversation_goes_on_with_the_engine_that_has_its_beginning(scripted_engine: Engines) -> None:
+    engine = scripted_engine(*[["a"]] * 40, engines=4)
+    for n in range(20):
+        chat(engine, query=f"question {n}")
+        chat(engine, query="more", history=[[f"question {n}", "a"], ["b", "c"]])
+    engines = [call.engine for call in engine.calls]
+    assert engines[::2] == engines[1::2]
+    assert {*engines} == {0, 1, 2, 3}
+
+
 def test_sampling_of_a_silent_request(scripted_engine: Engines) -> None:
     engine = scripted_engine(["a"])
     chat(engine)

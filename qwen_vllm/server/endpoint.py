@@ -13,6 +13,7 @@ from contextlib import aclosing, asynccontextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import orjson
 from fastapi import FastAPI
@@ -166,9 +167,20 @@ class ChatService:
             return error_response(error)
         # `tokens_input` marks the prompt as already tokenized. vLLM would render any other prompt in a thread pool.
         outputs = self._engine.generate(
-            tokens_input(prompt.token_ids), params, f"chat-{os.urandom(16).hex()}", lora_request=adapter
+            tokens_input(prompt.token_ids),
+            params,
+            f"chat-{os.urandom(16).hex()}",
+            lora_request=adapter,
+            data_parallel_rank=self._preferred_engine(chat),
         )
         return AnswerResponse(outputs, chat.stream, requests.answer(prompt, chat))
+
+    def _preferred_engine(self, chat: ChatRequest) -> int | None:
+        """Choose one of several engines by how the conversation begins: its prefix cache may hold the turns before."""
+        config = self._engine.vllm_config.parallel_config
+        engines: int = config.data_parallel_size_local if config.local_engines_only else config.data_parallel_size
+        first = chat.history[0][0] if chat.history else chat.query
+        return crc32(f"{chat.system}\n{first}".encode()) % engines if engines > 1 else None
 
     def info(self) -> dict[str, Any]:
         """Tell what the server has, in the wire form of `protocol.ServerInfo`."""

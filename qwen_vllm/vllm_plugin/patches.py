@@ -185,6 +185,31 @@ def _tells_of_the_limit(generate: Callable[..., Any]) -> Callable[..., Any]:
     return chat_completion_full_generator
 
 
+def _share_gpus(resolve: Callable[[Any], list[int] | None]) -> Callable[[Any], list[int] | None]:
+    def resolve_repeated(args: Any) -> list[int] | None:
+        named = args.device_ids
+        if not named or len(named) > args.data_parallel_size:
+            return resolve(args)  # the GPUs of one engine must differ
+        args.device_ids = [*dict.fromkeys(named)]
+        physical = dict(zip(args.device_ids, resolve(args) or (), strict=True))
+        args.device_ids = named
+        return [physical[device] for device in named]
+
+    return resolve_repeated
+
+
+def _prefer_engine(choose: Callable[[Any, Any], bytes]) -> Callable[[Any, Any], bytes]:
+    def choose_preferred(client: Any, request: Any) -> bytes:
+        if (preferred := request.data_parallel_rank) is not None:
+            counts = zip(client.core_engines, client.lb_engines, strict=True)
+            loads = [max(client.client_count * client.engine_inflight[name], sum(now[:2])) for name, now in counts]
+            if loads[preferred] > 1.25 * min(loads) + 8:
+                request.data_parallel_rank = None
+        return choose(client, request)
+
+    return choose_preferred
+
+
 SCHEDULER = Patch(
     name="quick KV-cache manager",
     why="The scheduler asks for blocks at each step of each request. While an answer grows, 15 of 16 steps need none.",
@@ -236,6 +261,26 @@ THINKING_BUDGET = Patch(
     replaces={"vllm.v1.sample.thinking_budget_state.ThinkingBudgetStateHolder": _forget_budget_of_the_gone},
     made_for={"vllm.v1.sample.thinking_budget_state.ThinkingBudgetStateHolder.sync_batch": "a69915858ac7"},
     shows_fault=_keeps_budget_of_the_gone,
+)
+SHARED_GPU = Patch(
+    name="several engines on one GPU",
+    why="--device-ids refuses a GPU that is named twice. With a small model one Python thread plans for the GPU, which "
+    "could do several times as much: engines that share it do more.",
+    upstream="not proposed yet",
+    replaces={"vllm.engine.arg_utils.EngineArgs._resolve_device_ids": _share_gpus},
+    made_for={
+        "vllm.engine.arg_utils.EngineArgs._resolve_device_ids": "e01bcff10a81",
+        "vllm.platforms.interface.Platform.logical_device_id_to_visible_device_id": "06fe99d5183d",
+        "vllm.v1.worker.gpu_worker.Worker.init_device": "f52ca2a46793",
+    },
+)
+PREFERRED_ENGINE = Patch(
+    name="preferred engine",
+    why="A conversation goes on with the engine that has its prefix: data_parallel_rank names it. For vLLM this is an "
+    "order. Here another engine takes the request where the named one has over a quarter more to do.",
+    upstream="not proposed yet",
+    replaces={"vllm.v1.engine.core_client.DPLBAsyncMPClient.get_core_engine_for_request": _prefer_engine},
+    made_for={"vllm.v1.engine.core_client.DPLBAsyncMPClient.get_core_engine_for_request": "d55fd18f2b41"},
 )
 QWEN_VL = Patch(
     name="Qwen with vision, without torchvision",
@@ -296,7 +341,7 @@ GGUF = Patch(
 )
 IN_EVERY_PROCESS: Sequence[Patch] = (
     *(SCHEDULER, DETOKENIZER, LORA_SLOTS, THINKING_BUDGET, QWEN_VL),
-    *(CONTROL_TOKENS, CUT_CALLS),
+    *(CONTROL_TOKENS, CUT_CALLS, SHARED_GPU, PREFERRED_ENGINE),
 )
 """Applied by `plugin.begin_process` in each of vLLM's processes. `SIGNALS` is for the server's first process alone,
 `GGUF` for the moment in which the demo model is made."""

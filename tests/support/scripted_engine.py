@@ -22,6 +22,7 @@ class ScriptedEngine:
         finish: tuple[str, str | int | None] = ("stop", None),
         context: int = 2048,
         configured: dict[str, Any] | None = None,
+        engines: int = 1,
     ) -> None:
         self._tokenizer, self._scripts, self._finish = tokenizer, list(scripts), finish
         self.model_config = SimpleNamespace(
@@ -29,13 +30,22 @@ class ScriptedEngine:
             multimodal_config=None,
             get_diff_sampling_param=lambda: dict(configured or {}),
         )
+        self.vllm_config = SimpleNamespace(
+            parallel_config=SimpleNamespace(data_parallel_size=engines, local_engines_only=False)
+        )
         self.calls: list[SimpleNamespace] = []
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer
 
     async def generate(
-        self, prompt: dict[str, Any], params: Any, request_id: str, *, lora_request: Any = None
+        self,
+        prompt: dict[str, Any],
+        params: Any,
+        request_id: str,
+        *,
+        lora_request: Any = None,
+        data_parallel_rank: int | None = None,
     ) -> AsyncIterator[SimpleNamespace]:
         call = SimpleNamespace(
             prompt=self._tokenizer.decode(prompt["prompt_token_ids"]),
@@ -43,6 +53,7 @@ class ScriptedEngine:
             params=params,
             request_id=request_id,
             lora_request=lora_request,
+            engine=data_parallel_rank,
             aborted=False,
         )
         self.calls.append(call)

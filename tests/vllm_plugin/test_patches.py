@@ -2,18 +2,29 @@
 
 import logging
 import sys
+from collections import Counter
 from importlib import import_module
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from vllm import envs
+from vllm import EngineArgs, envs
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
+from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
 from qwen_vllm import hardware
 from qwen_vllm.vllm_plugin import patches
-from qwen_vllm.vllm_plugin.patches import LORA_SLOTS, PATCHES, QWEN_VL, THINKING_BUDGET, Patch, source_hash
+from qwen_vllm.vllm_plugin.patches import (
+    LORA_SLOTS,
+    PATCHES,
+    PREFERRED_ENGINE,
+    QWEN_VL,
+    SHARED_GPU,
+    THINKING_BUDGET,
+    Patch,
+    source_hash,
+)
 
 USED = {
     # The endpoint plugin, and what has to be set between building the server and listening.
@@ -122,6 +133,56 @@ def test_a_request_without_an_adapter_gets_none_where_others_have_one() -> None:
 def test_a_request_gets_no_thinking_budget_of_one_that_has_ended() -> None:
     with THINKING_BUDGET.applied():
         assert not THINKING_BUDGET.shows_fault()
+
+
+@pytest.mark.parametrize(
+    ("devices", "flags", "resolved"),
+    [
+        (None, {}, None),
+        ([1, 0], {"tensor_parallel_size": 2}, [1, 0]),
+        ([0, 0], {"data_parallel_size": 2}, [0, 0]),
+        ([1, 0, 1], {"data_parallel_size": 3}, [1, 0, 1]),
+        ([0, 0], {"tensor_parallel_size": 2}, "duplicates"),
+        ([0, 0, 1, 1], {"data_parallel_size": 2, "tensor_parallel_size": 2}, "duplicates"),
+    ],
+)
+def test_engines_of_one_gpu_each_may_share_it(
+    devices: list[int] | None, flags: dict[str, int], resolved: list[int] | str | None
+) -> None:
+    args = EngineArgs(device_ids=devices, **flags)
+    with SHARED_GPU.applied():
+        if isinstance(resolved, str):
+            with pytest.raises(ValueError, match=resolved):
+                args._resolve_device_ids()
+        else:
+            assert args._resolve_device_ids() == resolved
+    assert args.device_ids == devices
+
+
+@pytest.mark.parametrize(
+    ("preferred", "counts", "chosen"),
+    [
+        (1, [[0, 40, 0.0], [0, 58, 0.0]], "second"),
+        (1, [[0, 40, 0.0], [0, 59, 0.0]], "first"),
+        (1, [[0, 0, 0.0], [5, 3, 0.0]], "second"),
+        (None, [[0, 1, 0.0], [0, 0, 0.0]], "second"),
+    ],
+)
+def test_the_preferred_engine_takes_a_request_unless_it_has_too_much_to_do(
+    preferred: int | None, counts: list[list[float]], chosen: str
+) -> None:
+    client = SimpleNamespace(
+        core_engines=["first", "second"],
+        lb_engines=counts,
+        client_count=2,
+        engine_inflight=Counter(),
+        reqs_in_flight={},
+        eng_start_index=0,
+    )
+    request = SimpleNamespace(request_id="r", data_parallel_rank=preferred, pooling_params=None)
+    with PREFERRED_ENGINE.applied():
+        assert DPLBAsyncMPClient.get_core_engine_for_request(client, request) == chosen
+    assert client.engine_inflight == {chosen: 1}
 
 
 def test_vllms_qwen35_is_imported_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from vllm_server import parse_args
 
 Engines = Callable[..., Any]
 ADAPTER = object()
-FLAGS = {"chat_template": None, "default_chat_template_kwargs": None, "reasoning_parser": ""}
+FLAGS = {"chat_template": None, "default_chat_template_kwargs": None, "reasoning_parser": "", "tokenizer": "none"}
 MARKS = len("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n")
 
 

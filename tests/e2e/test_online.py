@@ -206,7 +206,7 @@ def test_clients_that_leave_while_the_answer_is_whole_free_the_engine(url):
         (400, None, {"data": b"[" * 65 + b"]" * 65}),
         (400, None, {"data": b'{"query": "\xff"}'}),
         (404, "model", {"json": {"query": "x", "model": "nobody"}}),
-        (413, None, {"json": {"query": "x" * 2**20}}),
+        (413, None, {"json": {"query": "x" * 2**22}}),
         (415, None, {"data": b'{"query": "x"}', "headers": {"Content-Type": "text/plain"}}),
     ],
 )

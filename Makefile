@@ -36,10 +36,10 @@ test: setup lint  ## all tests, on the real engine too, and how much of the code
 ifneq ($(ARGS),)
 	$(PY) -m pytest $(ARGS)
 else
-	# Those on the engine beside the others, whose report follows at the end.
-	$(TESTS) -m tests.support.covered -m 'not engine and not long and not vision' >.tests.log 2>&1 & others=$$!; \
-	$(TESTS) -m pytest -m 'engine and not long and not vision' tests/e2e; engine=$$?; \
-	wait $$others; others=$$?; cat .tests.log; exit $$((engine | others))
+	# Those of whole programs beside the others, whose report follows at the end.
+	$(TESTS) -m tests.support.covered -m 'not long and not vision' --ignore tests/e2e >.tests.log 2>&1 & others=$$!; \
+	$(TESTS) -m pytest -m 'not long and not vision' tests/e2e; e2e=$$?; \
+	wait $$others; others=$$?; cat .tests.log; exit $$((e2e | others))
 	$(PY) -m coverage report
 endif
 

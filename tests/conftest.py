@@ -30,9 +30,7 @@ def pytest_configure() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if not PROGRAMS.keys().isdisjoint(item.fixturenames):
-            item.add_marker("engine")
-        assert not item.get_closest_marker("engine") or "e2e" in item.path.parts, f"not in tests/e2e: {item.nodeid}"
+        assert PROGRAMS.keys().isdisjoint(item.fixturenames) or "e2e" in item.path.parts, f"not in e2e/: {item.nodeid}"
     # What needs no server goes first: meanwhile they start.
     items.sort(key=lambda item: ("e2e" in item.path.parts, item.get_closest_marker("last") is not None))
 

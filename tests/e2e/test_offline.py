@@ -16,7 +16,6 @@ from tests.support import ROOT
 from tests.support.demo import CONVERSATIONS, FRANCE
 from vllm_wrapper import ChatModel
 
-pytestmark = pytest.mark.engine
 GREEDY = Sampling(temperature=0, max_tokens=20)
 ROLES = ("user", "assistant")
 

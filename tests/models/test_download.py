@@ -35,7 +35,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     model = write_model(tmp_path / "model")
     save_file({"weight": torch.zeros(5 * PIECE)}, model / WEIGHTS)  # 20 pieces
     others = {path: path.encode() for path in OTHERS + NOT_LOADED}
-    others["pytorch_model.bin.index.json"] = b'{"weight_map": {}}'
+    others |= {"pytorch_model.bin.index.json": b'{"weight_map": {}}', "generation_config.json": b'{"top_k": 7}'}
     with scripted_hub(files_of(model) | others) as hub:
         for name, value in {
             "MODELSCOPE_ENDPOINT": hub.url,

@@ -1,8 +1,7 @@
 """The real programs that end-to-end tests talk to: servers and chats with the demo model.
 
 An engine takes half a minute of two cores to start. So each program here starts once, before the first test: the
-fixture `started` in conftest.py starts what the selected tests ask for by name, and nothing else. The tests that ask
-for one are marked `engine` there; `make test` runs these in a process of their own, beside the others.
+fixture `started` in conftest.py starts what the selected tests ask for by name, and nothing else.
 
 To write a test of a server, put it into e2e/ and take a fixture: `demo_server`, a server without further flags that
 wants KEY, or `small_server`, with little room and short deadlines. Others use it too: leave no request behind, and

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -74,13 +74,16 @@ def stream_messages(
     sampling: Sampling | None = None,
     api_key: str | None = None,
     timeout: Timeout = TIMEOUT,
+    **fields: Any,
 ) -> Generator[Part, None, None]:
-    """Stream the answer to a conversation with images, from OpenAI's route.
+    """Stream the answer to a conversation with images or tools, from OpenAI's route.
 
-    `messages` is in OpenAI's form. The route answers the whole conversation or refuses it, so in the result `history`
-    is empty and `dropped_turns` is 0. Otherwise as `stream_chat`.
+    `messages` and further `fields`, such as `tools` and `tool_choice`, are in OpenAI's form. The route answers the
+    whole conversation or refuses it, so in the result `history` is empty and `dropped_turns` is 0. `tool_calls` has the
+    calls. Otherwise as `stream_chat`.
     """
-    return _Server(url, api_key, timeout).stream(OPENAI_CHAT, _openai_body(messages, sampling), _OpenAIEvents())
+    body = _openai_body(messages, sampling, fields)
+    return _Server(url, api_key, timeout).stream(OPENAI_CHAT, body, _OpenAIEvents())
 
 
 def stream_chat_async(
@@ -106,9 +109,11 @@ def stream_messages_async(
     sampling: Sampling | None = None,
     api_key: str | None = None,
     timeout: Timeout = TIMEOUT,
+    **fields: Any,
 ) -> AsyncGenerator[Part, None]:
     """Do what `stream_messages` does, on asyncio."""
-    return _Server(url, api_key, timeout).stream_async(OPENAI_CHAT, _openai_body(messages, sampling), _OpenAIEvents())
+    body = _openai_body(messages, sampling, fields)
+    return _Server(url, api_key, timeout).stream_async(OPENAI_CHAT, body, _OpenAIEvents())
 
 
 def server_info(url: str, api_key: str | None = None) -> ServerInfo:
@@ -141,13 +146,15 @@ def _chat_body(query: str, history: Sequence[Turn], system: str | None, sampling
     return body | (sampling.sampling() if sampling else {})
 
 
-def _openai_body(messages: Sequence[dict[str, Any]], sampling: Sampling | None) -> dict[str, Any]:
+def _openai_body(
+    messages: Sequence[dict[str, Any]], sampling: Sampling | None, fields: Mapping[str, Any]
+) -> dict[str, Any]:
     wanted = sampling.sampling() if sampling else {}
     if "enable_thinking" in wanted:
         wanted["chat_template_kwargs"] = {"enable_thinking": wanted.pop("enable_thinking")}
     if "thinking_budget" in wanted:
         wanted["thinking_token_budget"] = wanted.pop("thinking_budget")
-    return {"messages": list(messages), "stream": True, "stream_options": {"include_usage": True}, **wanted}
+    return {"messages": list(messages), "stream": True, "stream_options": {"include_usage": True}, **wanted, **fields}
 
 
 class _AnswerReader:
@@ -211,6 +218,7 @@ class _OpenAIEvents(_AnswerReader):
     def __init__(self) -> None:
         super().__init__()
         self._last_choice: dict[str, Any] = {}
+        self._calls: dict[int, dict[str, Any]] = {}
 
     def _parts_of(self, line: bytes) -> Iterator[Part]:
         data = line.removeprefix(b"data: ").strip()
@@ -225,6 +233,11 @@ class _OpenAIEvents(_AnswerReader):
                 yield Reasoning(reasoning)
             if text := choice["delta"].get("content"):
                 yield text
+            for call in choice["delta"].get("tool_calls") or ():
+                whole = self._calls.setdefault(call["index"], {"type": "function", "function": {"arguments": ""}})
+                whole["id"] = call.get("id") or whole["id"]
+                whole["function"]["name"] = call["function"].get("name") or whole["function"]["name"]
+                whole["function"]["arguments"] += call["function"].get("arguments") or ""
         if usage := event.get("usage"):
             yield ChatResult(
                 text=self._text,
@@ -236,6 +249,7 @@ class _OpenAIEvents(_AnswerReader):
                 dropped_turns=0,
                 reasoning=self._reasoning,
                 reasoning_tokens=(usage.get("completion_tokens_details") or {}).get("reasoning_tokens", 0),
+                tool_calls=[*self._calls.values()],
             )
 
 

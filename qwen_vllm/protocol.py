@@ -138,7 +138,8 @@ class ChatResult:
     `history` ends with this turn, ready for the next request; the turn has its reasoning where the chat template keeps
     that. `finish_reason` is "stop" or "length". `stop_reason` is the stop word that matched, or None. `dropped_turns`
     counts the oldest turns, which were left out to fit the context; `dropped_reasoning` counts those of the others
-    whose reasoning was. `reasoning_tokens` are included in `completion_tokens`.
+    whose reasoning was. `reasoning_tokens` are included in `completion_tokens`. `tool_calls` are in OpenAI's form; a
+    call that the token limit has cut has its arguments as far as they came.
     """
 
     text: str
@@ -151,6 +152,7 @@ class ChatResult:
     reasoning: str = ""
     reasoning_tokens: int = 0
     dropped_reasoning: int = 0
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def kept_reasoning(self) -> str:

@@ -299,6 +299,29 @@ def test_thoughts_of_the_openai_route(server: Server) -> None:
     assert (result.text, result.reasoning, result.reasoning_tokens) == ("Hi", "Hm\n", 1)
 
 
+def test_calls_of_tools_are_handed_on(server: Server) -> None:
+    parts = [
+        {"index": 0, "id": "a", "type": "function", "function": {"name": "now", "arguments": ""}},
+        {"index": 1, "id": "b", "type": "function", "function": {"name": "weather", "arguments": '{"city": '}},
+        {"index": 1, "function": {"arguments": '"北京"}'}},
+    ]
+    deltas = [{"role": "assistant", "content": ""}, *({"tool_calls": [part]} for part in parts), {}]
+    events = [{"choices": [{"delta": delta, "finish_reason": "tool_calls"}]} for delta in deltas]
+    url = server.play(*(b"data: " + line(event) + b"\n" for event in [*events, EVENTS[3]]), path="/v1/chat/completions")
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    (result,) = stream_messages(url, [], tools=tools, tool_choice="auto")
+    assert result.tool_calls == [
+        {"type": "function", "id": "a", "function": {"name": "now", "arguments": ""}},
+        {"type": "function", "id": "b", "function": {"name": "weather", "arguments": '{"city": "北京"}'}},
+    ]
+    assert result.finish_reason == "tool_calls"
+    assert asyncio.run(all_parts(stream_messages_async(url, [], tools=tools))) == [result]
+    assert [(body["tools"], body.get("tool_choice")) for _, _, body in server.requests] == [
+        (tools, "auto"),
+        (tools, None),
+    ]
+
+
 def test_an_error_of_the_openai_route_is_raised(server: Server) -> None:
     event = {"error": {"message": "the engine has died", "type": "InternalServerError"}}
     url = server.play(b"data: " + line(EVENTS[1]), b"data: " + line(event), path="/v1/chat/completions")

@@ -107,10 +107,10 @@ def test_what_transformers_would_read_otherwise_is_mended(
     folder = write(tmp_path / "Tiny", config, tokenizer_class)
     args = arguments(tmp_path / "elsewhere", **{flag: str(folder)})
     written = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    misread = module._load(str(folder), args)
+    misread = module.load_tokenizer(str(folder), args)
     assert misread.encode(TEXT, add_special_tokens=False) != written.encode(TEXT).ids
     mended = tokenizer_as_written(args)
-    tokenizer = module._load(mended, args)
+    tokenizer = module.load_tokenizer(mended, args)
     ids = tokenizer.encode(TEXT, add_special_tokens=False)
     assert ids == written.encode(TEXT).ids
     assert tokenizer.decode(ids) == TEXT
@@ -165,7 +165,7 @@ def test_added_tokens_are_those_of_the_file(
 ) -> None:
     folder = write(tmp_path / "Tiny", {"model_type": "qwen2"}, "Qwen2Tokenizer", PATTERN, **described)
     args, written = arguments(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
-    misread, tokenizer = module._load(str(folder), args), module._load(tokenizer_as_written(args), args)
+    misread, tokenizer = module.load_tokenizer(str(folder), args), module.load_tokenizer(tokenizer_as_written(args), args)
     assert misread.added_tokens_decoder != tokenizer.added_tokens_decoder == written.get_added_tokens_decoder()
     assert "The tokenizer of Tiny" in capsys.readouterr().err
 

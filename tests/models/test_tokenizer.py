@@ -165,7 +165,8 @@ def test_added_tokens_are_those_of_the_file(
 ) -> None:
     folder = write(tmp_path / "Tiny", {"model_type": "qwen2"}, "Qwen2Tokenizer", PATTERN, **described)
     args, written = arguments(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
-    misread, tokenizer = module.load_tokenizer(str(folder), args), module.load_tokenizer(tokenizer_as_written(args), args)
+    paths = str(folder), tokenizer_as_written(args)
+    misread, tokenizer = (module.load_tokenizer(path, args) for path in paths)
     assert misread.added_tokens_decoder != tokenizer.added_tokens_decoder == written.get_added_tokens_decoder()
     assert "The tokenizer of Tiny" in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from qwen_vllm import console
 from qwen_vllm.cache import CACHE, open_log
@@ -161,10 +161,11 @@ def _load(args: argparse.Namespace, engine_flags: list[str]) -> "ChatModel":
     folder = resolve_model(args.model_path, args.hub, args.revision, args.download_dir)
     print(f"Loading {args.model_path or DEMO_NAME} …", file=sys.stderr, flush=True)
     try:
-        with _output_to(LOG, args.verbose):
+        log = open_log(LOG, args.verbose)
+        with _output_to(log):
             engine_args = {"download_dir": args.download_dir, **_engine_args(engine_flags)}
         resolve_parts(engine_args, args.hub)
-        with _output_to(LOG, args.verbose):
+        with _output_to(log):
             from vllm_wrapper import ChatModel
 
             model = ChatModel(
@@ -200,12 +201,11 @@ def _engine_args(flags: list[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def _output_to(path: Path, shown: bool) -> Iterator[None]:
+def _output_to(log: IO[str]) -> Iterator[None]:
     """Send all output of the block to a file, also that of child processes and of compiled code.
 
-    Log handlers made in the block keep writing there. `shown`: the output stays visible.
+    Log handlers made in the block keep writing there.
     """
-    log = open_log(path, shown)
     kept = os.dup(1), os.dup(2)
     try:
         os.dup2(log.fileno(), 1)

@@ -48,6 +48,8 @@ Ask = Callable[[Question, Sequence[AskedTurn], str | None, Sampling], Iterator[P
 LINE_HISTORY = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "qwen-vllm" / "lines"
 ALONE = ("help", "clear", "history", "regen", "exit")
 """The commands that take nothing behind them."""
+NO_TEXT = re.compile("[\ud800-\udfff]")
+"""What Python reads of bytes that are not UTF-8."""
 IMAGE = re.compile(
     rb"(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpeg>\xff\xd8\xff)|(?P<webp>RIFF.{4}WEBP)|(?P<gif>GIF8[79]a)", re.DOTALL
 )
@@ -136,7 +138,7 @@ class Chat:
 
     def answer(self, text: str) -> bool:
         """Ask with the attached images and print the answer; return False where there is none."""
-        if any("\ud800" <= c <= "\udfff" for c in text):
+        if NO_TEXT.search(text):
             print("Error: the question is not UTF-8: convert it first", file=sys.stderr, flush=True)
             return False
         turns = len(self.history)
@@ -283,7 +285,7 @@ class Chat:
             info = self.info()
             if not info.images:
                 raise ChatError(f"{info.models[0]} takes no images.")
-            image = image_url(Path(path).expanduser())
+            image = image_url(_file(path))
             sent_again = [url for query, *_ in self._sent_along(self.history) for url in query.images]
             size = sum(len(url) for url in (image, *self.attached.values(), *sent_again))
             if size > info.max_body_size:
@@ -322,14 +324,14 @@ class Chat:
 def is_command(line: str) -> bool:
     """Tell whether a line is a slash command, or a mistyped one; another that begins with a slash is a question."""
     name, argument = _words(line)
-    if not line.startswith("/"):
+    if not line.startswith("/") or NO_TEXT.search(line):
         return False
     if name in ALONE:
         return not argument
     if name in ("model", "effort"):
         return len(argument.split()) <= 1
     if name in ("image", "save", "load"):
-        return len(argument.split()) <= 1 or bool(Path(argument).suffix) or Path(argument).expanduser().exists()
+        return len(argument.split()) <= 1 or bool(Path(argument).suffix) or os.path.exists(_file(argument))
     return name in ("system", "set") or not (argument or "/" in name)
 
 
@@ -350,7 +352,7 @@ def saved(system: str | None, history: Sequence[AskedTurn]) -> str:
 def _file(path: str) -> Path:
     if not path:
         raise ChatError("Name a file: /save FILE, /load FILE.")
-    return Path(path).expanduser()
+    return Path(os.path.expanduser(path))  # ~NAME stays where there is no such user; Path.expanduser would fail
 
 
 def image_url(file: Path) -> str:

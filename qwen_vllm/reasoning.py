@@ -58,11 +58,8 @@ class ReasoningSplitter:
     @property
     def tokens(self) -> int:
         """How many tokens the reasoning has taken, without the tags."""
-        return self._reasoning_end - self._tags_before if self._begun else 0
-
-    @property
-    def _reasoning_end(self) -> int:
-        return len(self._token_ids) if self._end is None else self._end
+        end = len(self._token_ids) if self._end is None else self._end
+        return end - self._tags_before if self._begun else 0
 
     def split(self, text: str, token_ids: Sequence[int], last: bool) -> tuple[str, str]:
         """Return (new reasoning, new text) for the next piece of the answer and its tokens.

@@ -467,6 +467,7 @@ QUESTIONS = [
     *("/no_think What is 2 + 2?", "/home/me/notes.txt", "/home/me/my notes.txt is what?", "// comment", "//", "/ 2"),
     *("/load balancing: explain", "/save the whales", "/image of a cat?", "/help me", "/clear and simple?"),
     *("/history of China", "/exit code 1 means?", "/regen erate", "/model trains are fun", "/effort is all?"),
+    *("/load ~nosuchuser of us", f"/save {'as many words as no name of a file has ' * 8}".strip()),
     pasted("/help\nme"),
 ]
 
@@ -478,14 +479,14 @@ def test_what_only_begins_like_a_command_is_a_question(terminal: Callable, line:
     assert [call.query for call in ask.calls] == [line.removeprefix("\x1b[200~").removesuffix("\x1b[201~")]
 
 
-@pytest.mark.parametrize("line", ["/load my chat.json", "/image my cat.png", "/load missing", "/set theory"])
+@pytest.mark.parametrize("line", ["/load my chat.json", "/image my cat.png", "/image ~nosuchuser", "/set theory"])
 def test_a_mistyped_command_is_told(terminal: Callable, line: str) -> None:
     ask = ScriptedAsk()
     assert terminal(ask, line)
     assert ask.calls == []
 
 
-@pytest.mark.parametrize("keys", [b"gbk \xc4\xe3", b"\x1b[200~\xff\xfe\x1b[201~"])
+@pytest.mark.parametrize("keys", [b"gbk \xc4\xe3", b"/system \xc4\xe3", b"\x1b[200~\xff\xfe\x1b[201~"])
 def test_a_line_that_is_not_utf8_is_told_and_the_chat_goes_on(terminal: Callable, keys: bytes) -> None:
     ask = ScriptedAsk(["a"])
     shown = terminal(ask, keys=keys.decode(errors="surrogateescape") + "\rone\r")

@@ -1,6 +1,7 @@
 """The offline program's flags and exit statuses, with the scripted model of the batch tests."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +129,27 @@ def test_a_chat_template_reaches_the_model(monkeypatch, tmp_path):
     vllm_offline._load(*vllm_offline.parse_args(given))
     wanted = {"chat_template": "mine.jinja", "chat_template_options": {"preserve_thinking": True}, "adapters": {}}
     assert loaded == [("m", {"flags": ["--max-model-len", "9"], "download_dir": None, **wanted})]
+
+
+def test_the_log_has_all_that_was_said_while_the_model_was_loaded(monkeypatch, tmp_path):
+    made_first = []
+
+    def parse(flags):
+        print("said first")
+        made_first.append(sys.stdout)  # as vLLM's log handler, which is made when vLLM is imported
+        return {}
+
+    def load(model, **args):
+        print("said then", file=made_first[0])
+        print("said last")
+        return SimpleNamespace(no_chat=None)
+
+    monkeypatch.setattr(vllm_offline, "LOG", tmp_path / "log")
+    monkeypatch.setattr(vllm_offline, "resolve_model", lambda name, *_: name)
+    monkeypatch.setattr(vllm_offline, "_engine_args", parse)
+    monkeypatch.setattr("vllm_wrapper.ChatModel", load)
+    vllm_offline._load(*vllm_offline.parse_args(["--model", "m"]))
+    assert (tmp_path / "log").read_text() == "said first\nsaid then\nsaid last\n"
 
 
 def test_the_chat_knows_the_levels_of_reasoning_effort(monkeypatch):

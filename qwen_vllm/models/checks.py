@@ -173,16 +173,15 @@ def check_loadable(args: ModelArgs) -> None:
             "model without GPTQ or AWQ here"
         )
     _check_gptq(folder.name, config.get("quantization_config") or {})
-    if args.load_format != "dummy" and any(re.fullmatch(r"Qwen\w+ForCausalLM", name) for name in architectures):
-        _check_output_embeddings(folder)
     known = ModelRegistry.get_supported_archs()
-    if any(name in known or hasattr(transformers, name) for name in architectures):
-        return
-    if "auto_map" not in config:
-        names = ", ".join(map(str, architectures)) or "none"
-        raise ModelUnavailable(f"this version of vLLM does not know the architecture of {folder}: {names}")
-    if not args.trust_remote_code:
-        raise ModelUnavailable(f"{folder} needs the code that it brings: read it, then add --trust-remote-code")
+    if not any(name in known or hasattr(transformers, name) for name in architectures):
+        if "auto_map" not in config:
+            names = ", ".join(map(str, architectures)) or "none"
+            raise ModelUnavailable(f"this version of vLLM does not know the architecture of {folder}: {names}")
+        if not args.trust_remote_code:
+            raise ModelUnavailable(f"{folder} needs the code that it brings: read it, then add --trust-remote-code")
+    elif args.load_format != "dummy" and any(re.fullmatch(r"Qwen\w+ForCausalLM", name) for name in architectures):
+        _check_output_embeddings(folder)
 
 
 def _tokenizer_is_code(folder: Path) -> bool:

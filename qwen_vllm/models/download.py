@@ -50,10 +50,12 @@ def fetch(
 
     Raises:
         ModelUnavailable: the model cannot be had; the message names what is missing.
-        OSError: our own cache cannot be written.
     """
     lock = CACHE / "fetching" / hub / model.replace("/", "--")
-    lock.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelUnavailable(f"cannot write {lock}: {error.strerror}") from error
     with exclusive(lock, f"Waiting for another program that fetches {model} …"):
         source = HUBS[hub](model, revision, cache)
         copy = source.copy()
@@ -130,8 +132,11 @@ def _lacking(copy: Path | None, known: Sequence[HubFile] | None, with_weights: b
 
 
 def _names(files: Sequence[HubFile]) -> str:
-    shown = ", ".join(file.path for file in files[:3])
-    return f"{shown} and {len(files) - 3} more" if len(files) > 3 else shown
+    return _first_of([file.path for file in files], ", ")
+
+
+def _first_of(texts: Sequence[str], separator: str) -> str:
+    return separator.join([*texts[:3], *([f"and {len(texts) - 3} more"] if len(texts) > 3 else [])])
 
 
 def _told(failure: Exception) -> str:
@@ -139,8 +144,7 @@ def _told(failure: Exception) -> str:
     failed: dict[str, Exception] = getattr(failure, "failed_files", {"": failure})
     if any(getattr(error, "errno", None) == errno.ENOSPC for error in failed.values()):
         return f"{os.strerror(errno.ENOSPC)}: make room, or name another --download-dir"
-    reasons = [f"{path}: {_reason(error)}".removeprefix(": ") for path, error in failed.items()]
-    return "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
+    return _first_of([f"{path}: {_reason(error)}".removeprefix(": ") for path, error in failed.items()], "; ")
 
 
 def _reason(failure: Exception) -> str:

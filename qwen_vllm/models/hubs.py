@@ -20,8 +20,12 @@ class HubFile(NamedTuple):
 
 def missing(folder: Path, files: Sequence[HubFile]) -> list[HubFile]:
     """Return the files that are not in the folder, or not in their size."""
-    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    sizes = _sizes(folder)
     return [file for file in files if sizes.get(folder / file.path) != file.size]
+
+
+def _sizes(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
 class ModelScope:
@@ -85,12 +89,12 @@ class ModelScope:
             if missing(folder, wanted):
                 raise  # else it is whole, in a cache that cannot be written
         while lacking := missing(folder, wanted):
-            before = _size(folder)
+            before = sum(_sizes(folder).values())
             try:
                 self._repository(file_list=[{"Path": path, "Size": size, "Sha256": sha} for path, size, sha in lacking])
             except self._errors.FileDownloadError as failure:
                 slow = all(isinstance(error, self._errors.NetworkError) for error in failure.failed_files.values())
-                if not slow or _size(folder) <= before:
+                if not slow or sum(_sizes(folder).values()) <= before:
                     raise
         return folder
 
@@ -144,7 +148,3 @@ class HuggingFace:
 
 
 HUBS: Mapping[str, type[ModelScope] | type[HuggingFace]] = {"modelscope": ModelScope, "huggingface": HuggingFace}
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,6 +1,5 @@
 """The one recipe that makes a model's folder ready to serve, online and offline."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -96,7 +95,7 @@ def read_chat_template(template: str | None, folder: Path | None = None) -> str 
     if folder and not (template or (folder / "chat_template.jinja").is_file()):
         of_processor = folder / "chat_template.json"
         if of_processor.is_file() and any(folder.glob("*processor_config.json")):
-            text: str = json.loads(of_processor.read_bytes())["chat_template"]
+            text: str = read_json(of_processor)["chat_template"]
             return text
     try:
         return load_chat_template(template)

@@ -53,9 +53,8 @@ def resolve_parts(args: MutableMapping[str, Any], hub: str) -> None:
     cache, tokenizer, speculative = args.get("download_dir"), args.get("tokenizer"), args.get("speculative_config")
     if tokenizer and _is_id(tokenizer):
         args["tokenizer"] = str(fetch(tokenizer, hub, args.get("tokenizer_revision"), cache, with_weights=False))
-    model = (speculative or {}).get("model")
-    if speculative and model and _is_id(model):
-        folder = fetch(model, hub, speculative.get("revision"), cache)
+    if speculative and _is_id(speculative.get("model") or ""):
+        folder = fetch(speculative["model"], hub, speculative.get("revision"), cache)
         args["speculative_config"] = {**speculative, "model": str(folder)}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vllm.cache import CACHE, fingerprint, made_once
-from qwen_vllm.models.checks import ModelArgs, ModelUnavailable
+from qwen_vllm.models.checks import ModelArgs, ModelUnavailable, read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -104,7 +104,7 @@ def _link(source: Path, target: Path) -> None:
     from transformers import __version__
 
     file = source / "tokenizer_config.json"
-    described = json.loads(file.read_bytes()) if file.is_file() else {}
+    described = read_json(file) if file.is_file() else {}
     described.pop("auto_map", None)
     # For some models transformers would look past the class. Without a version it warns of an error of Mistral's.
     config = {"model_type": "qwen3", "transformers_version": __version__}

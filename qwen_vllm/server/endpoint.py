@@ -30,7 +30,6 @@ from vllm.inputs.engine import tokens_input
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from qwen_vllm.generation import RequestBuilder, RunningAnswer
-from qwen_vllm.hardware import Default, fill_in
 from qwen_vllm.models.prepare import read_chat_template
 from qwen_vllm.network import address
 from qwen_vllm.protocol import ChatError, ChatRequest, one_line, validated
@@ -77,7 +76,8 @@ class ChatEndpoint:
     async def init_state(self, engine_client: "EngineClient", state: State, args: Namespace) -> None:
         """Make the service for the running engine; vLLM calls this before the server listens."""
         config = engine_client.model_config
-        fill_in(args, [Default("max_body_size", body_limit(config.max_model_len, takes_images(config)), "")])
+        if args.max_body_size is None:
+            args.max_body_size = body_limit(config.max_model_len, takes_images(config))
         enable_envs_cache()  # as the engine's process does: else a variable is looked up for each token
         requests: RequestBuilder | ChatError
         try:

@@ -22,7 +22,8 @@ _LEFT, _RIGHT = "([{<（［｛〈《「『【〔“‘", ")]}>）］｝〉》」
 _PROSE = re.compile(
     r"""(?=[\\`$<~*_\[\]hfw])(?:
     (?P<block_math> \$\$(?!\$)(?:(?!\n\s*\n)[^$`])+\$\$(?!\$)
-        | \\\[(?:(?!\n\s*\n|\\\]).)+\\\] | \\\((?:(?!\n\s*\n|\\\)).)+\\\))
+        | \\\[(?:[^\\\n]|\\[^\[\]\n]|\\?\n(?!\s*\n))++\\\]
+        | \\\((?:[^\\\n]|\\[^()\n]|\\?\n(?!\s*\n))++\\\) )
     # A formula in dollars touches them; or it has spaces at both ends, and signs of a formula.
     # Sums of money with words between them are none, and no variables of a shell.
     | (?P<math> (?<![A-Za-z0-9$])\$
@@ -36,7 +37,7 @@ _PROSE = re.compile(
         | <(?:br\ ?/?|/?su[bp]|(?:https?://|mailto:)[^\s<>]+|[\w.+-]+@[\w.-]+)> )
     | (?P<tag> <(?=[a-zA-Z/!?]) )
     | (?P<link> (?:(?:https?|ftp)://|www\.)[^\s<|`*"\x80-\U0010ffff]+(?=[^\s\x00-\x7f])? )
-    | (?P<definition> (?<![^\n ])\[(?P<label>[^\]\n]+)\](?=:) )
+    | (?P<definition> (?<![^\n ])\[[^\]\n]+\](?=:) )
     | (?P<product> (?<=[A-Za-z0-9])\*{1,2}(?=[A-Za-z0-9]) | (?<!\w)__(?=[a-z]\w*__(?!\w)) )
     | (?P<strike> (?:(?<!\w)~~(?![\s~])|~~(?=\w))(?:(?!~~|\n\s*\n).)+(?:(?<=\w)~~(?!~)|(?<![\s~])~~(?![\w~])) )
     | (?P<tildes> ~+ )
@@ -71,7 +72,7 @@ def _shown(match: re.Match[str]) -> str:
             return f"${JOINER}{text[1:-1]}{JOINER}$"
         case "tag":
             return text + JOINER
-        case "definition" if match["label"][0] == "^" or match.string.count(f"[{match['label']}]") == 1:
+        case "definition" if text[1] == "^" or match.string.find(text) == match.string.rfind(text):
             return text + JOINER
         case "link" if match.end() < len(match.string) and match.string[match.end()] > "\x7f":
             return text + SPACE

@@ -38,9 +38,11 @@ const chats = {
     if (opening !== chats.shown.opening) return chats.open(chats.shown.id);
     const growing = messages?.length === chats.shown.count;
     Object.assign(chats.shown, {messages, count: messages?.length});
-    if (chats.soon && growing) return [];  // a long chat takes its time to write: not for each piece of an answer
+    if (growing) {
+      chats.soon ??= setTimeout(chats.keep, 1000);  // a long chat takes its time to write: not for each piece of an answer
+      return [];
+    }
     chats.keep();
-    chats.soon = setTimeout(chats.keep, 1000);
     return [undefined, undefined, undefined, chats.list(chats.shown.id)];
   },
   keep() {

@@ -294,3 +294,9 @@ def test_the_output_embeddings_are_as_the_description_says(
     else:
         check_loadable(SimpleNamespace(model=str(folder), **LOADING))
     check_loadable(SimpleNamespace(model=str(folder), **{**LOADING, "load_format": "dummy"}))
+
+
+def test_a_qwen_of_a_later_day_is_told_in_a_line(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, architectures=["Qwen99ForCausalLM"], model_type="qwen99")
+    save_file({"model.embed_tokens.weight": ONES}, folder / "model.safetensors")
+    assert "does not know the architecture" in refusal(folder)

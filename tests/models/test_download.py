@@ -355,6 +355,13 @@ def test_what_is_no_id_is_left_to_vllm(hub: Hub, tmp_path: Path, tokenizer: str 
     assert hub.asked == []
 
 
+def test_where_our_own_cache_cannot_be_written(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(download, "CACHE", tmp_path / "file")
+    with pytest.raises(ModelUnavailable, match=r"cannot write .*: Not a directory"):
+        resolve_parts({"tokenizer": NAME}, "modelscope")
+
+
 def test_the_server_takes_revision_and_download_dir(hub: Hub, tmp_path: Path) -> None:
     hub.revisions["v1"] = {**hub.files, TEMPLATE: b"of v1"}
     flags = ["--revision", "v1", "--download-dir", str(tmp_path / "mine"), "--tokenizer", NAME]

@@ -18,6 +18,7 @@ from tests.support.answers import SEEN
         ("```\n<b>", "```\n<b>"),
         ("\\`<b>`", "\\`<+b>`"),
         ("3~5 $a<b$", "3~_5 $+a<b+$"),
+        ("\\[ a \\[b\\\\[2pt]\\] \\( c \\(d\\)", "\\[ a \\[+b\\\\[2pt]+\\] \\( c \\(+d+\\)"),
     ],
 )
 def test_the_marks_stand_outside_of_code(text: str, marked: str) -> None:

@@ -70,26 +70,29 @@ CALLS = {
 
 
 def main() -> int:
-    """Return how many clients saw something else than they should."""
+    """Return how often a client saw something else than it should."""
     chosen = sys.argv[1:]
     install()
-    failed = 0
+    clients = {name: cases for name, cases in all_clients().items() if not chosen or name in chosen}
+    wrong = 0
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         flags = ["--model", str(write_model(Path(folder))), "--served-model-name", "Scripted", "--api-key", KEY]
         flags += ["--max-num-queued-reqs", str(ROOM)]
         url = stack.enter_context(running_server(flags, Path(folder) / "log"))
-        seen: dict[str, dict[str, str]] = {}
-        clients = {name: cases for name, cases in all_clients().items() if not chosen or name in chosen}
         for name, cases in clients.items():
-            seen[name] = {case: judged(case, ask(name, case, url, KEY)) for case in cases}
-            seen[name]["wrong key"] = refused(ask(name, cases[0], url, "wrong"), "401", "valid key")
-        with busy(url):
-            for name, cases in clients.items():
-                seen[name]["busy"] = refused(ask(name, cases[0], url, KEY), "503", "overloaded", "queue")
-        for name, cases_seen in seen.items():
-            print(f"{name:18}", " · ".join(f"{case}: {what}" for case, what in cases_seen.items()))
-            failed += any(what != "right" for what in cases_seen.values())
-    return failed
+            seen = {case: judged(case, ask(name, case, url, KEY)) for case in cases}
+            seen["wrong key"] = refused(ask(name, cases[0], url, "wrong"), "401", "valid key")
+            wrong += tell(name, seen)
+        stack.enter_context(busy(url))
+        for name, cases in clients.items():
+            wrong += tell(name, {"busy": refused(ask(name, cases[0], url, KEY), "503", "overloaded", "queue")})
+    return wrong
+
+
+def tell(name: str, seen: dict[str, str]) -> int:
+    """Print what a client saw, and return how much of it was not right."""
+    print(f"{name:18}", " · ".join(f"{case}: {what}" for case, what in seen.items()), flush=True)
+    return sum(what != "right" for what in seen.values())
 
 
 def install() -> None:

@@ -154,7 +154,6 @@ def chat(served: Served, options: dict[str, Any] | None = None, **fields: Any) -
             [WEATHER_CALL],
         ),
     ],
-    ids=str,
 )
 def test_calls_whole_and_streamed(
     served: Served, options: dict[str, Any], fields: dict[str, Any], text: str, calls: list[tuple[str, Any]]
@@ -330,7 +329,6 @@ CALLED = {
         ({"messages": [*ASKED, {"role": "assistant", "tool_calls": "x"}]}, "messages"),
         ({"messages": [*ASKED, {"role": "assistant", "tool_calls": [{}]}]}, "messages"),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_bad_input_is_refused_by_its_field(served: Served, fields: dict[str, Any], field: str, stream: bool) -> None:

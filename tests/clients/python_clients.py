@@ -208,6 +208,7 @@ def openai_agents(case: str, url: str, key: str) -> str:
 def llm(case: str, url: str, key: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         model = {"model_id": "scripted", "model_name": MODEL, "api_base": f"{url}/v1", "supports_tools": True}
+        model["api_key_name"] = "qwen"  # without it, no key is sent, not even that of --key
         Path(folder, "extra-openai-models.yaml").write_text(json.dumps([model]))
         called = Path(folder, "called")
         function = f"""import json

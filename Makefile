@@ -7,11 +7,11 @@ PY := .venv/bin/python
 SERVER_ARGS := $(if $(MODEL),--model "$$MODEL") $(ARGS)
 export PYTHON MODEL
 
-.PHONY: help setup chat webui serve offline test test-long soak lint docs lock clean
+.PHONY: help setup chat webui serve offline test test-long test-clients soak lint docs lock clean
 .SILENT:
 
 help:  ## this list
-	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
+	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 	echo; sed -n '1s/^# //p' $(MAKEFILE_LIST)
 
 setup:  ## install into .venv what this machine needs
@@ -46,6 +46,9 @@ endif
 test-long: setup  ## what takes longer: servers of several processes, families of models, adapters, thoughts
 	$(PY) -m pytest -m long $(ARGS)
 
+test-clients: setup  ## clients of others, pinned, in .clients, against one server; ARGS="openai llm" for some
+	$(PY) -m tests.clients.run $(ARGS)
+
 soak: setup  ## load and faults on this machine, as a table; ARGS="--minutes 30" for a long mix
 	$(PY) -m benchmarks.soak $(ARGS)
 
@@ -62,5 +65,5 @@ lock: ## write the locked requirements anew from pyproject.toml
 	./setup.sh lock
 
 clean:  ## remove what setup and tests made here; the model cache stays
-	rm -rf .venv .tools *.egg-info .coverage .coverage.* .tests.log .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .tools .clients *.egg-info .coverage .coverage.* .tests.log .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

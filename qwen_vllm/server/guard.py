@@ -142,6 +142,8 @@ def check_json(body: bytes, compiles_tools: bool = False) -> None:
                 raise ChatError(f"{field}: is over the limit of {MAX_GRAMMAR} bytes", param=field)
     _check(value, None, 0, surrogates)
     for field in CONVERSATIONS & value.keys() if isinstance(value, dict) else ():
+        if "previous_response_id" not in value:
+            _check_results(value[field], field)
         if _image_pixels(value[field], field) > MAX_PIXELS:
             raise ChatError(f"{field}: the images have over {MAX_PIXELS} pixels: send smaller ones", param=field)
 
@@ -188,6 +190,42 @@ def _is_strict(tool: Any) -> bool:
         case dict():
             return bool(tool.get("strict"))
     return True
+
+
+def _check_results(messages: Any, field: str) -> None:
+    """Refuse a call of a wrong shape, and a result whose call is not before it."""
+    called: list[Any] = []
+    for message in messages if isinstance(messages, list) else ():
+        match message:
+            case {"role": "assistant", "tool_calls": calls} if calls is not None:
+                if not (isinstance(calls, list) and all(_is_call(call) for call in calls)):
+                    raise ChatError(f"{field}: tool_calls are objects with id, type and function", param=field)
+                called += [call["id"] for call in calls]
+            case {"type": "function_call", "call_id": call_id} | {"type": "custom_tool_call", "call_id": call_id}:
+                called.append(call_id)
+            case {"role": "tool"}:
+                _check_result(message.get("tool_call_id"), called, f"{field}: tool_call_id", field)
+            case {"type": "function_call_output"}:
+                _check_result(message.get("call_id"), called, f"{field}: call_id", field)
+            case {"content": list(blocks)}:
+                for block in blocks:
+                    match block:
+                        case {"type": "tool_use", "id": call_id}:
+                            called.append(call_id)
+                        case {"type": "tool_result"}:
+                            _check_result(block.get("tool_use_id"), called, f"{field}: tool_use_id", field)
+
+
+def _is_call(call: Any) -> bool:
+    match call:
+        case {"id": str(), "function": {"name": str()}}:
+            return True
+    return False
+
+
+def _check_result(call_id: Any, called: list[Any], name: str, field: str) -> None:
+    if call_id not in called:
+        raise ChatError(f"{name} {str(call_id)[:64]!r} is of no call before it", param=field)
 
 
 def _image_pixels(value: Any, field: str) -> int:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from llguidance import LLMatcher, grammar_from
 from vllm.entrypoints.generate.base.protocol import (
     DeltaFunctionCall,
     DeltaMessage,
@@ -80,7 +81,7 @@ class QwenToolParser(ToolParser):
         """Hold the model to calls where the request does.
 
         Raises:
-            VLLMValidationError: no such tool, or a name that no call can have.
+            VLLMValidationError: no such tool, or a strict one with a schema that no grammar can be made of.
         """
         if not self._looks_for_calls(request):
             return request
@@ -97,6 +98,9 @@ class QwenToolParser(ToolParser):
         if must or (given is None and single) or any(function.strict for function in functions):
             grammar = self._grammar(functions, must, single, None if must else given)
             if grammar:
+                # Said here, it comes before a streamed answer begins.
+                if wrong := LLMatcher.validate_grammar(grammar_from("grammar", grammar)):
+                    raise VLLMValidationError(f"tools: {wrong.splitlines()[0]}", parameter="tools")
                 request.structured_outputs = StructuredOutputsParams(grammar=grammar)
                 request.__dict__["text" if isinstance(request, ResponsesRequest) else "response_format"] = None
         return request

@@ -224,6 +224,11 @@ def test_images_that_could_hurt_are_refused(body: dict, reason: str) -> None:
     assert caught.value.param in body
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "!"}
+ANTHROPICS_RESULT = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1"}]}
+
+
 def encoded(body: str | dict) -> bytes:
     return (body if isinstance(body, str) else json.dumps(body)).encode()
 
@@ -240,6 +245,10 @@ def encoded(body: str | dict) -> bytes:
         '{"a": ' + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + "}",
         '{"temperature": 1e-300, "stop": ["<|im_end|>"], "logit_bias": {"5": 1}}',
         '"text"',
+        {"messages": [{"role": "assistant", "tool_calls": [CALL]}, RESULT, {"role": "assistant", "tool_calls": None}]},
+        {"messages": [{"content": [{"type": "tool_use", "id": "1"}]}, ANTHROPICS_RESULT]},
+        {"input": [{"type": "function_call", "call_id": "1"}, {"type": "function_call_output", "call_id": "1"}]},
+        {"input": [{"type": "function_call_output", "call_id": "1"}], "previous_response_id": "r"},
     ],
 )
 def test_bodies_that_pass(body: str | dict) -> None:
@@ -279,6 +288,14 @@ def test_bodies_that_pass(body: str | dict) -> None:
         ('{"schema": ' + '{"a":' * 65 + "1" + "}" * 66, None),
         ('{"query": ', None),
         ("", None),
+        ({"messages": [RESULT]}, "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "!"}]}, "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [CALL | {"id": "2"}]}, RESULT]}, "messages"),
+        ({"messages": [{"role": "tool", "tool_call_id": [1]}]}, "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": "x"}]}, "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages"),
+        ({"messages": [ANTHROPICS_RESULT]}, "messages"),
+        ({"input": [{"type": "function_call_output", "call_id": "1"}]}, "input"),
     ],
 )
 def test_bodies_that_are_refused(body: str | dict, field: str | None) -> None:

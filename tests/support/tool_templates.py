@@ -1,6 +1,7 @@
 """Chat templates with tools, in the two forms that Qwen's have, and what models write in each."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 _TOOLS = """\
@@ -96,3 +97,31 @@ def scripted(template: str, thinks: bool = False) -> str:
     said = "{%- set usual = 2 if messages[-1].role == 'tool' else 1 if tools else 0 %}"
     say = f"{{{{- {list(SAID)}[say if say is defined else usual] }}}}"
     return template.removesuffix("{%- endif %}\n") + (end if thinks else "") + said + say + "{%- endif %}\n"
+
+
+WEATHER_ARGUMENTS = {"city": '北京 "X"\n二', "days": 3, "options": {"a": {"b": ["c", 1.5, None]}}, "unit": "C"}
+PLAIN, RESULT, BEFORE, THOUGHT = "Hello 朋友! 🎉", "It is sunny in 北京.", "I look at both.", "Hm, 让我想想."
+OBJECT = '{"answer": 5, "why": "2 + 3"}'
+NO_CALL = "Write <tool_call> before a call, and </tool_call> behind it."
+
+
+def recited(write: Callable[[str, dict[str, Any]], str], thinks: bool = False) -> list[str]:
+    """What a reciter with a template of `scripted` says, on each of SAID: PLAIN; a call of `get_weather`; RESULT; two
+    calls behind BEFORE; OBJECT; NO_CALL. Where it must make a call and has none to make, it calls `now`.
+    """
+    answers = [
+        PLAIN,
+        write("get_weather", WEATHER_ARGUMENTS),
+        RESULT,
+        f"{BEFORE}\n\n{write('get_weather', {'unit': 'K', 'city': 'Paris'})}\n{write('now', {})}",
+        OBJECT,
+        NO_CALL,
+    ]
+    thought = f"{THOUGHT}\n</think>\n\n"
+    starts = {"<think>\n": thought, "</think>\n\n": ""} if thinks else {"": ""}
+    texts = [
+        f"{lead}{said}{thought}{answer}<|im_end|>"
+        for lead, thought in starts.items()
+        for said, answer in zip(SAID, answers, strict=True)
+    ]
+    return [*texts, f"{write('now', {})}<|im_end|>"]

@@ -9,6 +9,7 @@ import llguidance.hf
 import pytest
 from transformers import PreTrainedTokenizerBase
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.exceptions import VLLMValidationError
 from vllm.parser import ParserManager
 from vllm.tokenizers.hf import get_cached_tokenizer
 
@@ -158,6 +159,14 @@ def test_the_model_is_held_to_calls(
         matcher.consume_tokens(token_ids)
     assert (fits and matcher.is_accepting()) is taken
     assert request.response_format is None
+
+
+@FORMS
+def test_a_strict_schema_that_is_none_is_refused_at_once(qwen36_tokenizer: PreTrainedTokenizerBase, form: str) -> None:
+    function = {"name": "f", "strict": True, "parameters": {"type": "object", "properties": {"x": {"type": "y"}}}}
+    request = asked(tools=[{"type": "function", "function": function}])
+    with pytest.raises(VLLMValidationError, match=r"tools: .*parameter=tools"):
+        _parser(qwen36_tokenizer, form, "", request).adjust_request(request)
 
 
 @cache

@@ -25,8 +25,8 @@ T = TypeVar("T")
 
 FORMATS = ("safetensors", "bin", "pt")
 """The formats of weights that vLLM looks for, in its order."""
-PLACES = re.compile(r"[^/]+|additional_chat_templates/[^/]+|.*\.py")
-"""Where files are loaded from."""
+PLACES = re.compile(r"[^/]+|additional_chat_templates/[^/]+|([^/.][^/]*/)*[^/]+\.py")
+"""Where files are loaded from. None of these paths leads out of the copy."""
 NEVER_LOADED = re.compile(
     r"\..*|.*\.(md|png|jpe?g|gif|svg|webp|pdf|mp4|pth|gguf|h5|msgpack|onnx|ot|ckpt|npz|tflite)", re.IGNORECASE
 )

@@ -107,6 +107,16 @@ def test_a_whole_model_is_fetched_once_and_no_file_that_is_not_loaded(hub: Hub, 
     assert hub.asked == []
 
 
+@pytest.mark.parametrize("name", HUBS)
+def test_a_path_that_leads_out_of_the_copy_is_left_alone(hub: Hub, tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine.py").write_text("mine")
+    expected = loaded(hub)
+    hub.files.update({f"own/{'../' * 9}{tmp_path}/mine.py": b"theirs", f"{tmp_path}/mine.py": b"theirs"})
+    fetch(NAME, name)
+    assert (tmp_path / "mine.py").read_text() == "mine"
+    assert sorted({*hub.fetched}) == expected
+
+
 def test_without_safetensors_the_weights_of_the_next_format_are_fetched(hub: Hub) -> None:
     del hub.files[WEIGHTS]
     fetch(NAME, "modelscope")

@@ -7,7 +7,7 @@ one that somebody wrote.
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, wraps
 from typing import Any
 
@@ -45,17 +45,10 @@ class TextKeeper:
             raise ValueError("its control tokens take in what is around them")
         self._ids = {token.content: token_id for token_id, token in added.items()}
         self._texts = text_tokenizer(tokenizer.backend_tokenizer)
-        longest_first = sorted(self._ids, key=len, reverse=True)
         self._starts = {content[0] for content in self._ids}
         start = f"[{re.escape(''.join(self._starts))}]"
-        control, own = (
-            "|".join(
-                map(
-                    re.escape, [content for content in longest_first if not (own and added[self._ids[content]].special)]
-                )
-            )
-            for own in (False, True)
-        )
+        control = _any_of(self._ids)
+        own = _any_of(content for content, token_id in self._ids.items() if not added[token_id].special)
         self._control = re.compile(control or "(?!)")
         # In JSON: a control token, or what may be the first part of one at the end of a text.
         self._risk = re.compile(f'{control}|{start}[^"]{{0,{max(map(len, self._ids), default=0)}}}"')
@@ -96,6 +89,10 @@ class TextKeeper:
         (encoding,) = self._texts.encode_batch_fast([text], add_special_tokens=False)
         token_ids: list[int] = encoding.ids
         return token_ids
+
+
+def _any_of(contents: Iterable[str]) -> str:
+    return "|".join(map(re.escape, sorted(contents, key=len, reverse=True)))
 
 
 @cache

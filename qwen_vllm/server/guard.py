@@ -224,7 +224,8 @@ def _is_call(call: Any) -> bool:
 
 
 def _check_result(call_id: Any, called: list[Any], name: str, field: str) -> None:
-    if call_id not in called:
+    # Qwen-Agent names no id.
+    if call_id not in called and not (call_id is None and called):
         raise ChatError(f"{name} {str(call_id)[:64]!r} is of no call before it", param=field)
 
 

@@ -7,11 +7,12 @@ source differs, it is left out, with one line in the log.
 """
 
 import inspect
+import json
 import logging
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from hashlib import blake2b
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("vllm.qwen_vllm")
 OPENAI_CHAT = "vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat"
+ANTHROPIC = "vllm.entrypoints.anthropic.serving.AnthropicServingMessages"
 SPEEDUPS = "qwen_vllm.vllm_plugin.speedups"
 RENDERING = "qwen_vllm.vllm_plugin.rendering"
 QWEN2_VL = "transformers.models.qwen2_vl"
@@ -210,6 +212,20 @@ def _prefer_engine(choose: Callable[[Any, Any], bytes]) -> Callable[[Any, Any], 
     return choose_preferred
 
 
+def _takes_cut_arguments(convert: Callable[..., Any]) -> Callable[..., Any]:
+    import partial_json_parser
+
+    def messages_full_converter(self: Any, answer: Any) -> Any:
+        for call in answer.choices[0].message.tool_calls:
+            arguments: Any = {}
+            with suppress(ValueError, RecursionError):
+                arguments = partial_json_parser.loads(call.function.arguments or "{}")
+            call.function.arguments = json.dumps(arguments if isinstance(arguments, dict) else {})
+        return convert(self, answer)
+
+    return messages_full_converter
+
+
 SCHEDULER = Patch(
     name="quick KV-cache manager",
     why="The scheduler asks for blocks at each step of each request. While an answer grows, 15 of 16 steps need none.",
@@ -314,6 +330,14 @@ CUT_CALLS = Patch(
     replaces={f"{OPENAI_CHAT}.chat_completion_full_generator": _tells_of_the_limit},
     made_for={f"{OPENAI_CHAT}.chat_completion_full_generator": "0c6a98003a81"},
 )
+CUT_ARGUMENTS = Patch(
+    name="arguments of a call that is cut, for Anthropic's clients",
+    why="On /v1/messages a whole answer with a call that the token limit cut, or whose arguments are no JSON, is an "
+    "error: all of it is lost. A streamed one is not.",
+    upstream="not proposed yet",
+    replaces={f"{ANTHROPIC}.messages_full_converter": _takes_cut_arguments},
+    made_for={f"{ANTHROPIC}.messages_full_converter": "45a8b686ee36"},
+)
 SIGNALS = Patch(
     name="signals while loading",
     why="vLLM's own server turns SIGTERM into a KeyboardInterrupt, which is lost while it waits for the engine.",
@@ -341,7 +365,7 @@ GGUF = Patch(
 )
 IN_EVERY_PROCESS: Sequence[Patch] = (
     *(SCHEDULER, DETOKENIZER, LORA_SLOTS, THINKING_BUDGET, QWEN_VL),
-    *(CONTROL_TOKENS, CUT_CALLS, SHARED_GPU, PREFERRED_ENGINE),
+    *(CONTROL_TOKENS, CUT_CALLS, CUT_ARGUMENTS, SHARED_GPU, PREFERRED_ENGINE),
 )
 """Applied by `plugin.begin_process` in each of vLLM's processes. `SIGNALS` is for the server's first process alone,
 `GGUF` for the moment in which the demo model is made."""

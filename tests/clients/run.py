@@ -81,7 +81,7 @@ def main() -> int:
         url = stack.enter_context(running_server(flags, Path(folder) / "log"))
         for name, cases in clients.items():
             seen = {case: judged(case, ask(name, case, url, KEY)) for case in cases}
-            seen["wrong key"] = refused(ask(name, cases[0], url, "wrong"), "401", "valid key")
+            seen["wrong key"] = refused(ask(name, cases[0], url, "wrong"), "401", "valid key", "Not logged in")
             wrong += tell(name, seen)
         stack.enter_context(busy(url))
         for name, cases in clients.items():

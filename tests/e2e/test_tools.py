@@ -315,7 +315,18 @@ CALLED = {
         ({"tools": [{"type": "function", "function": {"parameters": {}}}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": "x"}}]}, "tools"),
         (
-            {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "x"}}}]},
+            {
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {
+                            "name": "f",
+                            "strict": True,
+                            "parameters": {"type": "object", "properties": {"x": {"type": "y"}}},
+                        },
+                    }
+                ]
+            },
             "tools",
         ),
         ({"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice"),

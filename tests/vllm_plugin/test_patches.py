@@ -1,14 +1,17 @@
 """The list of changes to foreign code: each is made for this vLLM, and steps aside where it does not fit."""
 
 import logging
+import pkgutil
 import sys
 from collections import Counter
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from vllm import EngineArgs, envs
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 from vllm.v1.engine.core_client import DPLBAsyncMPClient
@@ -195,3 +198,25 @@ def test_vllms_qwen35_is_imported_without_torchvision(monkeypatch: pytest.Monkey
     assert missing not in sys.modules
     monkeypatch.setattr(patches, "find_spec", lambda name: name)
     assert not QWEN_VL.is_wanted()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "taken"),
+    [
+        ('{"city": "北京"}', {"city": "北京"}),
+        ('{"city": "北", "days": [1, 2', {"city": "北", "days": [1, 2]}),
+        ('{"ci', {}),
+        ("", {}),
+        ('{"a": 1 2}', {}),
+        ("[1]", {}),
+    ],
+)
+def test_anthropics_clients_get_a_call_as_far_as_it_came(arguments: str, taken: dict[str, Any]) -> None:
+    name = next(iter(patches.CUT_ARGUMENTS.replaces))
+    convert = patches.CUT_ARGUMENTS.replaces[name](pkgutil.resolve_name(name))
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    choice = {"index": 0, "message": {"role": "assistant", "tool_calls": [call]}, "finish_reason": "length"}
+    usage = {"prompt_tokens": 1, "total_tokens": 2, "completion_tokens": 1}
+    answer = ChatCompletionResponse.model_validate({"model": "m", "choices": [choice], "usage": usage})
+    said = convert(None, answer)
+    assert (said.content[0].input, said.stop_reason) == (taken, "max_tokens")

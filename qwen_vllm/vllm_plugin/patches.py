@@ -213,13 +213,13 @@ def _prefer_engine(choose: Callable[[Any, Any], bytes]) -> Callable[[Any, Any], 
 
 
 def _takes_cut_arguments(convert: Callable[..., Any]) -> Callable[..., Any]:
-    import partial_json_parser
+    from pydantic_core import from_json
 
     def messages_full_converter(self: Any, answer: Any) -> Any:
         for call in answer.choices[0].message.tool_calls:
             arguments: Any = {}
-            with suppress(ValueError, RecursionError):
-                arguments = partial_json_parser.loads(call.function.arguments or "{}")
+            with suppress(ValueError):
+                arguments = from_json(call.function.arguments or "{}", allow_partial="trailing-strings")
             call.function.arguments = json.dumps(arguments if isinstance(arguments, dict) else {})
         return convert(self, answer)
 

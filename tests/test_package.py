@@ -10,6 +10,7 @@ import pytest
 
 from qwen_vllm.network import listen
 from tests.support import ROOT
+from tests.support.programs import ENVIRONMENT
 
 OURS = {"gradio_webui", "prompt_utils", "qwen_vllm", "vllm_client", "vllm_offline", "vllm_server", "vllm_wrapper"}
 GENERIC = (
@@ -52,7 +53,7 @@ def test_make_hands_on_the_name_of_any_folder(tmp_path: Path, name: str, target:
     program.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
     program.chmod(0o755)
     command = ["make", "-o", "setup", target, f"PY={program}", f"MODEL={name.replace('$', '$$')}", "ARGS=--port 8001"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     said = json.loads(done.stdout)
     assert said[said.index("--model") + 1 :][:3] == [name, "--port", "8001"]
 

@@ -19,7 +19,7 @@ from qwen_vllm.models.resolve import resolve_model, resolve_parts
 from qwen_vllm.network import THIS_MACHINE, listen
 from qwen_vllm.protocol import reason_of
 from qwen_vllm.server.guard import Guard
-from qwen_vllm.tool_calls import JSON_CALLS, XML_CALLS
+from qwen_vllm.tool_calls import FORMS
 from qwen_vllm.vllm_plugin import patches, plugin
 from qwen_vllm.vllm_plugin.rendering import ALLOW
 
@@ -101,7 +101,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if args.enable_auto_tool_choice is not False:
         hardware.fill_in(args, [tool_default(args)])
         args.enable_auto_tool_choice = bool(args.tool_call_parser)
-    if args.tool_strict_level != "auto" and args.tool_call_parser in (JSON_CALLS, XML_CALLS):
+    if args.tool_strict_level != "auto" and args.tool_call_parser in FORMS:
         raise ModelUnavailable("--tool-strict-level is not known to this project's parsers: see --tool-call-parser")
     validate_parsed_serve_args(args)
     return args

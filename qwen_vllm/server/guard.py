@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_vllm.hardware import MAX_PIXELS
 from qwen_vllm.protocol import INT32_MAX, INT64_MAX, ChatError
-from qwen_vllm.tool_calls import JSON_CALLS, XML_CALLS
+from qwen_vllm.tool_calls import FORMS
 
 OPEN_PATHS = {"/health", "/ready", "/ping"}
 DOCS_PATHS = {"/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
@@ -85,7 +85,7 @@ class Guard:
                     raise ChatError(message, "overloaded", status=503, retry_after=5)
                 body = await _read(receive, args.max_body_size, args.body_timeout)
                 if b"json" in _header(scope, b"content-type").lower():
-                    check_json(body, args.tool_call_parser not in (None, JSON_CALLS, XML_CALLS))
+                    check_json(body, args.tool_call_parser not in (None, *FORMS))
                 receive = _replayed(body, receive)
         except ChatError as error:
             # A browser shows its page no answer without these headers. vLLM's middleware for them is further in.

@@ -102,7 +102,7 @@ class QwenToolParser(ToolParser):
                 if wrong := LLMatcher.validate_grammar(grammar_from("grammar", grammar)):
                     raise VLLMValidationError(f"tools: {wrong.splitlines()[0]}", parameter="tools")
                 request.structured_outputs = StructuredOutputsParams(grammar=grammar)
-                request.__dict__["text" if isinstance(request, ResponsesRequest) else "response_format"] = None
+                setattr(request, "text" if isinstance(request, ResponsesRequest) else "response_format", None)
         return request
 
     def _looks_for_calls(self, request: Any) -> bool:
@@ -140,7 +140,8 @@ class QwenToolParser(ToolParser):
         start, end = (START, END) if known else (json.dumps(START), json.dumps(END))
         rules = ["call: " + " | ".join(f"call{i}" for i in range(len(functions)))]
         for i, function in enumerate(functions):
-            rules += [f"call{i}: {start} {' '.join(self._call(i, function, rules))} {end}"]
+            parts = self._call(i, function, rules)
+            rules.append(f"call{i}: {start} {' '.join(parts)} {end}")
         calls = "S call" if single else "(S call)+"
         schema = given and (given.json or ({"type": "object"} if given.json_object else None))
         if must:
@@ -157,6 +158,7 @@ class QwenToolParser(ToolParser):
         return "\n".join([*rules, r"S: /\s*/", VALUE])
 
     def _call(self, number: int, function: Any, rules: list[str]) -> list[str]:
+        """Return the parts of a call of a tool, between the marks; the rules that they need are added to `rules`."""
         raise NotImplementedError
 
 
@@ -169,7 +171,7 @@ class QwenJsonToolParser(QwenToolParser):
         schema = function.parameters if function.strict else None
         rules.append(f"arguments{number}: %json {json.dumps(schema or {'type': 'object'})}")
         name = json.dumps(function.name, ensure_ascii=False)
-        return [_literal(f'\n{{"name": {name}, "arguments": '), f"arguments{number}", _literal("}\n")]
+        return [json.dumps(f'\n{{"name": {name}, "arguments": '), f"arguments{number}", json.dumps("}\n")]
 
 
 class QwenXmlToolParser(QwenToolParser):
@@ -178,7 +180,7 @@ class QwenXmlToolParser(QwenToolParser):
     form = XML_CALLS
 
     def _call(self, number: int, function: Any, rules: list[str]) -> list[str]:
-        head, foot = _literal(f"\n<function={function.name}>\n"), _literal("</function>\n")
+        head, foot = json.dumps(f"\n<function={function.name}>\n"), json.dumps("</function>\n")
         if not function.strict:
             rules.append(f'parameter{number}: "<parameter=" /[^<>\\n]+/ ">\\n" value')
             return [head, f"parameter{number}*", foot]
@@ -193,15 +195,11 @@ class QwenXmlToolParser(QwenToolParser):
                 value = f'%json {json.dumps({**what, **definitions})} "\\n</parameter>\\n"'
             elif isinstance(what, dict) and what.get("enum"):
                 words = [word if isinstance(word, str) else json.dumps(word) for word in what["enum"]]
-                value = f'({" | ".join(map(_literal, words))}) "\\n</parameter>\\n"'
-            rules.append(f"{rule}: {_literal(f'<parameter={name}>' + chr(10))} {value}")
+                value = f'({" | ".join(map(json.dumps, words))}) "\\n</parameter>\\n"'
+            rules.append(f"{rule}: {json.dumps(f'<parameter={name}>' + chr(10))} {value}")
         return [head, *steps, foot]
 
 
 def _function(tool: Any) -> Any:
     """Return what has the name, the parameters and `strict`: of Chat Completions a part of the tool."""
     return getattr(tool, "function", tool)
-
-
-def _literal(text: str) -> str:
-    return json.dumps(text)

@@ -20,7 +20,7 @@ from qwen_vllm.network import THIS_MACHINE, listen
 from qwen_vllm.protocol import reason_of
 from qwen_vllm.server.guard import Guard
 from qwen_vllm.tool_calls import FORMS
-from qwen_vllm.vllm_plugin import patches, plugin
+from qwen_vllm.vllm_plugin import early, patches, plugin
 from qwen_vllm.vllm_plugin.rendering import ALLOW
 
 LIMITS = (
@@ -128,6 +128,8 @@ def main(argv: list[str] | None = None) -> None:
     if not plugin.is_installed():
         sys.exit("vllm_server.py is not installed here yet: run `make setup`, or `pip install --no-deps -e .`")
     hardware.set_environment()
+    if hardware.on_cpu():
+        early.begin()
     from vllm import envs
     from vllm.entrypoints.cli import serve
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -136,6 +138,8 @@ def main(argv: list[str] | None = None) -> None:
     os.environ["VLLM_PLUGINS"] = ",".join([*_other_plugins(envs.VLLM_PLUGINS), plugin.NAME])
     plugin.begin_ours()
     patches.SIGNALS.apply()
+    if hardware.on_cpu():
+        patches.EARLY_ENGINE.apply()
     cli_env_setup()
     try:
         args = parse_args(argv)

@@ -16,6 +16,10 @@ FRONT_ENDS_PER_ENGINE = 6
 FRONT_ENDS_PER_CORE = 3 / 8
 MAX_PIXELS = 2**26
 """Of all images in one request: decoded they take 200 MB, and a file of a few kilobytes can hold that many."""
+CONTEXTS, USUAL_CACHE = 8, 4 * 2**30
+"""On a CPU the KV cache holds so many full contexts, but no more than so many bytes unless a single one needs them."""
+INT8_ON_LOAD = "int8_on_load"
+"""Our name among vLLM's --quantization; see `vllm_plugin/int8_weights.py`."""
 GRAPHS_BY_DEFAULT = 512
 """The largest batch that vLLM captures in a CUDA graph by default."""
 
@@ -45,12 +49,11 @@ def environment_defaults() -> list[Default]:
         Default("TOKENIZERS_PARALLELISM", "false", "one prompt is encoded faster on one thread"),
     ]
     if on_cpu():
-        cores, memory = _cores(), _memory_gib()
+        cores = _cores()
         chosen += [
             Default("VLLM_CPU_OMP_THREADS_BIND", "nobind", "the engine takes all cores; vLLM would keep one free"),
             Default("OMP_NUM_THREADS", str(cores), f"{cores} cores are to be had"),
             Default("VLLM_ENABLE_V1_MULTIPROCESSING", "0", "no second process, which would import vLLM again"),
-            Default("VLLM_CPU_KVCACHE_SPACE", str(max(1, min(4, memory // 4))), f"GiB, of {memory} GiB of memory"),
         ]
     return chosen
 
@@ -93,6 +96,20 @@ def graph_defaults(args: Any) -> list[Default]:
         return []
     reason = "CUDA graphs for as many requests as run at once; beyond its graphs the engine is a third slower"
     return [Default("max_cudagraph_capture_size", -(-running // 16) * 16, reason)]
+
+
+def cache_defaults(context: int, token_bytes: int) -> list[Default]:
+    """Choose the size of the KV cache on a CPU, which takes the memory only as it is filled.
+
+    Args:
+        context: tokens of a full context.
+        token_bytes: bytes that a token takes in the cache; 0 where that is not known.
+    """
+    if not on_cpu() or "VLLM_CPU_KVCACHE_SPACE" in os.environ:
+        return []
+    one = max(1, context) * token_bytes or USUAL_CACHE // CONTEXTS
+    size = min(max(one, min(CONTEXTS * one, USUAL_CACHE)), _memory_bytes() // 2)
+    return [Default("kv_cache_memory_bytes", size, f"{size / one:.1f} contexts of {context:,} tokens, as they fill it")]
 
 
 def server_defaults(args: Any) -> list[Default]:
@@ -164,6 +181,11 @@ def computes_four_bits() -> bool:
     return not on_cpu() or "avx512f" in flags or "avx2" not in flags
 
 
+def multiplies_int8() -> bool:
+    """Tell whether this processor has units for products of int8 matrices (AMX), and vLLM a kernel for them."""
+    return on_cpu() and {"amx_tile", "amx_int8"} <= _cpu_flags()
+
+
 def _cores() -> int:
     """Count the cores that this process may use: those of its affinity, and what its control groups allow."""
     quotas = chain(_limits("cpu", "cpu.max"), _limits("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"))
@@ -196,8 +218,8 @@ def _cpu_flags() -> set[str]:
     return set()
 
 
-def _memory_gib() -> int:
+def _memory_bytes() -> int:
     """Tell how much memory this process may use: the machine's, or less where its control groups allow less."""
     limits = chain(_limits("memory", "memory.max"), _limits("memory", "memory.limit_in_bytes"))
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([machine, *(limit for (limit,) in limits)]) // 2**30
+    return min([machine, *(limit for (limit,) in limits)])

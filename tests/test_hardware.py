@@ -43,7 +43,7 @@ def test_the_environment_keeps_what_the_user_has_set(
     hardware.set_environment()
     assert environment["OMP_NUM_THREADS"] == "1"
     assert environment["VLLM_NO_USAGE_STATS"] == "1"
-    assert ("VLLM_CPU_KVCACHE_SPACE" in environment) == cpu
+    assert ("VLLM_CPU_OMP_THREADS_BIND" in environment) == cpu
 
 
 NO_LIMIT = str(2**63 - 4096)
@@ -111,11 +111,30 @@ def test_threads_and_cache_follow_the_limits_of_a_container(
     monkeypatch.setattr(hardware, "on_cpu", lambda: True)
     chosen = hardware.values(hardware.environment_defaults())
     assert chosen["OMP_NUM_THREADS"] == str(cores)
-    assert chosen["VLLM_CPU_KVCACHE_SPACE"] == str(max(1, min(4, gib // 4)))
+    cache = hardware.values(hardware.cache_defaults(2**20, 2**18))["kv_cache_memory_bytes"]
+    assert cache // 2**30 == gib // 2
     monkeypatch.setattr(hardware, "on_cpu", lambda: False)
     monkeypatch.setattr(hardware, "max_num_seqs", lambda args: 1024)
     front_ends = hardware.values(hardware.server_defaults(command_line()))["api_server_count"]
     assert front_ends == max(1, min(6, cores * 3 // 8))
+
+
+@pytest.mark.parametrize(
+    ("context", "token_bytes", "gib"),
+    [(8192, 32768, 2), (32768, 32768, 4), (262144, 32768, 8), (8192, 0, 4), (0, 0, 4)],
+    ids=["eight contexts", "no more than usual", "at least one", "unknown", "nothing known"],
+)
+def test_the_cache_is_as_large_as_the_model_and_its_context_need(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, context: int, token_bytes: int, gib: int
+) -> None:
+    monkeypatch.setattr(hardware, "on_cpu", lambda: True)
+    monkeypatch.setattr(hardware, "_memory_bytes", lambda: 64 * 2**30)
+    chosen = hardware.values(hardware.cache_defaults(context, token_bytes))
+    assert chosen == {"kv_cache_memory_bytes": gib * 2**30}
+    environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    assert hardware.cache_defaults(context, token_bytes) == []
+    monkeypatch.setattr(hardware, "on_cpu", lambda: False)
+    assert hardware.cache_defaults(context, token_bytes) == []
 
 
 @pytest.fixture

@@ -6,9 +6,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qwen_vllm.hardware import Default, fill_in, graph_defaults
+from qwen_vllm.cache import CACHE
+from qwen_vllm.hardware import INT8_ON_LOAD, Default, cache_defaults, fill_in, graph_defaults, multiplies_int8
 from qwen_vllm.models.adapters import check_adapters
-from qwen_vllm.models.checks import ModelUnavailable, check_loadable, language_part_only, number_format, read_json
+from qwen_vllm.models.checks import (
+    ModelUnavailable,
+    check_loadable,
+    language_part_only,
+    number_format,
+    read_config,
+    read_json,
+)
+from qwen_vllm.models.demo import DEMO_NAME
 from qwen_vllm.models.tokenizer import load_tokenizer, tokenizer_as_written
 from qwen_vllm.reasoning import parser_for
 from qwen_vllm.tool_calls import JSON_CALLS, XML_CALLS, tool_parser_for
@@ -47,12 +56,31 @@ def prepare(
         LOG.warning("torchvision is not installed: %s takes no images", Path(args.model).name)
     if str((args.speculative_config or {}).get("method")).endswith("mtp") and args.enable_prefix_caching is not False:
         LOG.warning("MTP with prefix caching: texts can be wrong (vLLM issue 53912); add --no-enable-prefix-caching")
-    fill_in(args, graph_defaults(args))
+    fill_in(args, [*graph_defaults(args), *cache_default(args), *quantization_default(args)])
     folder = Path(args.tokenizer or args.model)
     template = read_chat_template(chat_template, folder)
     # The engine needs the parser too: it ends the reasoning when a request's budget of it is spent.
     args.reasoning_parser = args.reasoning_parser or _chosen(parser_for, args, template, template_options)
     return template
+
+
+def cache_default(args: Any) -> list[Default]:
+    """Choose the size of the KV cache for the model, the context and the dtype of `args`; see `hardware`."""
+    config = read_config(args.model)
+    config = config.get("text_config") or config
+    context = args.max_model_len or config.get("max_position_embeddings") or 0
+    heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 0
+    size = config.get("head_dim") or config.get("hidden_size", 0) // (config.get("num_attention_heads") or 1)
+    kinds = config.get("layer_types") or ["full_attention"] * config.get("num_hidden_layers", 0)
+    token_bytes = 2 * kinds.count("full_attention") * heads * size * (4 if args.dtype == "float32" else 2)
+    return cache_defaults(max(0, context), token_bytes)
+
+
+def quantization_default(args: Any) -> list[Default]:
+    """Choose int8 for the demo model, whose weights had 4 bits before, where the processor has units for it."""
+    if args.model != str(CACHE / DEMO_NAME) or args.dtype not in ("auto", "bfloat16") or not multiplies_int8():
+        return []
+    return [Default("quantization", INT8_ON_LOAD, "the demo model is as good, and twice as fast; --dtype float32: off")]
 
 
 def tool_default(args: Any) -> Default:

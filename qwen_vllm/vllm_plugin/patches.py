@@ -29,7 +29,10 @@ OPENAI_CHAT = "vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat
 ANTHROPIC = "vllm.entrypoints.anthropic.serving.AnthropicServingMessages"
 SPEEDUPS = "qwen_vllm.vllm_plugin.speedups"
 RENDERING = "qwen_vllm.vllm_plugin.rendering"
+CPU_SPEEDUPS = "qwen_vllm.vllm_plugin.cpu_speedups"
 QWEN2_VL = "transformers.models.qwen2_vl"
+LAYERS = "vllm.model_executor.layers"
+SAMPLER = "vllm.v1.sample.ops.topk_topp_sampler"
 _applied: set[str] = set()
 
 
@@ -348,6 +351,46 @@ SIGNALS = Patch(
         "vllm.entrypoints.launchers.api_server.entry.run_server": "d4abd0d5b954",
     },
 )
+FLOAT16_WEIGHTS = Patch(
+    name="weights in 16 bits",
+    why="A processor without BF16 units computes in float32. One stream waits for the memory that the weights are read "
+    "from: held in 16 bits they take half of it.",
+    upstream="not proposed yet; measured in benchmarks/NOTES.md",
+    replaces={f"{LAYERS}.utils.dispatch_cpu_unquantized_gemm": _wrapped_by(f"{CPU_SPEEDUPS}.hold_in_16_bits")},
+    made_for={
+        f"{LAYERS}.utils.dispatch_cpu_unquantized_gemm": "ba5de6f8d0c9",
+        f"{LAYERS}.utils.cpu_unquantized_gemm": "21d7af3ae63f",
+        f"{LAYERS}.linear.UnquantizedLinearMethod.process_weights_after_loading": "e8b8673a9324",
+    },
+)
+TOP_P = Patch(
+    name="top-p without sorting",
+    why="For top-p the sampler sorts the vocabulary for each token: with 32 streams a third of a step.",
+    upstream="not proposed yet; measured in benchmarks/NOTES.md",
+    replaces={f"{SAMPLER}.apply_top_k_top_p": _wrapped_by(f"{CPU_SPEEDUPS}.without_sorting")},
+    made_for={
+        f"{SAMPLER}.apply_top_k_top_p": "4cfa685407a8",
+        f"{SAMPLER}.apply_top_k_top_p_pytorch": "7a8d6c4843f5",
+        f"{SAMPLER}.TopKTopPSampler.forward_cpu": "6c519e238977",
+    },
+)
+EMPTY_CACHE = Patch(
+    name="KV cache filled on demand",
+    why="The KV cache is filled with zeros at start: gigabytes of memory, and seconds, before the first question.",
+    upstream="not proposed yet; measured in benchmarks/NOTES.md",
+    replaces={"vllm.v1.worker.gpu_model_runner.allocate_kv_cache": _wrapped_by(f"{CPU_SPEEDUPS}.filled_on_demand")},
+    made_for={"vllm.v1.worker.utils.allocate_kv_cache": "abf43557acdf"},
+)
+EARLY_ENGINE = Patch(
+    name="engine forked early",
+    why="The server imports vLLM, and then the engine's process does so again: half of a start.",
+    upstream="not proposed yet; measured in benchmarks/NOTES.md",
+    replaces={"vllm.v1.engine.utils.get_mp_context": _ours("qwen_vllm.vllm_plugin.early.EarlyContext")},
+    made_for={
+        "vllm.v1.engine.utils.CoreEngineProcManager.__init__": "b50ef4665969",
+        "vllm.v1.engine.core.EngineCoreProc.run_engine_core": "c7e3d3cb3987",
+    },
+)
 GGUF = Patch(
     name="GGUF parsed once",
     why="transformers parses a GGUF file three times and maps the names anew for each tensor: half of the time that "
@@ -367,6 +410,8 @@ IN_EVERY_PROCESS: Sequence[Patch] = (
     *(SCHEDULER, DETOKENIZER, LORA_SLOTS, THINKING_BUDGET, QWEN_VL),
     *(CONTROL_TOKENS, CUT_CALLS, CUT_ARGUMENTS, SHARED_GPU, PREFERRED_ENGINE),
 )
-"""Applied by `plugin.begin_process` in each of vLLM's processes. `SIGNALS` is for the server's first process alone,
-`GGUF` for the moment in which the demo model is made."""
-PATCHES: Sequence[Patch] = (*IN_EVERY_PROCESS, SIGNALS, GGUF)
+"""Applied by `plugin.begin_process` in each of vLLM's processes. `SIGNALS` and `EARLY_ENGINE` are for the server's first
+process alone, `GGUF` for the moment in which the demo model is made."""
+ON_CPU: Sequence[Patch] = (FLOAT16_WEIGHTS, TOP_P, EMPTY_CACHE)
+"""Applied there too, with the vLLM for CPUs."""
+PATCHES: Sequence[Patch] = (*IN_EVERY_PROCESS, *ON_CPU, SIGNALS, EARLY_ENGINE, GGUF)

@@ -4,9 +4,10 @@ import multiprocessing
 import os
 import signal
 import threading
+from importlib import import_module
 from importlib.metadata import entry_points
 
-from qwen_vllm import reasoning, tool_calls
+from qwen_vllm import hardware, reasoning, tool_calls
 from qwen_vllm.models import qwen_v1
 from qwen_vllm.vllm_plugin import patches
 
@@ -39,8 +40,12 @@ def begin_process() -> None:
     qwen_v1.register()
     reasoning.register()
     tool_calls.register()
-    for patch in patches.IN_EVERY_PROCESS:
+    on_cpu = hardware.on_cpu()
+    for patch in (*patches.IN_EVERY_PROCESS, *(patches.ON_CPU if on_cpu else ())):
         patch.apply()
+    if on_cpu:
+        for module in ("cpu_speedups", "int8_weights"):
+            import_module(f"{__package__}.{module}").register()
 
 
 def end_with_parent() -> None:

@@ -1,0 +1,173 @@
+"""The shorter ways on a CPU give what vLLM's own give."""
+
+from collections.abc import Callable
+
+import psutil
+import pytest
+import torch
+from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.platforms import current_platform
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
+
+from qwen_vllm.vllm_plugin import cpu_speedups, int8_weights
+from qwen_vllm.vllm_plugin.cpu_speedups import CANDIDATES
+
+VOCABULARY = 1000
+
+
+@pytest.fixture(autouse=True)
+def engine() -> object:
+    """What a layer finds while an engine is made."""
+    current_platform.import_kernels()
+    cpu_speedups.register()
+    with set_current_vllm_config(config(CompilationMode.NONE)):
+        yield
+
+
+def config(mode: CompilationMode) -> VllmConfig:
+    made = VllmConfig()
+    made.compilation_config.mode = mode
+    return made
+
+
+def by_sorting(logits: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | None) -> torch.Tensor:
+    return apply_top_k_top_p_pytorch(logits, k, p, allow_cpu_sync=True)
+
+
+def rows(*values: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 30.0], ids=["all alike", "flat", "usual", "one alone"])
+@pytest.mark.parametrize(
+    "k",
+    [
+        None,
+        rows(1, 20, CANDIDATES, CANDIDATES + 1, 900, VOCABULARY, 20, 1, dtype=torch.int32),
+    ],
+    ids=["top-p alone", "top-k too"],
+)
+def test_the_same_tokens_are_left_as_by_sorting(spread: float, k: torch.Tensor | None) -> None:
+    chance = torch.Generator().manual_seed(1)
+    p = rows(0.9, 0.9, 0.95, 0.5, 0.999, 1.0, 1.0, 0.01)
+    for _ in range(5):
+        logits = torch.randn(len(p), VOCABULARY, generator=chance) * spread + torch.randperm(VOCABULARY) * 1e-6
+        expected = by_sorting(logits.clone(), None if k is None else k.clone(), p)
+        seen = cpu_speedups.without_sorting(by_sorting)(logits.clone(), None if k is None else k.clone(), p)
+        torch.testing.assert_close(seen.softmax(-1), expected.softmax(-1), rtol=0, atol=1e-5)
+        kept = seen.isfinite()
+        assert torch.equal(seen[kept], logits[kept])
+
+
+def test_rows_are_sorted_only_where_the_likeliest_do_not_suffice() -> None:
+    sorted_rows = []
+
+    def count(logits: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor) -> torch.Tensor:
+        sorted_rows.append(len(logits))
+        return by_sorting(logits, k, p)
+
+    steep = torch.arange(VOCABULARY).float()
+    cpu_speedups.without_sorting(count)(torch.stack([steep, steep]), None, rows(0.9, 1.0))
+    assert sorted_rows == []
+    cpu_speedups.without_sorting(count)(torch.stack([steep, steep * 0]), None, rows(0.9, 0.9))
+    assert sorted_rows == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_norms_and_activations_are_as_without_their_kernels(dtype: torch.dtype, tokens: int) -> None:
+    norm, activation = RMSNorm(64, dtype=dtype), SiluAndMul()
+    assert type(norm) is cpu_speedups.OneKernelRMSNorm
+    assert type(activation) is cpu_speedups.OneKernelSiluAndMul
+    norm.weight.data.normal_()
+    x, residual = torch.randn(tokens, 64, dtype=dtype), torch.randn(tokens, 64, dtype=dtype)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(norm.forward_cpu(x.clone()), norm.forward_native(x.clone()), **tolerance)
+    seen, kept = norm.forward_cpu(x.clone(), residual.clone())
+    expected, sums = norm.forward_native(x.clone(), residual.clone())
+    torch.testing.assert_close(seen, expected, **tolerance)
+    torch.testing.assert_close(kept, sums, **tolerance)
+    torch.testing.assert_close(activation.forward_cpu(x), activation.forward_native(x), **tolerance)
+
+
+def test_a_norm_of_a_part_of_its_input_stays_vllms() -> None:
+    norm, x = RMSNorm(64, var_hidden_size=32), torch.randn(3, 64)
+    torch.testing.assert_close(norm.forward_cpu(x), norm.forward_native(x))
+
+
+def linear(dtype: torch.dtype, outputs: int = 48, inputs: int = 64) -> torch.nn.Module:
+    return torch.nn.Linear(inputs, outputs, dtype=dtype).requires_grad_(False)
+
+
+def test_float32_weights_are_held_in_16_bits() -> None:
+    layer, x = linear(torch.float32), torch.randn(5, 64)
+    weight, expected = layer.weight, layer(x)
+    cpu_speedups.hold_in_16_bits(dispatch_cpu_unquantized_gemm)(layer, True)
+    assert layer.weight.numel() == 0
+    seen = layer.cpu_linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(seen, expected, rtol=1e-3, atol=1e-3)
+    rounded = (x.double() @ weight.half().double().T).float()
+    torch.testing.assert_close(layer.cpu_linear(x, layer.weight, None), rounded)
+
+
+def test_other_weights_stay_vllms() -> None:
+    taken = []
+    choose = cpu_speedups.hold_in_16_bits(lambda layer, remove_weight: taken.append(layer))
+    with set_current_vllm_config(config(CompilationMode.DYNAMO_TRACE_ONCE)):
+        choose(linear(torch.float32), True)
+    choose(linear(torch.bfloat16), True)
+    assert len(taken) == 2
+
+
+def test_the_cache_takes_memory_as_it_is_filled() -> None:
+    before = psutil.Process().memory_info().rss
+    allocate: Callable[[int], torch.Tensor] = lambda size: torch.zeros(size, dtype=torch.int8, device="cpu")
+    cache = cpu_speedups.filled_on_demand(allocate)(2**30)
+    assert psutil.Process().memory_info().rss - before < 2**28
+    assert (cache.shape, cache.dtype) == ((2**30,), torch.int8)
+    cache[12345] = 7
+    assert int(cache[:20000].sum()) == 7
+    assert torch.zeros(3, dtype=torch.int8).tolist() == [0, 0, 0]
+
+
+def test_int8_weights_give_nearly_the_same_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for vLLM's kernel, which wants a processor with AMX: the same mathematics in float32."""
+
+    def multiply(
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        vnni: bool,
+    ) -> torch.Tensor:
+        assert packed.dtype == torch.int8 and vnni
+        largest = x.float().abs().amax(1, keepdim=True) / 127
+        product = (x.float() / largest).round() @ packed.float().T * largest * scales
+        return (product if bias is None else product + bias).to(dtype)
+
+    kernels = {"convert_weight_packed": lambda weight: weight, "int8_scaled_mm_with_quant": multiply}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(torch.ops._C, name, kernel, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    layer, x = linear(torch.bfloat16), torch.randn(5, 64, dtype=torch.bfloat16)
+    layer.weight[3] = 0
+    expected = layer(x)
+    int8_weights.Int8Linear().process_weights_after_loading(layer)
+    assert layer.weight.numel() == 0
+    seen = layer.cpu_linear(x, layer.weight, layer.bias)
+    assert (seen - expected).abs().max() < 0.02 * expected.abs().max()
+    head = linear(torch.bfloat16)
+    int8_weights.Int8Head().process_weights_after_loading(head)
+    assert head.weight.numel()
+
+
+def test_a_shape_that_the_kernel_does_not_take_stays_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    layer, x = linear(torch.bfloat16, outputs=40), torch.randn(5, 64, dtype=torch.bfloat16)
+    expected = layer(x)
+    int8_weights.Int8Linear().process_weights_after_loading(layer)
+    torch.testing.assert_close(layer.cpu_linear(x, layer.weight, layer.bias), expected)

@@ -593,7 +593,7 @@ def test_a_key_from_the_environment(scripted_engine: Engines, monkeypatch: pytes
     ],
 )
 def test_the_announcement(host: str, certificate: str | None, url: str) -> None:
-    shown = announcement("base", Namespace(host=host, port=8123, ssl_certfile=certificate, api_key=None))
+    shown = announcement("base", Namespace(host=host, port=8123, ssl_certfile=certificate, api_key=None, key_file=None))
     assert f"base is ready at {url}" in shown
     assert f"curl -N {url}/chat" in shown
 

@@ -12,11 +12,11 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from zlib import crc32
 
 import orjson
-from fastapi import FastAPI
+from fastapi import FastAPI, Query
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -33,9 +33,12 @@ from qwen_vllm.generation import RequestBuilder, RunningAnswer
 from qwen_vllm.models.prepare import read_chat_template
 from qwen_vllm.network import address
 from qwen_vllm.protocol import ChatError, ChatRequest, one_line, validated
-from qwen_vllm.server.guard import body_limit, error_response
+from qwen_vllm.server.guard import body_limit, error_response, wants_key
+from qwen_vllm.server.keys import Key, KeyRing
 from qwen_vllm.server.lifecycle import Lifecycle
-from qwen_vllm.vllm_plugin import plugin
+from qwen_vllm.server.team import Team
+from qwen_vllm.server.usage import UsageFile
+from qwen_vllm.vllm_plugin import patches, plugin
 from qwen_vllm.vllm_plugin.rendering import why_not_kept
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
 
 LONG_TEXT = 8192
 """From this many characters a prompt is built on a thread, so that other streams do not wait for it."""
+DAY = r"^\d{4}-\d\d-\d\d$"
 NDJSON_HEADERS = [
     (b"content-type", b"application/x-ndjson"),
     (b"cache-control", b"no-cache"),
@@ -72,6 +76,7 @@ class ChatEndpoint:
         app.router.routes.insert(0, Route("/chat", _chat, methods=["POST"]))
         app.add_api_route("/chat/info", _info, methods=["GET"])
         app.add_api_route("/ready", _ready, methods=["GET"], response_model=None)
+        app.add_api_route("/usage", _usage, methods=["GET"], response_model=None)
 
     async def init_state(self, engine_client: "EngineClient", state: State, args: Namespace) -> None:
         """Make the service for the running engine; vLLM calls this before the server listens."""
@@ -93,6 +98,7 @@ class ChatEndpoint:
             print(f"/chat is off: {reason.message}", file=sys.stderr)
         if why := why_not_kept(engine_client.get_tokenizer()):
             print(f"Control tokens in messages to /v1 are taken as such: {why}", file=sys.stderr)
+        state.team = _team(engine_client, args) if args.key_file else None
         state.chat = ChatService(engine_client, state.openai_serving_models, requests, args.max_body_size)
 
 
@@ -104,13 +110,15 @@ def _lifespan_around(vllm_lifespan: Any) -> Any:
         async with vllm_lifespan(app):
             state = app.state
             engine = state.engine_client
-            state.lifecycle = Lifecycle(engine, state.server, state.args)
+            state.lifecycle = Lifecycle(engine, state.server, state.args, state.team)
             state.lifecycle.begin()
             is_first = engine.vllm_config.parallel_config._api_process_rank <= 0
             announcing = asyncio.create_task(_announce(state)) if is_first else None
             yield
             if announcing:
                 announcing.cancel()
+            if state.team:
+                await state.team.close()
 
     return lifespan
 
@@ -131,6 +139,19 @@ async def _ready(request: Request) -> Response:
     """Whether a request would be served now."""
     lifecycle: Lifecycle = request.app.state.lifecycle
     return lifecycle.readiness()
+
+
+async def _usage(request: Request, day: Annotated[str | None, Query(pattern=DAY)] = None) -> Response:
+    """What a key of the key file has used on a day (YYYY-MM-DD, else today); for an admin key, what each has."""
+    team: Team | None = request.app.state.team
+    if not team:
+        return error_response(ChatError("usage is counted with --key-file", status=404))
+    key: Key = request.scope["key"]
+    try:
+        keys = team.usage(None if key.admin else key, day)
+    except ChatError as error:
+        return error_response(error)
+    return JSONResponse({"keys": keys} if key.admin else keys[0])
 
 
 class ChatService:
@@ -313,6 +334,15 @@ async def _busy(request: Request, error: GracefulHTTPError) -> Response:
     return error_response(_to_chat_error(error))
 
 
+def _team(engine: "EngineClient", args: Namespace) -> Team:
+    if not patches.TEAM.apply():
+        raise RuntimeError("--key-file needs the version of vLLM that this project has pinned: see the log above")
+    config = engine.vllm_config
+    places = config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
+    file = UsageFile(Path(args.usage_file), args.server_id)
+    return Team(KeyRing(Path(args.key_file)), file, engine, args.queue_bound, places, args.served_model_name)
+
+
 async def _announce(state: State) -> None:
     while not state.server.started:
         await asyncio.sleep(0.01)
@@ -324,7 +354,7 @@ def announcement(name: str, args: Namespace) -> str:
     url = address(args.host or "", args.port, bool(args.ssl_certfile))
     ask = json.dumps({"query": "What is the capital of France?", "stream": True})
     openai = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
-    key = ' -H "Authorization: Bearer $QWEN_API_KEY"' if args.api_key or os.environ.get("VLLM_API_KEY") else ""
+    key = ' -H "Authorization: Bearer $QWEN_API_KEY"' if wants_key(args) else ""
     header = f"-H 'Content-Type: application/json'{key}"
     lines = [
         f"{name} is ready at {url}  (API: {url}/docs)",

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from itertools import chain
 from pathlib import Path
@@ -37,6 +37,7 @@ from qwen_vllm.server.guard import body_limit, error_response, wants_key
 from qwen_vllm.server.keys import Key, KeyRing
 from qwen_vllm.server.lifecycle import Lifecycle
 from qwen_vllm.server.team import Team
+from qwen_vllm.server.tickets import CURRENT
 from qwen_vllm.server.usage import UsageFile
 from qwen_vllm.vllm_plugin import patches, plugin
 from qwen_vllm.vllm_plugin.rendering import why_not_kept
@@ -99,7 +100,9 @@ class ChatEndpoint:
         if why := why_not_kept(engine_client.get_tokenizer()):
             print(f"Control tokens in messages to /v1 are taken as such: {why}", file=sys.stderr)
         state.team = _team(engine_client, args) if args.key_file else None
-        state.chat = ChatService(engine_client, state.openai_serving_models, requests, args.max_body_size)
+        state.chat = ChatService(
+            engine_client, state.openai_serving_models, requests, args.max_body_size, args.sse_keep_alive_interval
+        )
 
 
 def _lifespan_around(vllm_lifespan: Any) -> Any:
@@ -162,12 +165,19 @@ class ChatService:
         models: vLLM's list of the model and its LoRA adapters.
         requests: makes what the engine takes; or why the model has no chat.
         max_body_size: largest request, in bytes.
+        interval: seconds between two signs of life in a stream that waits; 0: none.
     """
 
     def __init__(
-        self, engine: "EngineClient", models: Any, requests: RequestBuilder | ChatError, max_body_size: int
+        self,
+        engine: "EngineClient",
+        models: Any,
+        requests: RequestBuilder | ChatError,
+        max_body_size: int,
+        interval: float,
     ) -> None:
-        self._engine, self._models, self._requests, self._max_body_size = engine, models, requests, max_body_size
+        self._engine, self._models, self._requests = engine, models, requests
+        self._max_body_size, self._interval = max_body_size, interval
 
     async def chat(self, request: Request) -> Response:
         """Validate a request, build its prompt and begin its answer."""
@@ -187,14 +197,30 @@ class ChatService:
         except ChatError as error:
             return error_response(error)
         # `tokens_input` marks the prompt as already tokenized. vLLM would render any other prompt in a thread pool.
+        request_id = f"chat-{os.urandom(16).hex()}"
         outputs = self._engine.generate(
             tokens_input(prompt.token_ids),
             params,
-            f"chat-{os.urandom(16).hex()}",
+            request_id,
             lora_request=adapter,
             data_parallel_rank=self._preferred_engine(chat),
         )
-        return AnswerResponse(outputs, chat.stream, requests.answer(prompt, chat))
+        response = AnswerResponse(outputs, chat.stream, requests.answer(prompt, chat))
+        if chat.stream and chat.keep_alive and self._interval:
+            response.sign_of_life(self._interval, lambda: self._waiting(request_id, len(prompt.token_ids)))
+        return response
+
+    def _waiting(self, request_id: str, prompt_tokens: int) -> dict[str, Any]:
+        """Tell a request's place in the queue, about; 0: its prompt is being read."""
+        if (ticket := CURRENT.get()) and (held := ticket.place_held()):
+            place = held
+        else:
+            config, states = self._engine.vllm_config, self._engine.output_processor.request_states
+            at_once = config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
+            ids = [state.external_req_id for state in states.values()]  # in the order in which they came
+            before = ids.index(request_id) if request_id in ids else len(ids)
+            place = max(0, before + 1 - at_once // self._engine.engine_core.client_count)
+        return {"waiting": place, "prompt_tokens": prompt_tokens}
 
     def _preferred_engine(self, chat: ChatRequest) -> int | None:
         """Choose one of several engines by how the conversation begins: its prefix cache may hold the turns before."""
@@ -250,6 +276,13 @@ class AnswerResponse(Response):
     def __init__(self, outputs: AsyncGenerator["RequestOutput"], stream: bool, answer: RunningAnswer) -> None:
         self.background = None
         self._outputs, self._stream, self._answer = outputs, stream, answer
+        self._interval: float | None = None
+        self._waiting: Callable[[], dict[str, Any]] = dict
+        self._started = False
+
+    def sign_of_life(self, interval: float, waiting: Callable[[], dict[str, Any]]) -> None:
+        """Send a line each `interval` seconds until the first token: what `waiting` returns then."""
+        self._interval, self._waiting = interval, waiting
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Answer in the current task. With a new task per request, a burst would be read completely before the first
@@ -275,7 +308,7 @@ class AnswerResponse(Response):
     async def _send_answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._outputs):
             try:
-                output = await anext(self._outputs)
+                output = await self._first_output(send)
                 parts = [self._answer.add(output.outputs[0])]
                 while not (self._stream or self._answer.finish_reason):
                     output = await anext(self._outputs)
@@ -287,8 +320,10 @@ class AnswerResponse(Response):
                     whole = {"text": text, **({"reasoning": reasoning} if reasoning else {}), **self._answer.ending()}
                     return await JSONResponse(whole)(scope, receive, send)
             except Exception as error:
+                if self._started:
+                    return await _send_line(_to_chat_error(error).as_dict(), send, more_body=False)
                 return await error_response(_to_chat_error(error))(scope, receive, send)
-            await send({"type": "http.response.start", "status": 200, "headers": NDJSON_HEADERS})
+            await self._start(send)
             try:
                 await _send_deltas(reasoning, text, send)
                 while not self._answer.stopped and (output := await anext(self._outputs, None)):
@@ -297,6 +332,24 @@ class AnswerResponse(Response):
             except Exception as error:
                 last_line = _to_chat_error(error).as_dict()
             await _send_line(last_line, send, more_body=False)
+
+    async def _first_output(self, send: Send) -> "RequestOutput":
+        if self._interval is None:
+            return await anext(self._outputs)
+        coming = asyncio.ensure_future(anext(self._outputs))
+        try:
+            while not (await asyncio.wait((coming,), timeout=self._interval))[0]:
+                await self._start(send)
+                await _send_line(self._waiting(), send, more_body=True)
+            return coming.result()
+        finally:
+            coming.cancel()
+            await asyncio.wait((coming,))  # the generator can be closed only when it does not run
+
+    async def _start(self, send: Send) -> None:
+        if not self._started:
+            self._started = True
+            await send({"type": "http.response.start", "status": 200, "headers": NDJSON_HEADERS})
 
 
 async def _send_deltas(reasoning: str, text: str, send: Send) -> None:

@@ -72,12 +72,10 @@ class Team:
             self.refuse(account, "queue")
             raise ChatError("the server is busy", "overloaded", status=503)
         account.running += 1
-        try:
-            self._take(account, size)
-        except ChatError as error:
+        if refusal := self._take(account, size):
             account.running -= 1
-            self.refuse(account, error.param or "")
-            raise
+            self.refuse(account, refusal.param or "")
+            raise refusal
         account.new.requests += 1
         ticket = Ticket(self, account, account.finish - size / key.priority)
         self.tickets.add(ticket)
@@ -88,28 +86,33 @@ class Team:
         account.new.refused += 1
         REFUSED.labels(account.key.name, limit).inc()
 
-    def _take(self, account: Account, size: int) -> None:
-        """Check the limits, and take a turn; all processes see the same counts while the usage file can be written."""
-        name, checked = account.key.name, False
+    def _take(self, account: Account, size: int) -> ChatError | None:
+        """Take a turn, or return why not; all processes see the same counts while the usage file can be written."""
+        name, checked, refusal = account.key.name, False, None
         if self._writable:
             try:
                 with self._file.transaction():
-                    self._check(account, size, self._file)
-                    checked = True
+                    refusal, checked = self._check(account, size, self._file), True
                     if account.key.requests_per_minute:
                         self._file.save_rate(name, account.left, account.at)
-                    self._file.save_running(name, account.state())
+                    if not refusal:
+                        self._file.save_running(name, account.state())
             except sqlite3.Error as error:
                 self._lost(error)
-        if not (self._writable or checked):
-            self._check(account, size, None)
+        return refusal if checked else self._check(account, size, None)
 
-    def _check(self, account: Account, size: int, file: UsageFile | None) -> None:
+    def _check(self, account: Account, size: int, file: UsageFile | None) -> ChatError | None:
         """Check the limits by the usage file or, without it, by what this process knows."""
         key, now, today = account.key, time.time(), _day()
         elsewhere = file.elsewhere(key.name) if file else Running()
+        if most := key.requests_per_minute:
+            left, at = (file and file.rate(key.name)) or (account.left, account.at)
+            # A clock that goes back gives nothing, and takes nothing.
+            account.left, account.at = min(most, left + max(0.0, now - at) * most / 60), now
+            if account.left < 1:
+                return _over(key, "requests_per_minute", math.ceil((1 - account.left) * 60 / most))
         if key.requests_at_once and account.running + elsewhere.requests > key.requests_at_once:
-            raise _over(key, "requests_at_once", 1)
+            return _over(key, "requests_at_once", 1)
         if key.tokens_per_day:
             if file:
                 account.tokens = file.tokens(today, key.name)
@@ -117,15 +120,10 @@ class Team:
                 account.tokens = 0
             account.day = today
             if account.tokens + account.new.prompt_tokens + account.new.completion_tokens >= key.tokens_per_day:
-                raise _over(key, "tokens_per_day", _seconds_left_of_day())
-        if most := key.requests_per_minute:
-            left, at = (file and file.rate(key.name)) or (account.left, account.at)
-            # A clock that goes back gives nothing, and takes nothing.
-            account.left, account.at = min(most, left + max(0.0, now - at) * most / 60), now
-            if account.left < 1:
-                raise _over(key, "requests_per_minute", math.ceil((1 - account.left) * 60 / most))
-            account.left -= 1
+                return _over(key, "tokens_per_day", _seconds_left_of_day())
+        account.left -= 1
         account.finish = max(self.virtual, account.finish, elsewhere.finish) + size / key.priority
+        return None
 
     def count(self, ticket: Ticket) -> None:
         """Count what has come of a request."""
@@ -168,8 +166,8 @@ class Team:
         account.weight = weight
         while account.held and self.has_room(account, account.held[0].size):
             place = account.held.popleft()
+            account.in_engine += place.size
             if not place.granted.done():
-                account.in_engine += place.size
                 place.granted.set_result(None)
 
     def is_full_for(self, account: Account, size: int) -> bool:

@@ -7,8 +7,7 @@ engine, on every route.
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -44,7 +43,7 @@ class Account:
     key: Key
     running: int = 0
     in_engine: int = 0
-    held: deque["_Place"] = field(default_factory=deque)
+    held: deque["Place"] = field(default_factory=deque)
     queued: int = 0
     weight: int = 0
     finish: float = 0.0
@@ -60,9 +59,10 @@ class Account:
 
 
 @dataclass(eq=False)
-class _Place:
-    """Waits for the turn of `size` requests to the engine."""
+class Place:
+    """Room for `size` requests of a ticket in the engine, as soon as it is granted."""
 
+    ticket: "Ticket"
     size: int
     granted: asyncio.Future[None]
 
@@ -93,49 +93,42 @@ class Ticket:
             self.answered = True
             self.team.count(self)
 
-    @asynccontextmanager
-    async def turn(self, size: int) -> AsyncIterator[None]:
-        """Wait until the key may have so many more requests in the engine; the block puts them there.
+    async def turn(self, size: int) -> Place:
+        """Wait until the key may have so many more requests in the engine.
 
         Raises:
             QueueOverflowError: the queue is full, and the key has its share of it.
         """
         if self not in self.team.tickets:
             self.team.resume(self)
-        team, account = self.team, self.account
-        if team.is_full_for(account, size):
-            team.refuse(account, "queue")
+        if self.team.is_full_for(self.account, size):
+            self.team.refuse(self.account, "queue")
             raise QueueOverflowError()
-        team.queue(account, size)
-        try:
-            if account.held or not team.has_room(account, size):
-                await self._hold(size)
-            else:
-                account.in_engine += size
-            try:
-                yield
-            finally:
-                account.in_engine -= size  # `add` has counted those that are there now
-        finally:
-            team.queue(account, -size)
-
-    async def _hold(self, size: int) -> None:
-        place = _Place(size, asyncio.get_running_loop().create_future())
+        place = Place(self, size, asyncio.get_running_loop().create_future())
         self.account.held.append(place)
+        self.team.queue(self.account, size)
         try:
             await place.granted
-        except asyncio.CancelledError:
-            if not place.granted.cancelled():
-                self.account.in_engine -= size  # granted, and left in the same moment
-            raise
-        finally:
-            with suppress(ValueError):
+        except BaseException:
+            if place in self.account.held:
                 self.account.held.remove(place)
+                self.team.queue(self.account, -size)
+            else:
+                self.leave(size)  # granted, and left in the same moment
+            raise
+        return place
+
+    def leave(self, size: int) -> None:
+        """Give room in the engine back."""
+        self.account.in_engine -= size
+        self.team.queue(self.account, -size)
+
+    def place_held(self) -> int:
+        """Return the place among the key's requests that wait here for their turn, from 1; 0: it does not wait here."""
+        return next((number for number, place in enumerate(self.account.held, 1) if place.ticket is self), 0)
 
     def add(self, state: Any) -> None:
         """Take a request that has come to the engine, as vLLM's output processor keeps it."""
-        self.account.in_engine += 1
-        self.team.queue(self.account, 1)
         self.states.append(state)
         if state.request_index == 0:
             self.account.new.prompt_tokens += state.prompt_len
@@ -148,14 +141,15 @@ class Ticket:
         running = [state for state in self.states if unfinished.get(state.request_id) is state]
         ended, self.states, self.counted = len(self.states) - len(running), running, sum(map(_tokens, running))
         if ended:
-            self.account.in_engine -= ended
-            self.team.queue(self.account, -ended)
+            self.leave(ended)
         if self.answered and not running:
             self.team.end(self)
 
 
 CURRENT: ContextVar[Ticket | None] = ContextVar("ticket", default=None)
 """The ticket of the HTTP request that runs in this context."""
+PLACE: ContextVar[Place | None] = ContextVar("place", default=None)
+"""The room that the request has which this context brings to the engine."""
 
 
 def in_turn(add_request: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,21 +158,27 @@ def in_turn(add_request: Callable[..., Any]) -> Callable[..., Any]:
     async def add_in_turn(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **given: Any) -> Any:
         if not (ticket := CURRENT.get()):
             return await add_request(self, request_id, prompt, params, *args, **given)
-        async with ticket.turn(getattr(params, "n", 1)):
-            given["priority"] = ticket.priority
+        place = await ticket.turn(getattr(params, "n", 1))
+        given["priority"] = ticket.priority
+        before = PLACE.set(place)
+        try:
             return await add_request(self, request_id, prompt, params, *args, **given)
+        finally:
+            PLACE.reset(before)
+            if place.size:
+                ticket.leave(place.size)
 
     return add_in_turn
 
 
 def counted(add_request: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `OutputProcessor.add_request`: a ticket takes the state of its request."""
+    """Wrap `OutputProcessor.add_request`: the ticket takes the state of its request, which now has its place."""
 
     def add_counted(self: Any, request: Any, *args: Any, **given: Any) -> None:
-        is_new = request.request_id not in self.request_states
         add_request(self, request, *args, **given)
-        if is_new and (ticket := CURRENT.get()):
-            ticket.add(self.request_states[request.request_id])
+        if place := PLACE.get():
+            place.ticket.add(self.request_states[request.request_id])
+            place.size -= 1
 
     return add_counted
 

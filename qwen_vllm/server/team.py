@@ -50,6 +50,7 @@ class Team:
         """What other front ends of this server run, as of the last tick."""
         self._others_queued = self._others_weight = 0
         self._writable, self._was_active = True, False
+        self._ticking, self._closed = asyncio.Lock(), False
 
     def account(self, key: Key) -> Account:
         """Return the account of a key, with the limits that the key has now."""
@@ -175,7 +176,7 @@ class Team:
         if self._bound is None or self._queued + self._others_queued + size <= self._bound:
             return False
         own = account.queued + self._others.get(account.key.name, Running()).queued
-        weights = self._weight + self._others_weight + (0 if own else account.key.priority)
+        weights = max(account.key.priority, self._weight + self._others_weight)
         return own > 0 and own + size > self._bound * account.key.priority / weights
 
     def has_room(self, account: Account, size: int) -> bool:
@@ -209,6 +210,11 @@ class Team:
 
     async def tick(self) -> None:
         """Look at the key file, count the tokens of the answers that run, and write the counts."""
+        async with self._ticking:
+            if not self._closed:
+                await self._tick()
+
+    async def _tick(self) -> None:
         if self.ring.has_changed():
             await self.reread()
         for ticket in [*self.tickets]:
@@ -259,14 +265,15 @@ class Team:
             _say(f"the keys stay as they were: {error}")
 
     async def run(self) -> None:
-        """Do `tick` again and again, until cancelled."""
-        while True:
+        """Do `tick` again and again, until closed."""
+        while not self._closed:
             await self.tick()
             await asyncio.sleep(TICK)
 
     async def close(self) -> None:
         """Write what is not written yet."""
         await self.tick()
+        self._closed = True
         self._file.close()
 
     def _running(self) -> list[tuple[str, Running]]:

@@ -123,7 +123,7 @@ def _prepare_team(args: Namespace) -> None:
     if args.api_key or os.environ.get("VLLM_API_KEY"):
         raise ModelUnavailable("--key-file has all keys: leave --api-key and VLLM_API_KEY away")
     args.key_file, args.usage_file = (
-        str(Path(file).expanduser().resolve()) for file in (args.key_file, args.usage_file)
+        str(Path(file).expanduser().absolute()) for file in (args.key_file, args.usage_file)
     )
     args.server_id = os.urandom(8).hex()
     try:

@@ -707,6 +707,33 @@ def test_the_queue_is_bounded(model: str, flags: list[str], bound: int) -> None:
     assert parse_args(["--model", model, "--port", "0", *flags]).max_num_queued_reqs == bound
 
 
+@pytest.fixture
+def key_file(tmp_path: Path) -> list[str]:
+    (tmp_path / "keys.toml").touch(0o600)
+    (tmp_path / "keys.toml").write_text('[ann]\nkey = "0123456789abcdef"\n')
+    return ["--key-file", str(tmp_path / "keys.toml"), "--usage-file", str(tmp_path / "usage.db")]
+
+
+def test_with_a_key_file_the_front_ends_bound_the_queue_by_key(model: str, key_file: list[str]) -> None:
+    args = parse_args(["--model", model, "--port", "0", "--max-num-queued-reqs", "7", *key_file])
+    assert (args.queue_bound, args.max_num_queued_reqs, args.scheduling_policy) == (7, None, "priority")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--api-key", "k"], "leave --api-key"),
+        (["--key-file", "/does/not/exist"], "No such file"),
+        (["--usage-file", "/proc/usage.db"], "--usage-file /proc/usage.db"),
+    ],
+)
+def test_a_key_file_that_cannot_be_used_ends_the_start(
+    model: str, key_file: list[str], flags: list[str], said: str
+) -> None:
+    with pytest.raises(ModelUnavailable, match=said):
+        parse_args(["--model", model, "--port", "0", *key_file, *flags])
+
+
 def test_the_queue_is_bounded_where_nothing_is_said(model: str) -> None:
     assert parse_args(["--model", model, "--port", "0"]).max_num_queued_reqs >= 256
 

@@ -15,7 +15,7 @@ from tests.support.demo import MODEL
 from tests.support.probes import server_process
 
 pytestmark = pytest.mark.long
-KEYS = {"ann": "", "bob": "requests_per_minute = 5", "cleo": "tokens_per_day = 5", "dan": "", "me": "admin = true"}
+KEYS = {"ann": "", "bob": "requests_per_minute = 1", "cleo": "tokens_per_day = 5", "dan": "", "me": "admin = true"}
 HELLO = [{"role": "user", "content": "Hello"}]
 ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": ("/chat", {"query": "Hello", "max_tokens": 5}),
@@ -72,13 +72,13 @@ def test_all_routes_count_what_they_tell_their_clients(team: SimpleNamespace) ->
 def test_limits_hold_over_both_front_ends(team: SimpleNamespace) -> None:
     with ThreadPoolExecutor(12) as pool:
         answers = [*pool.map(lambda _: post(team, "bob", *ROUTES["chat"]), range(12))]
-    assert sorted(answer.status_code for answer in answers) == [200] * 5 + [429] * 7
+    assert sorted(answer.status_code for answer in answers) == [200] + [429] * 11
     over = post(team, "bob", *ROUTES["Anthropic"])
-    assert over.status_code == 429 and int(over.headers["Retry-After"]) <= 12
+    assert over.status_code == 429 and int(over.headers["Retry-After"]) <= 60
     assert over.json()["error"]["type"] == "rate_limit_error" and "requests_per_minute" in over.text
     headers = {"Authorization": f"Bearer {secret('me')}"}
     metrics = requests.get(f"{team.url}/metrics", headers=headers, timeout=30).text
-    assert 'qwen_refused_total{key="bob",limit="requests_per_minute"} 8.0' in metrics
+    assert 'qwen_refused_total{key="bob",limit="requests_per_minute"} 12.0' in metrics
     assert "0123456789abcdef" not in metrics + team.log.read_text()
 
 

@@ -37,6 +37,7 @@ TURN = ["And what about that other thing, if I may ask?", "Here is what I can te
 class ScriptedCore:
     """Stands in for vLLM's engine process: all requests get one token a step, and as many as they want."""
 
+    pauses = 0
     engine_ranks_managed, resources = (0,), SimpleNamespace(engine_dead=False)
 
     def __init__(self, **config: Any) -> None:
@@ -60,6 +61,8 @@ class ScriptedCore:
         from vllm.v1.metrics.stats import PrefillStats
 
         await self._waiting.wait()
+        for _ in range(self.pauses):  # in which readers take what has come; else their pieces become one
+            await asyncio.sleep(0)
         self._left = {name: left - 1 for name, left in self._left.items()}
         outputs = [
             EngineCoreOutput(
@@ -146,7 +149,9 @@ async def main() -> None:
     if not flags.without_patches:
         plugin.begin_ours()
     team = team_flags(Path(tempfile.mkdtemp())) if flags.keys else []
-    args = parse_args(["--load-format", "dummy", *team, *(["--model", model] if model else [])])
+    args = parse_args(
+        ["--load-format", "dummy", "--max-num-seqs", str(4 * STREAMS), *team, *(["--model", model] if model else [])]
+    )
     with patch.object(EngineCoreClient, "make_async_mp_client", ScriptedCore):
         engine = AsyncLLM(AsyncEngineArgs.from_cli_args(args).create_engine_config(), None, True, log_requests=False)
     app, endpoint = build_app(args, ("generate",)), ChatEndpoint()
@@ -167,6 +172,7 @@ async def main() -> None:
     if flags.keys:
         app.state.ticking = asyncio.create_task(app.state.team.run())
     if flags.pieces:
+        ScriptedCore.pauses = 3
         took = await microseconds(answer, 0, TOKENS, 2 * STREAMS, STREAMS)
         print(f"{STREAMS} streams: {TOKENS / took * 1e6:.0f} tokens/s")
         return

@@ -92,11 +92,10 @@ def test_a_key_that_has_used_its_tokens_waits_for_the_next_day(team: SimpleNames
 
 @pytest.mark.last
 def test_of_a_killed_server_the_tokens_of_its_running_answers_are_kept(team: SimpleNamespace) -> None:
-    body = {"query": "Write a very long story.", "max_tokens": 1500, "stream": True}
-    with requests.post(
-        f"{team.url}/chat", json=body, headers={"x-api-key": secret("dan")}, stream=True, timeout=60
-    ) as answer:
-        assert next(answer.iter_lines())
+    body = {"model": MODEL, "messages": HELLO, "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    address, headers = f"{team.url}/v1/chat/completions", {"x-api-key": secret("dan")}
+    with requests.post(address, json=body, headers=headers, stream=True, timeout=60) as answer:
+        assert answer.status_code == 200
         wait_until(lambda: used(team, "dan")[1] > 1)
         server = server_process(team.url)
         for process in [*server.children(recursive=True), server]:

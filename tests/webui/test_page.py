@@ -94,7 +94,8 @@ def test_the_key_and_the_conversation_are_sent(server: Server) -> None:
     asyncio.run(last(answer(page_for(server), *TALK, user("q"))))
     [(_, headers, body)] = server.requests
     assert {name.lower(): value for name, value in headers.items()}["authorization"] == "Bearer key"
-    assert body == {"query": "q", "history": [["a", "b"], ["d", "half"]], "system": "system", "stream": True}
+    asked = {"query": "q", "history": [["a", "b"], ["d", "half"]], "system": "system"}
+    assert body == {**asked, "stream": True, "keep_alive": True}
 
 
 def test_an_answer_without_a_word_is_told(server: Server) -> None:

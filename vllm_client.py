@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +42,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 Timeout = tuple[float, float]
 """(seconds to wait for a connection, seconds to wait for each further piece of an answer)"""
 TIMEOUT: Timeout = (5.0, 300.0)
+OnWaiting = Callable[[int, int], None]
+"""Takes the place in the queue, about, and the tokens of the prompt; place 0: the model reads them."""
 INFO_TIMEOUT: Timeout = (5.0, 10.0)
 OPENAI_CHAT = "/v1/chat/completions"
 TEST_MESSAGE = "What is the capital of France?"
@@ -55,17 +57,19 @@ def stream_chat(
     sampling: Sampling | None = None,
     api_key: str | None = None,
     timeout: Timeout = TIMEOUT,
+    on_waiting: OnWaiting | None = None,
 ) -> Generator[Part, None, None]:
     """Ask the server at `url` and yield the answer as it comes.
 
     Yields pieces of the reasoning (`Reasoning`) and of the text (str), then one `ChatResult`. Closing the generator
-    closes the connection, which stops the answer in the engine.
+    closes the connection, which stops the answer in the engine. While the server has not begun to answer, `on_waiting`
+    is called about every 15 s.
 
     Raises:
         ChatError: the server refused the request or failed, no server answered, or the answer broke off.
     """
-    body = _chat_body(query, history, system, sampling)
-    return _Server(url, api_key, timeout).stream("/chat", body, _ChatLines(query, history))
+    body = _chat_body(query, history, system, sampling, on_waiting)
+    return _Server(url, api_key, timeout).stream("/chat", body, _ChatLines(query, history, on_waiting))
 
 
 def stream_messages(
@@ -94,13 +98,14 @@ def stream_chat_async(
     sampling: Sampling | None = None,
     api_key: str | None = None,
     timeout: Timeout = TIMEOUT,
+    on_waiting: OnWaiting | None = None,
 ) -> AsyncGenerator[Part, None]:
     """Do what `stream_chat` does, on asyncio.
 
     Cancelling the task that waits for the next piece also stops the answer in the engine.
     """
-    body = _chat_body(query, history, system, sampling)
-    return _Server(url, api_key, timeout).stream_async("/chat", body, _ChatLines(query, history))
+    body = _chat_body(query, history, system, sampling, on_waiting)
+    return _Server(url, api_key, timeout).stream_async("/chat", body, _ChatLines(query, history, on_waiting))
 
 
 def stream_messages_async(
@@ -141,8 +146,16 @@ def openai_messages(query: Question, history: Sequence[AskedTurn], system: str |
     return messages[:-1]  # the query has no answer yet
 
 
-def _chat_body(query: str, history: Sequence[Turn], system: str | None, sampling: Sampling | None) -> dict[str, Any]:
+def _chat_body(
+    query: str,
+    history: Sequence[Turn],
+    system: str | None,
+    sampling: Sampling | None,
+    on_waiting: OnWaiting | None,
+) -> dict[str, Any]:
     body = {"query": query, "history": list(history), "system": system, "stream": True}
+    if on_waiting:
+        body["keep_alive"] = True
     return body | (sampling.sampling() if sampling else {})
 
 
@@ -184,9 +197,9 @@ class _AnswerReader:
 class _ChatLines(_AnswerReader):
     """Reads the lines of `/chat`: a JSON object each."""
 
-    def __init__(self, query: str, history: Sequence[Turn]) -> None:
+    def __init__(self, query: str, history: Sequence[Turn], on_waiting: OnWaiting | None) -> None:
         super().__init__()
-        self._query, self._history = query, history
+        self._query, self._history, self._on_waiting = query, history, on_waiting
 
     def _parts_of(self, line: bytes) -> Iterator[Part]:
         value = json.loads(line)
@@ -196,6 +209,9 @@ class _ChatLines(_AnswerReader):
             yield value["delta"]
         elif "reasoning" in value:
             yield Reasoning(value["reasoning"])
+        elif "waiting" in value:
+            if self._on_waiting:
+                self._on_waiting(value["waiting"], value["prompt_tokens"])
         else:
             kept = self._reasoning if value["keeps_reasoning"] else ""
             yield ChatResult(
@@ -222,7 +238,7 @@ class _OpenAIEvents(_AnswerReader):
 
     def _parts_of(self, line: bytes) -> Iterator[Part]:
         data = line.removeprefix(b"data: ").strip()
-        if not data or data == b"[DONE]":
+        if not data or data == b"[DONE]" or data.startswith(b":"):  # a comment: a sign of life
             return
         event = json.loads(data)
         if "error" in event:
@@ -408,7 +424,7 @@ def main(argv: list[str] | None = None) -> int:
     def ask(query: Question, history: Sequence[AskedTurn], system: str | None, sampling: Sampling) -> Iterator[Part]:
         if query.images or any(question.images for question, *_ in history):
             return stream_messages(url, openai_messages(query, history, system), sampling, key)
-        return stream_chat(url, query.text, text_turns(history), system, sampling, key)
+        return stream_chat(url, query.text, text_turns(history), system, sampling, key, on_waiting=_tell_waiting)
 
     try:
         if args.test_message is not None:
@@ -420,6 +436,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _tell_waiting(place: int, prompt_tokens: int) -> None:
+    if sys.stderr.isatty():
+        print(f"number {place} in line" if place else f"reading {prompt_tokens:,} tokens", file=sys.stderr, flush=True)
 
 
 def _title(url: str, api_key: str | None) -> str:

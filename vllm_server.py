@@ -6,19 +6,23 @@
 
 import os
 import signal
+import sqlite3
 import sys
 from argparse import Namespace
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from qwen_vllm import hardware
+from qwen_vllm.cache import STATE
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.models.hubs import HUBS
 from qwen_vllm.models.prepare import prepare, tool_default
 from qwen_vllm.models.resolve import resolve_model, resolve_parts
 from qwen_vllm.network import THIS_MACHINE, listen
 from qwen_vllm.protocol import reason_of
-from qwen_vllm.server.guard import Guard
+from qwen_vllm.server.guard import Guard, wants_key
+from qwen_vllm.server.keys import KeyFileError, KeyRing
+from qwen_vllm.server.usage import UsageFile
 from qwen_vllm.tool_calls import FORMS
 from qwen_vllm.vllm_plugin import early, patches, plugin
 from qwen_vllm.vllm_plugin.rendering import ALLOW
@@ -56,6 +60,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     for flag, kind, default, text in LIMITS:
         shown = "" if default is None else f" (default: {default})"
         parser.add_argument(flag, type=kind, default=default, help=f"{text}{shown}")
+    parser.add_argument("--key-file", help="keys with names and limits, a TOML file: see docs/team.md")
+    parser.add_argument(
+        "--usage-file", default=str(STATE / "usage.db"), help="where --key-file counts what each key uses"
+    )
     parser.add_argument(
         "--allow-control-tokens",
         action="store_true",
@@ -74,6 +82,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         model=None,
         enable_auto_tool_choice=None,
         host="127.0.0.1",
+        sse_keep_alive_interval=15,
         h11_max_incomplete_event_size=2**16,
         h11_max_header_count=100,
         **hardware.values(hardware.engine_defaults()),
@@ -91,6 +100,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         sys.exit()
     if not (args.uds or args.headless):
         listen("vllm_server.py", args.host or "", args.port).close()  # before anything is fetched or loaded
+    if args.key_file:
+        _prepare_team(args)
     args.middleware = [*args.middleware, f"{Guard.__module__}.{Guard.__name__}"]
     args.model = args.model_tag = resolve_model(name, args.hub, args.revision, args.download_dir)
     resolve_parts(vars(args), args.hub)
@@ -105,6 +116,25 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         raise ModelUnavailable("--tool-strict-level is not known to this project's parsers: see --tool-call-parser")
     validate_parsed_serve_args(args)
     return args
+
+
+def _prepare_team(args: Namespace) -> None:
+    """Check the key file and the usage file, and give the queue to the front ends, where its places belong to keys."""
+    if args.api_key or os.environ.get("VLLM_API_KEY"):
+        raise ModelUnavailable("--key-file has all keys: leave --api-key and VLLM_API_KEY away")
+    args.key_file, args.usage_file = (
+        str(Path(file).expanduser().absolute()) for file in (args.key_file, args.usage_file)
+    )
+    args.server_id = os.urandom(8).hex()
+    try:
+        KeyRing(Path(args.key_file))
+        UsageFile(Path(args.usage_file), args.server_id).close()
+    except KeyFileError as error:
+        raise ModelUnavailable(str(error)) from None
+    except (OSError, sqlite3.Error) as error:
+        raise ModelUnavailable(f"--usage-file {args.usage_file}: {reason_of(error)}") from None
+    args.queue_bound, args.max_num_queued_reqs = args.max_num_queued_reqs, None
+    args.scheduling_policy = "priority"
 
 
 def _adapters(args: Namespace) -> dict[str, str]:
@@ -148,9 +178,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.allow_control_tokens:
         os.environ[ALLOW] = "1"
     configure_logging_from_args(args)
-    if args.host not in THIS_MACHINE and not (args.api_key or envs.VLLM_API_KEY):
+    if args.host not in THIS_MACHINE and not wants_key(args):
         host = args.host or "all addresses"
         print(f"Warning: {host} can be reached from other machines, and no --api-key is set.", file=sys.stderr)
+    if args.key_file:
+        # The front ends look at the file each second; one that is this process takes the signal itself.
+        signal.signal(signal.SIGHUP, lambda *_: None)
     try:
         serve.ServeSubcommand.cmd(args)
     except Exception as error:

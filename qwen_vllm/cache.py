@@ -1,4 +1,4 @@
-"""What is kept in the user's cache folder: models made once, and logs."""
+"""What is kept in the user's cache folder, models made once and logs, and where what must last is kept."""
 
 import fcntl
 import hashlib
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-vllm"
+STATE = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "qwen-vllm"
 _copying: list[subprocess.Popen[str]] = []  # kept: a Popen that is dropped while it runs warns
 
 

@@ -24,6 +24,7 @@ from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from pydantic import StringConstraints, TypeAdapter
 
+from qwen_vllm.cache import STATE
 from qwen_vllm.protocol import (
     DEFAULT_SYSTEM,
     AskedTurn,
@@ -45,7 +46,7 @@ from qwen_vllm.retry import retry_delay
 Ask = Callable[[Question, Sequence[AskedTurn], str | None, Sampling], Iterator[Part]]
 """(query, history, system, sampling) → `Reasoning` and str pieces, then one `ChatResult`; raises ChatError."""
 
-LINE_HISTORY = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "qwen-vllm" / "lines"
+LINE_HISTORY = STATE / "lines"
 ALONE = ("help", "clear", "history", "regen", "exit")
 """The commands that take nothing behind them."""
 NO_TEXT = re.compile("[\ud800-\udfff]")

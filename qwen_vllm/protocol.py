@@ -42,7 +42,8 @@ class ChatError(Exception):
     type                status
     invalid_request     400, 404, 408, 413,       the request must change; `param` names the field
                         415, 431
-    unauthorized        401                       the key is missing or wrong
+    unauthorized        401, 403                  the key is missing or wrong, or not for this
+    limited             429                       a limit of the key is reached; `param` names it
     overloaded          503                       the queue is full or the server stops: try again in a moment
     engine_error        500, 503                  the engine failed or is shutting down
     unreachable         –                         client only: no server answered
@@ -115,6 +116,8 @@ class ChatRequest(Sampling):
     """how the model should behave; null: no system message"""
     stream: bool = False
     """answer piece by piece, as newline-delimited JSON"""
+    keep_alive: bool = False
+    """in a stream, a line each 15 s until the first token: the place in the queue"""
 
     @field_validator("query")
     @classmethod

@@ -92,6 +92,14 @@ def test_what_is_sent(ask: Ask, server: Server) -> None:
     assert headers["authorization"] == "Bearer key"
 
 
+def test_who_waits_is_told_the_place_or_how_much_is_read(ask: Ask, server: Server) -> None:
+    signs = [line({"waiting": 3, "prompt_tokens": 7600}), line({"waiting": 0, "prompt_tokens": 7600})]
+    url, told = server.play(*signs, line({"delta": "Hi"}), line(LAST)), []
+    *pieces, result = ask(url, "q", on_waiting=lambda place, tokens: told.append((place, tokens)))
+    assert told == [(3, 7600), (0, 7600)] and pieces == ["Hi"] and result.text == "Hi"
+    assert server.requests[0][2]["keep_alive"]
+
+
 def test_without_a_key_none_is_sent(ask: Ask, server: Server) -> None:
     ask(server.play(line(LAST)), "q")
     assert "authorization" not in {name.lower() for name in server.requests[0][1]}
@@ -253,7 +261,7 @@ EVENTS = [
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_a_conversation_with_images_goes_to_the_openai_route(server: Server, size: int) -> None:
-    body = b"".join(b"data: " + line(event) + b"\n" for event in EVENTS) + b"data: [DONE]\n\n"
+    body = b"".join(b": keep-alive\n\ndata: " + line(event) + b"\n" for event in EVENTS) + b"data: [DONE]\n\n"
     chunks = [body[start : start + size] for start in range(0, len(body), size)]
     url = server.play(*chunks, path="/v1/chat/completions")
     messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}]}]

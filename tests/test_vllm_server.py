@@ -11,36 +11,18 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from qwen_vllm.models.checks import ModelUnavailable
-from qwen_vllm.server.endpoint import ChatEndpoint, announcement
-from qwen_vllm.server.guard import Guard
-from tests.support.guard_args import MAX_BODY, guard_args
+from qwen_vllm.server.endpoint import announcement
+from tests.support.chat_app import ADAPTER, chat_app
+from tests.support.guard_args import MAX_BODY
 from tests.support.tiny_checkpoints import TEXT, write_adapter, write_model
 from vllm_server import parse_args
 
 Engines = Callable[..., Any]
-ADAPTER = object()
-FLAGS = {"chat_template": None, "default_chat_template_kwargs": None, "reasoning_parser": "", "tokenizer": "none"}
 MARKS = len("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n")
-
-
-async def chat_app(engine: Any, **flags: Any) -> FastAPI:
-    app, endpoint = FastAPI(), ChatEndpoint()
-    app.add_middleware(Guard)
-    endpoint.attach_router(app)
-    app.state.args = guard_args(log_error_stack=False, **{**FLAGS, **flags})
-    app.state.openai_serving_models = SimpleNamespace(
-        base_model_paths=[SimpleNamespace(name="base")],
-        is_base_model=lambda name: name == "base",
-        lora_requests={"poet": ADAPTER},
-    )
-    app.state.lifecycle = SimpleNamespace(stopping=False)
-    await endpoint.init_state(engine, app.state, app.state.args)
-    return app
 
 
 def ask(engine: Any, method: str = "POST", path: str = "/chat", **sent: Any) -> httpx.Response:
@@ -500,6 +482,50 @@ def test_a_client_that_leaves_the_queue_aborts_its_request(scripted_engine: Engi
     assert engine.calls[0].aborted
 
 
+def signs_of_life(engine: Any, seen: asyncio.Event, **fields: Any) -> list[dict[str, Any]]:
+    """The lines of a stream that begins to answer when the client has seen two signs of life."""
+
+    async def talk() -> list[dict]:
+        app = await chat_app(engine)
+        body = json.dumps({"query": "q", "stream": True, **fields}).encode()
+        client = Client(lambda messages: len(messages) >= 3 and seen.set(), body)
+        await asyncio.wait_for(app(dict(SCOPE), client.receive, client.send), 30)
+        return client.received
+
+    start, *messages = asyncio.run(talk())
+    assert start["status"] == 200
+    return [json.loads(message["body"]) for message in messages]
+
+
+@pytest.mark.parametrize(("before", "place"), [(0, 0), (1, 0), (2, 1), (4, 3)])
+def test_a_stream_that_waits_tells_its_place_until_the_answer_begins(
+    scripted_engine: Engines, before: int, place: int
+) -> None:
+    seen = asyncio.Event()
+    engine = scripted_engine([seen, "Hel", "lo"])  # it runs two requests at once
+    states = {name: SimpleNamespace(external_req_id=f"other {name}") for name in range(before)}
+    engine.output_processor.request_states = states
+    answer = signs_of_life(engine, seen, keep_alive=True)
+    tokens = len(engine.calls[0].token_ids)
+    assert answer[:2] == [{"waiting": place, "prompt_tokens": tokens}] * 2
+    assert [line for line in answer if "waiting" not in line][:2] == [{"delta": "Hel"}, {"delta": "lo"}]
+    assert answer[-1]["finish_reason"] == "stop"
+
+
+def test_an_error_after_a_sign_of_life_is_the_last_line(scripted_engine: Engines) -> None:
+    seen = asyncio.Event()
+    *signs, last = signs_of_life(scripted_engine([seen, QueueOverflowError()]), seen, keep_alive=True)
+    assert {*map(str, map(list, signs))} == {"['waiting', 'prompt_tokens']"}
+    assert last["error"]["type"] == "overloaded"
+
+
+def test_a_client_that_leaves_after_a_sign_of_life_aborts_its_request(scripted_engine: Engines) -> None:
+    engine = scripted_engine([...])
+    received = leave(engine, lambda messages: len(messages) >= 2, stream=True, keep_alive=True)
+    assert b'"waiting":0' in received[1]["body"]
+    assert engine.calls[0].aborted
+
+
 def test_a_client_that_leaves_a_whole_answer_aborts_it(scripted_engine: Engines) -> None:
     engine = scripted_engine(["Hel", ...])
     assert leave(engine, lambda messages: True) == []
@@ -593,7 +619,7 @@ def test_a_key_from_the_environment(scripted_engine: Engines, monkeypatch: pytes
     ],
 )
 def test_the_announcement(host: str, certificate: str | None, url: str) -> None:
-    shown = announcement("base", Namespace(host=host, port=8123, ssl_certfile=certificate, api_key=None))
+    shown = announcement("base", Namespace(host=host, port=8123, ssl_certfile=certificate, api_key=None, key_file=None))
     assert f"base is ready at {url}" in shown
     assert f"curl -N {url}/chat" in shown
 
@@ -679,6 +705,33 @@ def test_a_taken_port_ends_the_program_before_the_model_is_looked_for() -> None:
 )
 def test_the_queue_is_bounded(model: str, flags: list[str], bound: int) -> None:
     assert parse_args(["--model", model, "--port", "0", *flags]).max_num_queued_reqs == bound
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> list[str]:
+    (tmp_path / "keys.toml").touch(0o600)
+    (tmp_path / "keys.toml").write_text('[ann]\nkey = "0123456789abcdef"\n')
+    return ["--key-file", str(tmp_path / "keys.toml"), "--usage-file", str(tmp_path / "usage.db")]
+
+
+def test_with_a_key_file_the_front_ends_bound_the_queue_by_key(model: str, key_file: list[str]) -> None:
+    args = parse_args(["--model", model, "--port", "0", "--max-num-queued-reqs", "7", *key_file])
+    assert (args.queue_bound, args.max_num_queued_reqs, args.scheduling_policy) == (7, None, "priority")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--api-key", "k"], "leave --api-key"),
+        (["--key-file", "/does/not/exist"], "No such file"),
+        (["--usage-file", "/proc/usage.db"], "--usage-file /proc/usage.db"),
+    ],
+)
+def test_a_key_file_that_cannot_be_used_ends_the_start(
+    model: str, key_file: list[str], flags: list[str], said: str
+) -> None:
+    with pytest.raises(ModelUnavailable, match=said):
+        parse_args(["--model", model, "--port", "0", *key_file, *flags])
 
 
 def test_the_queue_is_bounded_where_nothing_is_said(model: str) -> None:

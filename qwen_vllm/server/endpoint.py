@@ -8,15 +8,15 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from zlib import crc32
 
 import orjson
-from fastapi import FastAPI
+from fastapi import FastAPI, Query
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -33,9 +33,13 @@ from qwen_vllm.generation import RequestBuilder, RunningAnswer
 from qwen_vllm.models.prepare import read_chat_template
 from qwen_vllm.network import address
 from qwen_vllm.protocol import ChatError, ChatRequest, one_line, validated
-from qwen_vllm.server.guard import body_limit, error_response
+from qwen_vllm.server.guard import body_limit, error_response, wants_key
+from qwen_vllm.server.keys import Key, KeyRing
 from qwen_vllm.server.lifecycle import Lifecycle
-from qwen_vllm.vllm_plugin import plugin
+from qwen_vllm.server.team import Team
+from qwen_vllm.server.tickets import CURRENT
+from qwen_vllm.server.usage import UsageFile
+from qwen_vllm.vllm_plugin import patches, plugin
 from qwen_vllm.vllm_plugin.rendering import why_not_kept
 
 if TYPE_CHECKING:
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
 
 LONG_TEXT = 8192
 """From this many characters a prompt is built on a thread, so that other streams do not wait for it."""
+DAY = r"^\d{4}-\d\d-\d\d$"
 NDJSON_HEADERS = [
     (b"content-type", b"application/x-ndjson"),
     (b"cache-control", b"no-cache"),
@@ -72,6 +77,7 @@ class ChatEndpoint:
         app.router.routes.insert(0, Route("/chat", _chat, methods=["POST"]))
         app.add_api_route("/chat/info", _info, methods=["GET"])
         app.add_api_route("/ready", _ready, methods=["GET"], response_model=None)
+        app.add_api_route("/usage", _usage, methods=["GET"], response_model=None)
 
     async def init_state(self, engine_client: "EngineClient", state: State, args: Namespace) -> None:
         """Make the service for the running engine; vLLM calls this before the server listens."""
@@ -93,7 +99,10 @@ class ChatEndpoint:
             print(f"/chat is off: {reason.message}", file=sys.stderr)
         if why := why_not_kept(engine_client.get_tokenizer()):
             print(f"Control tokens in messages to /v1 are taken as such: {why}", file=sys.stderr)
-        state.chat = ChatService(engine_client, state.openai_serving_models, requests, args.max_body_size)
+        state.team = _team(engine_client, args) if args.key_file else None
+        state.chat = ChatService(
+            engine_client, state.openai_serving_models, requests, args.max_body_size, args.sse_keep_alive_interval
+        )
 
 
 def _lifespan_around(vllm_lifespan: Any) -> Any:
@@ -104,13 +113,15 @@ def _lifespan_around(vllm_lifespan: Any) -> Any:
         async with vllm_lifespan(app):
             state = app.state
             engine = state.engine_client
-            state.lifecycle = Lifecycle(engine, state.server, state.args)
+            state.lifecycle = Lifecycle(engine, state.server, state.args, state.team)
             state.lifecycle.begin()
             is_first = engine.vllm_config.parallel_config._api_process_rank <= 0
             announcing = asyncio.create_task(_announce(state)) if is_first else None
             yield
             if announcing:
                 announcing.cancel()
+            if state.team:
+                await state.team.close()
 
     return lifespan
 
@@ -133,6 +144,19 @@ async def _ready(request: Request) -> Response:
     return lifecycle.readiness()
 
 
+async def _usage(request: Request, day: Annotated[str | None, Query(pattern=DAY)] = None) -> Response:
+    """What a key of the key file has used on a day (YYYY-MM-DD, else today); for an admin key, what each has."""
+    team: Team | None = request.app.state.team
+    if not team:
+        return error_response(ChatError("usage is counted with --key-file", status=404))
+    key: Key = request.scope["key"]
+    try:
+        keys = team.usage(None if key.admin else key, day)
+    except ChatError as error:
+        return error_response(error)
+    return JSONResponse({"keys": keys} if key.admin else keys[0])
+
+
 class ChatService:
     """Answers chat requests with a running engine.
 
@@ -141,12 +165,19 @@ class ChatService:
         models: vLLM's list of the model and its LoRA adapters.
         requests: makes what the engine takes; or why the model has no chat.
         max_body_size: largest request, in bytes.
+        interval: seconds between two signs of life in a stream that waits; 0: none.
     """
 
     def __init__(
-        self, engine: "EngineClient", models: Any, requests: RequestBuilder | ChatError, max_body_size: int
+        self,
+        engine: "EngineClient",
+        models: Any,
+        requests: RequestBuilder | ChatError,
+        max_body_size: int,
+        interval: float,
     ) -> None:
-        self._engine, self._models, self._requests, self._max_body_size = engine, models, requests, max_body_size
+        self._engine, self._models, self._requests = engine, models, requests
+        self._max_body_size, self._interval = max_body_size, interval
 
     async def chat(self, request: Request) -> Response:
         """Validate a request, build its prompt and begin its answer."""
@@ -166,14 +197,30 @@ class ChatService:
         except ChatError as error:
             return error_response(error)
         # `tokens_input` marks the prompt as already tokenized. vLLM would render any other prompt in a thread pool.
+        request_id = f"chat-{os.urandom(16).hex()}"
         outputs = self._engine.generate(
             tokens_input(prompt.token_ids),
             params,
-            f"chat-{os.urandom(16).hex()}",
+            request_id,
             lora_request=adapter,
             data_parallel_rank=self._preferred_engine(chat),
         )
-        return AnswerResponse(outputs, chat.stream, requests.answer(prompt, chat))
+        response = AnswerResponse(outputs, chat.stream, requests.answer(prompt, chat))
+        if chat.stream and chat.keep_alive and self._interval:
+            response.sign_of_life(self._interval, lambda: self._waiting(request_id, len(prompt.token_ids)))
+        return response
+
+    def _waiting(self, request_id: str, prompt_tokens: int) -> dict[str, Any]:
+        """Tell a request's place in the queue, about; 0: its prompt is being read."""
+        if (ticket := CURRENT.get()) and (held := ticket.place_held()):
+            place = held
+        else:
+            config, states = self._engine.vllm_config, self._engine.output_processor.request_states
+            at_once = config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
+            ids = [state.external_req_id for state in states.values()]  # in the order in which they came
+            before = ids.index(request_id) if request_id in ids else len(ids)
+            place = max(0, before + 1 - at_once // self._engine.engine_core.client_count)
+        return {"waiting": place, "prompt_tokens": prompt_tokens}
 
     def _preferred_engine(self, chat: ChatRequest) -> int | None:
         """Choose one of several engines by how the conversation begins: its prefix cache may hold the turns before."""
@@ -229,6 +276,13 @@ class AnswerResponse(Response):
     def __init__(self, outputs: AsyncGenerator["RequestOutput"], stream: bool, answer: RunningAnswer) -> None:
         self.background = None
         self._outputs, self._stream, self._answer = outputs, stream, answer
+        self._interval: float | None = None
+        self._waiting: Callable[[], dict[str, Any]] = dict
+        self._started = False
+
+    def sign_of_life(self, interval: float, waiting: Callable[[], dict[str, Any]]) -> None:
+        """Send a line each `interval` seconds until the first token: what `waiting` returns then."""
+        self._interval, self._waiting = interval, waiting
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Answer in the current task. With a new task per request, a burst would be read completely before the first
@@ -254,7 +308,7 @@ class AnswerResponse(Response):
     async def _send_answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._outputs):
             try:
-                output = await anext(self._outputs)
+                output = await self._first_output(send)
                 parts = [self._answer.add(output.outputs[0])]
                 while not (self._stream or self._answer.finish_reason):
                     output = await anext(self._outputs)
@@ -266,8 +320,10 @@ class AnswerResponse(Response):
                     whole = {"text": text, **({"reasoning": reasoning} if reasoning else {}), **self._answer.ending()}
                     return await JSONResponse(whole)(scope, receive, send)
             except Exception as error:
+                if self._started:
+                    return await _send_line(_to_chat_error(error).as_dict(), send, more_body=False)
                 return await error_response(_to_chat_error(error))(scope, receive, send)
-            await send({"type": "http.response.start", "status": 200, "headers": NDJSON_HEADERS})
+            await self._start(send)
             try:
                 await _send_deltas(reasoning, text, send)
                 while not self._answer.stopped and (output := await anext(self._outputs, None)):
@@ -276,6 +332,24 @@ class AnswerResponse(Response):
             except Exception as error:
                 last_line = _to_chat_error(error).as_dict()
             await _send_line(last_line, send, more_body=False)
+
+    async def _first_output(self, send: Send) -> "RequestOutput":
+        if self._interval is None:
+            return await anext(self._outputs)
+        coming = asyncio.ensure_future(anext(self._outputs))
+        try:
+            while not (await asyncio.wait((coming,), timeout=self._interval))[0]:
+                await self._start(send)
+                await _send_line(self._waiting(), send, more_body=True)
+            return coming.result()
+        finally:
+            coming.cancel()
+            await asyncio.wait((coming,))  # the generator can be closed only when it does not run
+
+    async def _start(self, send: Send) -> None:
+        if not self._started:
+            self._started = True
+            await send({"type": "http.response.start", "status": 200, "headers": NDJSON_HEADERS})
 
 
 async def _send_deltas(reasoning: str, text: str, send: Send) -> None:
@@ -313,6 +387,15 @@ async def _busy(request: Request, error: GracefulHTTPError) -> Response:
     return error_response(_to_chat_error(error))
 
 
+def _team(engine: "EngineClient", args: Namespace) -> Team:
+    if not patches.TEAM.apply():
+        raise RuntimeError("--key-file needs the version of vLLM that this project has pinned: see the log above")
+    config = engine.vllm_config
+    places = config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
+    file = UsageFile(Path(args.usage_file), args.server_id)
+    return Team(KeyRing(Path(args.key_file)), file, engine, args.queue_bound, places, args.served_model_name)
+
+
 async def _announce(state: State) -> None:
     while not state.server.started:
         await asyncio.sleep(0.01)
@@ -324,7 +407,7 @@ def announcement(name: str, args: Namespace) -> str:
     url = address(args.host or "", args.port, bool(args.ssl_certfile))
     ask = json.dumps({"query": "What is the capital of France?", "stream": True})
     openai = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
-    key = ' -H "Authorization: Bearer $QWEN_API_KEY"' if args.api_key or os.environ.get("VLLM_API_KEY") else ""
+    key = ' -H "Authorization: Bearer $QWEN_API_KEY"' if wants_key(args) else ""
     header = f"-H 'Content-Type: application/json'{key}"
     lines = [
         f"{name} is ready at {url}  (API: {url}/docs)",

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_vllm.hardware import MAX_PIXELS
 from qwen_vllm.protocol import INT32_MAX, INT64_MAX, ChatError
+from qwen_vllm.server.keys import KeyRing
 from qwen_vllm.tool_calls import FORMS
 
 OPEN_PATHS = {"/health", "/ready", "/ping"}
@@ -64,7 +65,8 @@ class Guard:
     """Checks the key and the body of each request, and hands the request on.
 
     With --api-key or $VLLM_API_KEY set, every path but the open ones wants one of the keys. vLLM's own check covers
-    only paths that begin with /v1 and a few others. Bodies are read once.
+    only paths that begin with /v1 and a few others. With --key-file, the team admits each request by its key's limits.
+    Bodies are read once.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -77,16 +79,20 @@ class Guard:
         args = state.args
         if _path(scope).startswith(ANTHROPIC_ROUTES):
             send = _errors_for_anthropic(scope, receive, send)
+        team, ticket = state.team, None
         try:
-            scope = _with_checked_key(scope, args)
+            scope = _with_checked_key(scope, args, team and team.ring)
             if scope.get("method") in ("POST", "PUT", "PATCH"):
                 if state.lifecycle.stopping:
                     message = "the server is stopping: try again in a moment"
                     raise ChatError(message, "overloaded", status=503, retry_after=5)
                 body = await _read(receive, args.max_body_size, args.body_timeout)
+                request = None
                 if b"json" in _header(scope, b"content-type").lower():
-                    check_json(body, args.tool_call_parser not in (None, *FORMS))
+                    request = check_json(body, args.tool_call_parser not in (None, *FORMS))
                 receive = _replayed(body, receive)
+                if team and (key := scope.get("key")):
+                    ticket = team.admit(key, request)
         except ChatError as error:
             # A browser shows its page no answer without these headers. vLLM's middleware for them is further in.
             refusal = CORSMiddleware(
@@ -97,13 +103,21 @@ class Guard:
                 allow_headers=args.allowed_headers,
             )
             return await refusal(scope, receive, send)
+        if ticket:
+            return await ticket.serve(self._app, scope, receive, send)
         await self._app(scope, receive, send)
 
 
 def error_response(error: ChatError) -> JSONResponse:
-    """Make the response of an error; a 503 that names no seconds asks the client to wait for one."""
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": str(error.retry_after or 1)}}.get(error.status)
+    """Make the response of an error; one that names no seconds asks the client of a busy server to wait for one."""
+    busy = {"Retry-After": str(error.retry_after or 1)}
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: busy, 503: busy}.get(error.status)
     return JSONResponse(error.as_dict(), error.status, headers)
+
+
+def wants_key(args: Namespace) -> bool:
+    """Tell whether clients need a key."""
+    return bool(args.api_key or args.key_file or os.environ.get("VLLM_API_KEY"))
 
 
 def body_limit(context: int, images: bool) -> int:
@@ -111,8 +125,8 @@ def body_limit(context: int, images: bool) -> int:
     return 2**20 + 16 * context + (2**25 if images else 0)
 
 
-def check_json(body: bytes, compiles_tools: bool = False) -> None:
-    """Refuse JSON that is broken or nested too deep, or holds a number or a string the engine cannot take.
+def check_json(body: bytes, compiles_tools: bool = False) -> Any:
+    """Return the JSON of a body; refuse what is broken, too deep, or holds what the engine cannot take.
 
     Args:
         compiles_tools: any tool's schema may become a grammar; else only that of a strict tool does.
@@ -122,7 +136,7 @@ def check_json(body: bytes, compiles_tools: bool = False) -> None:
     """
     try:
         # The digits of an integer are cut where it is too large in any case: Python would refuse to read it at all.
-        value = json.loads(body.decode(), parse_int=lambda digits: int(digits[:21]))
+        whole = value = json.loads(body.decode(), parse_int=lambda digits: int(digits[:21]))
     except RecursionError:
         raise _too_deep() from None
     except ValueError as error:
@@ -146,6 +160,7 @@ def check_json(body: bytes, compiles_tools: bool = False) -> None:
             _check_results(value[field], field)
         if _image_pixels(value[field], field) > MAX_PIXELS:
             raise ChatError(f"{field}: the images have over {MAX_PIXELS} pixels: send smaller ones", param=field)
+    return whole
 
 
 def _check(value: Any, field: str | None, depth: int, surrogates: bool, bounded: bool = True) -> None:
@@ -296,8 +311,8 @@ def _too_deep() -> ChatError:
     return ChatError(f"the body is nested deeper than {MAX_DEPTH} levels")
 
 
-def _with_checked_key(scope: Scope, args: Namespace) -> Scope:
-    """Check the key, and return the request with it where vLLM's own check looks."""
+def _with_checked_key(scope: Scope, args: Namespace, ring: KeyRing | None) -> Scope:
+    """Check the key, and return the request with it where vLLM's own check looks, or with its table of the key file."""
     keys = [key.encode() for key in args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
     # A browser asks without the key what it may send; vLLM answers that before any route.
     preflight = scope.get("method") == "OPTIONS" and _header(scope, b"access-control-request-method")
@@ -307,11 +322,15 @@ def _with_checked_key(scope: Scope, args: Namespace) -> Scope:
         or (path in DOCS_PATHS and not args.disable_fastapi_docs)
         or (path.startswith("/static/") and args.enable_offline_docs)
     )
-    if not keys or preflight or opened:
+    if not (keys or ring) or preflight or opened:
         return scope
     scheme, _, given = _header(scope, b"authorization").partition(b" ")
     given = given if scheme.lower() == b"bearer" else b""
     anthropics = _header(scope, b"x-api-key")
+    if ring and (key := ring.find(given) or ring.find(anthropics)):
+        if path.startswith("/metrics") and not key.admin:
+            raise ChatError("the metrics name all keys: they need one with admin = true", "unauthorized", status=403)
+        return {**scope, "key": key}
     # All are compared, each in constant time, so that the time tells nothing of the keys.
     matches = [secrets.compare_digest(given, key) for key in keys]
     others = [secrets.compare_digest(anthropics, key) for key in keys]

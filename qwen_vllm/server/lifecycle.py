@@ -14,10 +14,12 @@ import psutil
 import uvicorn
 from starlette.responses import JSONResponse
 from vllm.entrypoints.launchers.api_server.entry import run_server_worker, setup_server
+from vllm.exceptions import QueueOverflowError
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from qwen_vllm.server.http_protocol import HttpProtocol, Limits
+from qwen_vllm.server.team import Team
 
 CLOSE_TIMEOUT = 2
 """Seconds that connections have for what is left to send when the server ends."""
@@ -48,6 +50,7 @@ class Lifecycle:
         engine: vLLM's client of the engine.
         server: vLLM's uvicorn server, which does not listen yet.
         args: the command line.
+        team: with --key-file, whose requests may wait for their turn.
 
     Attributes:
         was_asked_to_stop: whether a signal has asked this process to stop.
@@ -55,8 +58,8 @@ class Lifecycle:
 
     was_asked_to_stop: ClassVar[bool] = False
 
-    def __init__(self, engine: AsyncLLM, server: uvicorn.Server, args: Namespace) -> None:
-        self._engine, self._server, self._args = engine, server, args
+    def __init__(self, engine: AsyncLLM, server: uvicorn.Server, args: Namespace, team: Team | None = None) -> None:
+        self._engine, self._server, self._args, self._team = engine, server, args, team
         self._silent = 0
         self._stopping_since: float | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -82,6 +85,10 @@ class Lifecycle:
         # vLLM's own handlers stop the engine first, and its streams with it, without a word to their clients.
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
+        if self._team:
+            reread = self._team.ring.expect_change
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reread)
+            self._tasks.add(asyncio.create_task(self._team.run()))
         self._tasks.add(asyncio.create_task(self.watch()))
 
     def readiness(self) -> JSONResponse:
@@ -149,8 +156,10 @@ class Lifecycle:
         """Wait for running answers as long as they have, abort the rest, and let the server end."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self._args.shutdown_timeout):
-                while self._engine.get_num_unfinished_requests():
+                while self._engine.get_num_unfinished_requests() or (self._team and self._team.holds):
                     await asyncio.sleep(0.05)
+        if self._team:
+            self._team.end_held(QueueOverflowError())
         await self._engine.abort(list(self._engine.output_processor.request_states), internal=True)
         # What may take its time has had it: the engine is to stop at once.
         self._engine.vllm_config.shutdown_timeout = 0

@@ -30,6 +30,7 @@ ANTHROPIC = "vllm.entrypoints.anthropic.serving.AnthropicServingMessages"
 SPEEDUPS = "qwen_vllm.vllm_plugin.speedups"
 RENDERING = "qwen_vllm.vllm_plugin.rendering"
 CPU_SPEEDUPS = "qwen_vllm.vllm_plugin.cpu_speedups"
+TICKETS = "qwen_vllm.server.tickets"
 QWEN2_VL = "transformers.models.qwen2_vl"
 LAYERS = "vllm.model_executor.layers"
 SAMPLER = "vllm.v1.sample.ops.topk_topp_sampler"
@@ -70,11 +71,12 @@ class Patch:
             LOG.warning("%s: left out, because this version differs in %s", self.name, ", ".join(changed))
         return not changed
 
-    def apply(self) -> None:
-        """Make the change for the life of this process, unless it is made already or not wanted."""
+    def apply(self) -> bool:
+        """Make the change for the life of this process, unless it is made already or not wanted; tell if it is made."""
         if self.name not in _applied and self.is_wanted():
             _applied.add(self.name)
             self._replace()
+        return self.name in _applied
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -406,12 +408,28 @@ GGUF = Patch(
         "transformers.modeling_gguf_pytorch_utils.get_gguf_hf_weights_map": "38d424be4e28",
     },
 )
+TEAM = Patch(
+    name="turns and counts by key",
+    why="With --key-file each request belongs to a key, whichever route it came by. Here all routes meet: it waits for "
+    "its turn, gets its priority, and its tokens are counted.",
+    upstream="ours alone",
+    replaces={
+        "vllm.v1.engine.async_llm.AsyncLLM.add_request": _wrapped_by(f"{TICKETS}.in_turn"),
+        "vllm.v1.engine.output_processor.OutputProcessor.add_request": _wrapped_by(f"{TICKETS}.counted"),
+    },
+    made_for={
+        "vllm.v1.engine.async_llm.AsyncLLM.add_request": "62d198af736f",
+        "vllm.v1.engine.async_llm.AsyncLLM.generate": "319bcdc64f9c",
+        "vllm.v1.engine.output_processor.OutputProcessor.add_request": "28e66ab36531",
+        "vllm.v1.engine.output_processor.RequestState.__init__": "6e96ef9ba375",
+    },
+)
 IN_EVERY_PROCESS: Sequence[Patch] = (
     *(SCHEDULER, DETOKENIZER, LORA_SLOTS, THINKING_BUDGET, QWEN_VL),
     *(CONTROL_TOKENS, CUT_CALLS, CUT_ARGUMENTS, SHARED_GPU, PREFERRED_ENGINE),
 )
-"""Applied by `plugin.begin_process` in each of vLLM's processes. `SIGNALS` and `EARLY_ENGINE` are for the server's first
-process alone, `GGUF` for the moment in which the demo model is made."""
+"""Applied by `plugin.begin_process` in each of vLLM's processes. `SIGNALS` and `EARLY_ENGINE` are for the server's
+first process alone, `TEAM` for its front ends with --key-file, `GGUF` for when the demo model is made."""
 ON_CPU: Sequence[Patch] = (FLOAT16_WEIGHTS, TOP_P, EMPTY_CACHE)
 """Applied there too, with the vLLM for CPUs."""
-PATCHES: Sequence[Patch] = (*IN_EVERY_PROCESS, *ON_CPU, SIGNALS, EARLY_ENGINE, GGUF)
+PATCHES: Sequence[Patch] = (*IN_EVERY_PROCESS, *ON_CPU, SIGNALS, EARLY_ENGINE, TEAM, GGUF)

@@ -182,7 +182,7 @@ class AnswerStreams:
                     reply.notify(reply.words["place"].format(place=place))
                 for attempt in count(1):
                     try:
-                        async with aclosing(self._ask(messages, system, sampling)) as parts:
+                        async with aclosing(self._ask(reply, messages, system, sampling)) as parts:
                             async for part in parts:
                                 reply.add(part)
                         return
@@ -194,9 +194,15 @@ class AnswerStreams:
         except ChatError as error:
             reply.add(error)
 
-    def _ask(self, messages: Messages, system: str, sampling: Sampling) -> AsyncGenerator[Part, None]:
+    def _ask(self, reply: Reply, messages: Messages, system: str, sampling: Sampling) -> AsyncGenerator[Part, None]:
         query, history = question_of(messages[-1]), turns(messages[:-1])
         if query.images or any(earlier.images for earlier, *_ in history):
             asked = openai_messages(query, history, system)
             return stream_messages_async(self._url, asked, sampling, self._api_key)
-        return stream_chat_async(self._url, query.text, text_turns(history), system, sampling, self._api_key)
+
+        def show(place: int, tokens: int) -> None:
+            words = reply.words
+            reply.notify(words["place"].format(place=place) if place else words["reading"].format(tokens=tokens))
+
+        earlier = text_turns(history)
+        return stream_chat_async(self._url, query.text, earlier, system, sampling, self._api_key, on_waiting=show)

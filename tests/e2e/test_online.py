@@ -53,6 +53,16 @@ def counted(url):
     return counts
 
 
+def test_each_panel_of_the_dashboard_shows_a_metric_that_the_server_has(url):
+    post(url, query=FRANCE, max_tokens=2)
+    metrics = requests.get(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=10).text
+    known = set(re.findall(r"^(?:# TYPE )?([\w:]+)", metrics, re.M))
+    panels = json.loads((ROOT / "deploy/grafana.json").read_text())["panels"]
+    for panel in panels:
+        names = re.findall(r"\b(?:vllm:|qwen_|http_)\w+", " ".join(target["expr"] for target in panel["targets"]))
+        assert names and known.issuperset(names), panel["title"]
+
+
 def test_a_question_is_answered_whole(url):
     answer = post(url, query=FRANCE, temperature=0).json()
     assert answer["text"] == "The capital of France is Paris."

@@ -473,7 +473,7 @@ def test_settings_are_sent_and_kept(server, page, person):
     tab.until(lambda: "pirate" in tab.run("return localStorage['qwen-vllm/settings'] ?? ''"))
     tab.driver.refresh()
     tab.ask("Hi")
-    sent = {"query": "Hi", "history": [], "stream": True}
+    sent = {"query": "Hi", "history": [], "stream": True, "keep_alive": True}
     sent |= {"system": "You are a pirate.", "temperature": 0.1, "stop": ["END", "STOP"]}
     assert questions(server) == [sent]
     tab.fill("#temperature textarea, #temperature input", "hot")

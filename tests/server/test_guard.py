@@ -39,6 +39,7 @@ async def guarded(
     app.add_middleware(Guard)
     app.add_api_route("/{path:path}", _serve, methods=["GET", "POST"])
     app.state.args, app.state.lifecycle = guard_args(api_key=KEYS, **flags), SimpleNamespace(stopping=False)
+    app.state.team = None
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
         request = client.build_request(method, "http://server", headers=headers, content=content)
@@ -160,6 +161,7 @@ def test_a_websocket_needs_the_key_too() -> None:
     async def connect() -> None:
         app = FastAPI()
         app.state.args, app.state.lifecycle = guard_args(api_key=KEYS), SimpleNamespace(stopping=False)
+        app.state.team = None
         scope = {"type": "websocket", "path": "/v1/realtime", "headers": [], "app": app}
 
         async def send(message: dict) -> None:
@@ -317,6 +319,7 @@ def test_a_server_that_is_stopping_takes_no_new_work_but_answers_health() -> Non
         app.add_middleware(Guard)
         app.add_api_route("/{path:path}", lambda path: "served", methods=["GET", "POST"])
         app.state.args, app.state.lifecycle = guard_args(), SimpleNamespace(stopping=True)
+        app.state.team = None
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
             return [await client.post("/chat", json={}), await client.get("/health")]
 
@@ -337,6 +340,7 @@ def test_the_body_reaches_the_route_as_it_was_sent(body: bytes) -> None:
             return (await request.body()).hex()
 
         app.state.args, app.state.lifecycle = guard_args(), SimpleNamespace(stopping=False)
+        app.state.team = None
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
             return await client.post("/echo", content=body, headers={"Content-Type": "application/json"})
 

@@ -8,7 +8,13 @@ MAX_BODY = 2**20
 
 def guard_args(**flags: Any) -> Namespace:
     """The command line as the guard sees it, with its defaults."""
-    defaults = {"api_key": None, "max_body_size": MAX_BODY, "body_timeout": 30.0, "tool_call_parser": None}
+    defaults = {
+        "api_key": None,
+        "max_body_size": MAX_BODY,
+        "body_timeout": 30.0,
+        "tool_call_parser": None,
+        "key_file": None,
+    }
     for name in ("origins", "methods", "headers"):
         defaults[f"allowed_{name}"] = ["*"]
     defaults["allow_credentials"] = False

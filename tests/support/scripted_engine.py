@@ -12,7 +12,8 @@ class ScriptedEngine:
     """Stands in for vLLM's AsyncLLM and records its calls.
 
     Each call of `generate` plays the next script: a string is a piece of the answer (one token), an exception is
-    raised, `...` waits for ever. A script that ends finishes the answer with `finish`: finish and stop reason.
+    raised, an event is waited for, `...` waits for ever. A script that ends finishes the answer with `finish`: finish
+    and stop reason.
     """
 
     def __init__(
@@ -31,8 +32,10 @@ class ScriptedEngine:
             get_diff_sampling_param=lambda: dict(configured or {}),
         )
         self.vllm_config = SimpleNamespace(
-            parallel_config=SimpleNamespace(data_parallel_size=engines, local_engines_only=False)
+            parallel_config=SimpleNamespace(data_parallel_size=engines, local_engines_only=False),
+            scheduler_config=SimpleNamespace(max_num_seqs=2),
         )
+        self.output_processor, self.engine_core = SimpleNamespace(request_states={}), SimpleNamespace(client_count=1)
         self.calls: list[SimpleNamespace] = []
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -64,6 +67,9 @@ class ScriptedEngine:
                     raise step
                 if step is ...:
                     await asyncio.Event().wait()
+                if isinstance(step, asyncio.Event):
+                    await step.wait()
+                    continue
                 pieces.append(step)
                 if params.output_kind.name == "DELTA":
                     yield self._output([step])

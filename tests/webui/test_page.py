@@ -94,7 +94,8 @@ def test_the_key_and_the_conversation_are_sent(server: Server) -> None:
     asyncio.run(last(answer(page_for(server), *TALK, user("q"))))
     [(_, headers, body)] = server.requests
     assert {name.lower(): value for name, value in headers.items()}["authorization"] == "Bearer key"
-    assert body == {"query": "q", "history": [["a", "b"], ["d", "half"]], "system": "system", "stream": True}
+    asked = {"query": "q", "history": [["a", "b"], ["d", "half"]], "system": "system"}
+    assert body == {**asked, "stream": True, "keep_alive": True}
 
 
 def test_an_answer_without_a_word_is_told(server: Server) -> None:
@@ -158,6 +159,22 @@ def test_twenty_people_are_answered_side_by_side(server: Server) -> None:
         return await asyncio.gather(*map(last, talks))
 
     assert [messages for messages, _ in asyncio.run(all_at_once())] == [[("", "Hello")]] * 20
+
+
+def test_who_waits_for_the_model_server_sees_the_place_then_how_much_is_read(server: Server) -> None:
+    third, reading = threading.Event(), threading.Event()
+    signs = [line({"waiting": place, "prompt_tokens": 7600}) for place in (3, 0)]
+    server.play(signs[0], third, signs[1], reading, line({"delta": "Hi"}), line(LAST))
+
+    async def wait() -> None:
+        waiting = answer(page_for(server, WaitingLine(1, 0)), user("q"))
+        assert shown((await anext(waiting))[1]) == [(EN["place"].format(place=3), "")]
+        third.set()
+        assert shown((await anext(waiting))[1]) == [(EN["reading"].format(tokens=7600), "")]
+        reading.set()
+        assert (await last(waiting))[0] == [("", "Hi")]
+
+    asyncio.run(wait())
 
 
 def test_who_comes_late_stands_in_line_and_sees_the_place(server: Server) -> None:

@@ -2,14 +2,16 @@
 from its parsed head to its first piece of text, the guard's check of its body, its prompt with the sampling
 parameters, and each further piece of text.
 
-    python -m benchmarks.front_end [--model FOLDER] [--without-patches]
+    python -m benchmarks.front_end [--model FOLDER] [--without-patches] [--v1 [--tools]] [--at-once N] [FLAG …]
 
 64 requests at once. Each history is asked for again and again, with questions of 50 words that were not seen before.
+With --v1 what /v1/chat/completions takes. Other flags are the server's.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -21,7 +23,8 @@ from benchmarks.load import WORDS
 from qwen_vllm.protocol import ChatRequest, validated
 from qwen_vllm.server.guard import check_json
 
-ROUNDS, REQUESTS, AT_ONCE, PIECES = 6, 320, 64, 128
+ROUNDS, REQUESTS, PIECES = 6, 320, 128
+TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
 TURN = ["And what about that other thing, if I may ask?", "Here is what I can tell you about it. " * 12]
 
 
@@ -67,14 +70,20 @@ class ScriptedCore:
         """There is nothing to stop."""
 
 
-def request_body(turns: int, tokens: int) -> bytes:
+def request_body(turns: int, tokens: int, v1: bool, tools: bool) -> bytes:
     """A request after that many turns, for so many tokens."""
     query = " ".join(random.choices(WORDS, k=50))
     fields = {"query": query, "history": [TURN] * turns, "stream": True, "temperature": 0, "max_tokens": tokens}
-    return json.dumps(fields).encode()
+    if v1:
+        roles = [
+            (role, text) for turn in [TURN] * turns for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        fields["messages"] = [{"role": role, "content": text} for role, text in [*roles, ("user", query)]]
+        del fields["query"], fields["history"]
+    return json.dumps(fields | ({"tools": TOOLS} if tools else {})).encode()
 
 
-async def send_request(app: Any, body: bytes) -> None:
+async def send_request(app: Any, path: str, body: bytes) -> None:
     """One request, as uvicorn hands it to the application."""
     requests, sent = [{"type": "http.request", "body": body, "more_body": False}], []
 
@@ -84,52 +93,61 @@ async def send_request(app: Any, body: bytes) -> None:
     async def send(message: dict) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "path": "/chat"}
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "path": path}
     headers = [(b"host", b"server"), (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await app({**scope, "query_string": b"", "headers": headers, "state": {}}, receive, send)
-    assert sent[0]["status"] == 200 and b'"finish_reason"' in sent[-1]["body"]
+    assert sent[0]["status"] == 200 and b'"finish_reason":"length"' in b"".join(m.get("body", b"") for m in sent[1:])
 
 
-async def microseconds(work: Callable[[bytes], Awaitable[Any]], turns: int, tokens: int) -> float:
+async def microseconds(work: Callable[[bytes], Awaitable[Any]], at_once: int, body: Callable[[], bytes]) -> float:
     """Processor time of one request, in the best of several rounds: others on the machine only make it longer."""
-    best = float("inf")
+    best, requests = float("inf"), max(REQUESTS, 2 * at_once)
     for _ in range(ROUNDS):
-        bodies = [request_body(turns, tokens) for _ in range(REQUESTS)]
+        bodies = [body() for _ in range(requests)]
         began = time.process_time()
-        for number in range(0, REQUESTS, AT_ONCE):
-            await asyncio.gather(*map(work, bodies[number : number + AT_ONCE]))
-        best = min(best, (time.process_time() - began) / REQUESTS * 1e6)
+        for number in range(0, requests, at_once):
+            await asyncio.gather(*map(work, bodies[number : number + at_once]))
+        best = min(best, (time.process_time() - began) / requests * 1e6)
     return best
 
 
 async def main() -> None:
     """Prints a row a length of history, and what a piece takes."""
     from vllm import AsyncEngineArgs
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
     from vllm.v1.engine.async_llm import AsyncLLM, EngineCoreClient
 
     from qwen_vllm.server.endpoint import ChatEndpoint
     from qwen_vllm.vllm_plugin import plugin
+    from qwen_vllm.vllm_plugin.rendering import ALLOW
     from vllm_server import parse_args
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
     parser.add_argument("--without-patches", action="store_true", help="vLLM's own scheduler and detokenizer")
-    flags = parser.parse_args()
+    parser.add_argument("--v1", action="store_true", help="ask /v1/chat/completions, not /chat")
+    parser.add_argument("--tools", action="store_true", help="requests have tools")
+    parser.add_argument("--at-once", type=int, default=64)
+    flags, of_server = parser.parse_known_args()
     model = flags.model
     if not flags.without_patches:
         plugin.begin_ours()
-    args = parse_args(["--load-format", "dummy", *(["--model", model] if model else [])])
+    args = parse_args(["--load-format", "dummy", *(["--model", model] if model else []), *of_server])
+    if args.allow_control_tokens:
+        os.environ[ALLOW] = "1"
     with patch.object(EngineCoreClient, "make_async_mp_client", ScriptedCore):
         engine = AsyncLLM(AsyncEngineArgs.from_cli_args(args).create_engine_config(), None, True, log_requests=False)
     app, endpoint = build_app(args, ("generate",)), ChatEndpoint()
     endpoint.attach_router(app)
     app.state.lifecycle = SimpleNamespace(stopping=False)
     app.state.openai_serving_models = SimpleNamespace(is_base_model=bool, lora_requests={})
+    if flags.v1:
+        await init_app_state(engine, app.state, args, ("generate",))
     await endpoint.init_state(engine, app.state, args)
 
     async def answer(body: bytes) -> None:
-        await send_request(app, body)
+        await send_request(app, "/v1/chat/completions" if flags.v1 else "/chat", body)
 
     async def check(body: bytes) -> None:
         check_json(body)
@@ -137,11 +155,14 @@ async def main() -> None:
     async def build(body: bytes) -> None:
         app.state.chat._requests.build(validated(ChatRequest, body), True)
 
-    print(f"{'turns':>6} {'request':>8} {'check':>8} {'prompt':>8}")
+    async def taken(work: Callable[[bytes], Awaitable[Any]], turns: int, tokens: int = 1) -> float:
+        return await microseconds(work, flags.at_once, lambda: request_body(turns, tokens, flags.v1, flags.tools))
+
+    parts = {"request": answer, "check": check, **({} if flags.v1 else {"prompt": build})}
+    print(f"{'turns':>6}", *(f"{name:>8}" for name in parts))
     for turns in (0, 10, 100):
-        request, checked, prompt = [await microseconds(part, turns, 1) for part in (answer, check, build)]
-        print(f"{turns:6} {request:8.0f} {checked:8.0f} {prompt:8.0f}", flush=True)
-    few, many = [await microseconds(answer, 0, 1 + pieces) for pieces in (0, PIECES)]
+        print(f"{turns:6}", *[f"{await taken(work, turns):8.0f}" for work in parts.values()], flush=True)
+    few, many = [await taken(answer, 0, 1 + pieces) for pieces in (0, PIECES)]
     print(f"a piece: {(many - few) / PIECES:.1f}")
 
 

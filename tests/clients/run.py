@@ -51,6 +51,8 @@ PYTHON_CLIENTS = {
     "qwen_agent": ("streamed", "tools"),
 }
 """And what each is asked; they are in python_clients.py."""
+NODE_CLIENTS = dict.fromkeys(("ai_sdk", "anthropic_sdk"), (*USUAL, "streamed tools"))
+"""Each has a file of its own."""
 AGENTS = {
     "<|object_ref_start|>": ("Bash", {"command": "echo 3 > made"}),
     "<|object_ref_end|>": ("run_shell_command", {"command": "echo 3 > made", "is_background": False}),
@@ -106,7 +108,8 @@ def install() -> None:
     subprocess.run([PYTHON, "-m", "pip", "install", "--quiet", "-r", HERE / "requirements.txt"], check=True)
     if shutil.which("npm"):
         shutil.copy(HERE / "package.json", INSTALLED)
-        shutil.copy(HERE / "ai_sdk.mjs", INSTALLED)
+        for client in NODE_CLIENTS:
+            shutil.copy(HERE / f"{client}.mjs", INSTALLED)
         subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--silent"], cwd=INSTALLED, check=True)
     done.write_text(wanted)
 
@@ -115,7 +118,7 @@ def all_clients() -> dict[str, tuple[str, ...]]:
     """List the clients that can run here, and what each is asked."""
     if not shutil.which("node"):
         return PYTHON_CLIENTS
-    return {**PYTHON_CLIENTS, "ai_sdk": (*USUAL, "streamed tools"), **dict.fromkeys(CALLS, ("tools",))}
+    return {**PYTHON_CLIENTS, **NODE_CLIENTS, **dict.fromkeys(CALLS, ("tools",))}
 
 
 def write_model(folder: Path) -> Path:
@@ -143,8 +146,8 @@ def ask(name: str, case: str, url: str, key: str) -> dict[str, Any]:
     if name in CALLS:
         return ask_agent(name, url, key)
     command = [PYTHON, str(HERE / "python_clients.py"), name, case, url, key]
-    if name == "ai_sdk":
-        command = ["node", "ai_sdk.mjs", case, url, key]
+    if name in NODE_CLIENTS:
+        command = ["node", f"{name}.mjs", case, url, key]
     done = subprocess.run(command, cwd=INSTALLED, capture_output=True, text=True, timeout=120, check=False)
     try:
         return json.loads(done.stdout.splitlines()[-1])

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain, count
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
@@ -95,30 +94,22 @@ class ChatModel:
         with _children_without_interrupts():
             self.llm = LLM(**engine_args)
         self.adapters = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(adapters.items(), start=1)}
+        self._engine = self.llm.llm_engine
         self._requests: RequestBuilder | ChatError
+        self._tool_requests: ToolRequests | None = None
         try:
             self._requests = RequestBuilder(
                 self.llm.model_config, self.llm.get_tokenizer(), template, options, args.reasoning_parser
             )
+            own_template = read_chat_template(chat_template)
+            self._tool_requests = ToolRequests(self._requests, self._engine.renderer, own_template, options)
         except ChatError as reason:
             self._requests = reason
-        self._engine = self.llm.llm_engine
-        self._template, self._options = read_chat_template(chat_template), options
         # Queue twice `max_num_seqs`, so that the engine always has a request ready.
         self._window = 2 * self._engine.vllm_config.scheduler_config.max_num_seqs
         self._ids = map(str, count())
         self._outputs: dict[str, deque[RequestOutput]] = {}
         self._death: ChatError | None = None
-
-    @cached_property
-    def _tool_requests(self) -> ToolRequests:
-        return ToolRequests(self._chat_requests, self._engine.renderer, self._template, self._options)
-
-    @property
-    def _chat_requests(self) -> RequestBuilder:
-        if isinstance(self._requests, ChatError):
-            raise self._requests
-        return self._requests
 
     @property
     def no_chat(self) -> ChatError | None:
@@ -235,17 +226,20 @@ class ChatModel:
     def _prepare(self, number: int, row: Row, sampling: Sampling | None, stream: bool) -> "_RunningRow | _BadRow":
         """Make ready what the engine takes for a row; or its error, where the row is not valid."""
         try:
-            requests, fields, calls = self._chat_requests, _fields(row, sampling), None
+            if isinstance(self._requests, ChatError):
+                raise self._requests
+            fields, calls = _fields(row, sampling), None
             request: Sampling
             if "messages" in fields:
+                assert self._tool_requests
                 request, prompt, params, calls = self._tool_requests.build(fields, stream)
             else:
                 request = validated(ChatRequest, fields)
-                prompt, params = requests.build(request, stream)
+                prompt, params = self._requests.build(request, stream)
             if request.model and request.model not in self.adapters:
                 names = ", ".join(self.adapters) or "none is loaded"
                 raise ChatError(f"model: there is no such LoRA adapter ({names})", param="model")
-            return _RunningRow(number, params, requests.answer(prompt, request), request, calls)
+            return _RunningRow(number, params, self._requests.answer(prompt, request), request, calls)
         except ChatError as error:
             return _BadRow(number, error)
 

@@ -23,7 +23,7 @@ from benchmarks.load import WORDS
 from qwen_vllm.protocol import ChatRequest, validated
 from qwen_vllm.server.guard import check_json
 
-ROUNDS, REQUESTS, PIECES = 6, 320, 128
+REQUESTS, PIECES = 320, 128
 TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
 TURN = ["And what about that other thing, if I may ask?", "Here is what I can tell you about it. " * 12]
 
@@ -99,10 +99,10 @@ async def send_request(app: Any, path: str, body: bytes) -> None:
     assert sent[0]["status"] == 200 and b'"finish_reason":"length"' in b"".join(m.get("body", b"") for m in sent[1:])
 
 
-async def microseconds(work: Callable[[bytes], Awaitable[Any]], at_once: int, body: Callable[[], bytes]) -> float:
+async def microseconds(work: Callable[[bytes], Awaitable[Any]], flags: Any, body: Callable[[], bytes]) -> float:
     """Processor time of one request, in the best of several rounds: others on the machine only make it longer."""
-    best, requests = float("inf"), max(REQUESTS, 2 * at_once)
-    for _ in range(ROUNDS):
+    best, at_once, requests = float("inf"), flags.at_once, max(REQUESTS, flags.at_once)
+    for _ in range(flags.rounds):
         bodies = [body() for _ in range(requests)]
         began = time.process_time()
         for number in range(0, requests, at_once):
@@ -129,6 +129,7 @@ async def main() -> None:
     parser.add_argument("--v1", action="store_true", help="ask /v1/chat/completions, not /chat")
     parser.add_argument("--tools", action="store_true", help="requests have tools")
     parser.add_argument("--at-once", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=6)
     flags, of_server = parser.parse_known_args()
     model = flags.model
     if not flags.without_patches:
@@ -156,11 +157,11 @@ async def main() -> None:
         app.state.chat._requests.build(validated(ChatRequest, body), True)
 
     async def taken(work: Callable[[bytes], Awaitable[Any]], turns: int, tokens: int = 1) -> float:
-        return await microseconds(work, flags.at_once, lambda: request_body(turns, tokens, flags.v1, flags.tools))
+        return await microseconds(work, flags, lambda: request_body(turns, tokens, flags.v1, flags.tools))
 
     parts = {"request": answer, "check": check, **({} if flags.v1 else {"prompt": build})}
     print(f"{'turns':>6}", *(f"{name:>8}" for name in parts))
-    for turns in (0, 10, 100):
+    for turns in (0, 10) if flags.v1 else (0, 10, 100):
         print(f"{turns:6}", *[f"{await taken(work, turns):8.0f}" for work in parts.values()], flush=True)
     few, many = [await taken(answer, 0, 1 + pieces) for pieces in (0, PIECES)]
     print(f"a piece: {(many - few) / PIECES:.1f}")

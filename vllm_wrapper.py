@@ -303,7 +303,7 @@ class ChatModel:
                 self._engine.add_request(request_id, prompt, row.params, lora_request=adapter)
             except (ValueError, VLLMClientError) as error:
                 held = row.params.structured_outputs
-                field = held and ("tools" if held.grammar else "response_format")
+                field = None if held is None else "tools" if held.grammar else "response_format"
                 row.error = ChatError(f"{field}: {error}"[:300] if field else str(error)[:300], param=field)
             else:
                 running[request_id], self._outputs[request_id] = row, outputs

@@ -91,7 +91,7 @@ def main() -> int:
         for name, cases in clients.items():
             patience = ["timeout"] if name in PATIENT else []
             answer = ask(name, cases[0], url, KEY)
-            wrong += tell(name, {"busy": refused(answer, "503", "overloaded", "queue", *patience)})
+            wrong += tell(name, {"busy": refused(answer, "503", "overloaded", "busy", "queue", *patience)})
     return wrong
 
 

@@ -96,6 +96,10 @@ class PromptBuilder:
         """The levels of reasoning effort that the template knows, from the least; () where it knows none."""
         return self._format.efforts
 
+    def opening(self, enable_thinking: bool | None = None, reasoning_effort: str | None = None) -> str:
+        """Return the text between the query and the answer."""
+        return self._format.modes[enable_thinking, reasoning_effort].opening
+
     def build(
         self,
         system: str | None,

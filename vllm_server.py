@@ -16,7 +16,7 @@ from qwen_vllm import hardware
 from qwen_vllm.cache import STATE
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.models.hubs import HUBS
-from qwen_vllm.models.prepare import prepare, tool_default
+from qwen_vllm.models.prepare import OUR_GRAMMARS, prepare, tool_default
 from qwen_vllm.models.resolve import resolve_model, resolve_parts
 from qwen_vllm.network import THIS_MACHINE, listen
 from qwen_vllm.protocol import reason_of
@@ -112,8 +112,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if args.enable_auto_tool_choice is not False:
         hardware.fill_in(args, [tool_default(args)])
         args.enable_auto_tool_choice = bool(args.tool_call_parser)
-    if args.tool_strict_level != "auto" and args.tool_call_parser in FORMS:
-        raise ModelUnavailable("--tool-strict-level is not known to this project's parsers: see --tool-call-parser")
+    backend = args.structured_outputs_config.backend
+    if args.tool_call_parser in FORMS and (args.tool_strict_level != "auto" or backend not in OUR_GRAMMARS):
+        flag = "--tool-strict-level" if backend in OUR_GRAMMARS else f"the grammar engine {backend}"
+        raise ModelUnavailable(
+            f"{flag} does not go with --tool-call-parser {args.tool_call_parser}: for vLLM's own parser name none, "
+            """with --structured-outputs-config '{"backend": "xgrammar"}'"""
+        )
     validate_parsed_serve_args(args)
     return args
 

@@ -15,8 +15,9 @@ from prompt_utils import Prompt
 from qwen_vllm.generation import RequestBuilder, RunningAnswer, sampling_defaults
 from qwen_vllm.hardware import engine_defaults, set_environment, values
 from qwen_vllm.models.checks import ModelUnavailable
-from qwen_vllm.models.prepare import prepare
+from qwen_vllm.models.prepare import prepare, read_chat_template
 from qwen_vllm.models.resolve import resolve_model, resolve_parts
+from qwen_vllm.offline.tools import Calls, ToolRequests
 from qwen_vllm.protocol import (
     DEFAULT_SYSTEM,
     PROMPT_FIELDS,
@@ -37,7 +38,10 @@ if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
 Row = Mapping[str, Any]
-"""The fields of a `ChatRequest`, by name; sampling parameters may stand apart in `sampling`."""
+"""The fields of a `ChatRequest`, by name, or `messages` and more as `ToolRequests.build` takes them.
+
+Sampling parameters may stand apart in `sampling`.
+"""
 
 
 class ChatModel:
@@ -79,7 +83,9 @@ class ChatModel:
         if envs.VLLM_ENABLE_V1_MULTIPROCESSING and not plugin.is_installed():
             raise ModelUnavailable("qwen-vllm is not installed here yet: pip install --no-deps -e .")
         plugin.begin_ours()
-        engine_args = {**values(engine_defaults()), **engine_args, "model": folder}
+        # As in the server: the one that bounds its work, and for which our grammars are written.
+        grammars = {"structured_outputs_config": {"backend": "guidance"}}
+        engine_args = {**values(engine_defaults()), **grammars, **engine_args, "model": folder}
         engine_args |= {"enable_lora": True} if adapters else {}
         args = EngineArgs(**engine_args)
         template = prepare(args, adapters, chat_template, options)
@@ -88,14 +94,17 @@ class ChatModel:
         with _children_without_interrupts():
             self.llm = LLM(**engine_args)
         self.adapters = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(adapters.items(), start=1)}
+        self._engine = self.llm.llm_engine
         self._requests: RequestBuilder | ChatError
+        self._tool_requests: ToolRequests | None = None
         try:
             self._requests = RequestBuilder(
                 self.llm.model_config, self.llm.get_tokenizer(), template, options, args.reasoning_parser
             )
+            own_template = read_chat_template(chat_template)
+            self._tool_requests = ToolRequests(self._requests, self._engine.renderer, own_template, options)
         except ChatError as reason:
             self._requests = reason
-        self._engine = self.llm.llm_engine
         # Queue twice `max_num_seqs`, so that the engine always has a request ready.
         self._window = 2 * self._engine.vllm_config.scheduler_config.max_num_seqs
         self._ids = map(str, count())
@@ -153,7 +162,8 @@ class ChatModel:
         """The answers to all `rows`, computed together, in the order of the rows. The caller's objects are not changed.
 
         Args:
-            rows: each `{"query", "history"?, "system"?, "sampling"?}`; `sampling` is a `Sampling` or a mapping.
+            rows: each `{"query", "history"?, "system"?, "sampling"?}`; `sampling` is a `Sampling` or a mapping. Or each
+                `{"messages", "tools"?, "tool_choice"?, "response_format"?, …}`, in OpenAI's form.
             sampling: for all rows; a row's own goes before it.
 
         Raises:
@@ -218,12 +228,18 @@ class ChatModel:
         try:
             if isinstance(self._requests, ChatError):
                 raise self._requests
-            request: ChatRequest = validated(ChatRequest, _fields(row, sampling))
+            fields, calls = _fields(row, sampling), None
+            request: Sampling
+            if "messages" in fields:
+                assert self._tool_requests
+                request, prompt, params, calls = self._tool_requests.build(fields, stream)
+            else:
+                request = validated(ChatRequest, fields)
+                prompt, params = self._requests.build(request, stream)
             if request.model and request.model not in self.adapters:
                 names = ", ".join(self.adapters) or "none is loaded"
                 raise ChatError(f"model: there is no such LoRA adapter ({names})", param="model")
-            prompt, params = self._requests.build(request, stream)
-            return _RunningRow(number, params, self._requests.answer(prompt, request), request)
+            return _RunningRow(number, params, self._requests.answer(prompt, request), request, calls)
         except ChatError as error:
             return _BadRow(number, error)
 
@@ -277,14 +293,18 @@ class ChatModel:
 
     def _add(self, row: "_RunningRow", running: dict[str, "_RunningRow"], outputs: deque["RequestOutput"]) -> None:
         """Hand a row to the engine; its outputs will go to `outputs`."""
+        from vllm.exceptions import VLLMClientError
+
         with _uninterrupted(), self._engine_errors():
             request_id = next(self._ids)
             try:
                 prompt = {"prompt_token_ids": row.answer.prompt.token_ids}
                 adapter = self.adapters.get(row.request.model or "") if row.request else None
                 self._engine.add_request(request_id, prompt, row.params, lora_request=adapter)
-            except ValueError as error:
-                row.error = ChatError(str(error)[:300])
+            except (ValueError, VLLMClientError) as error:
+                held = row.params.structured_outputs
+                field = None if held is None else "tools" if held.grammar else "response_format"
+                row.error = ChatError(f"{field}: {error}"[:300] if field else str(error)[:300], param=field)
             else:
                 running[request_id], self._outputs[request_id] = row, outputs
 
@@ -317,12 +337,16 @@ class _BadRow:
 
 @dataclass
 class _RunningRow:
-    """A row while it is answered. `request` is None for a raw text; with an `error` it has failed for good."""
+    """A row while it is answered. `request` is None for a raw text; with an `error` it has failed for good.
+
+    `calls` are there for a row in OpenAI's form.
+    """
 
     number: int
     params: "SamplingParams"
     answer: RunningAnswer
-    request: ChatRequest | None = None
+    request: Sampling | None = None
+    calls: Calls | None = None
     error: ChatError | None = None
     text: str = ""
     reasoning: str = ""
@@ -334,13 +358,17 @@ class _RunningRow:
         except ChatError as error:
             self.error = error
             return "", ""
+        if self.calls:
+            text = self.calls.take(text, self.answer.finish_reason is not None)
         self.reasoning += reasoning
         self.text += text
         return reasoning, text
 
     def result(self) -> ChatResult:
         """Return the finished answer to a chat request."""
-        assert self.request
+        if self.calls:
+            return self.calls.result(self.answer.result(self.text, self.reasoning))
+        assert isinstance(self.request, ChatRequest)
         return self.answer.result(self.text, self.reasoning, self.request.query, self.request.history)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prompt_utils import Prompt, PromptBuilder, PromptTooLong
 from qwen_vllm.chat_template import NoChatTemplate, UnsupportedTemplate, UnsupportedTokenizer
-from qwen_vllm.protocol import PROMPT_FIELDS, ChatError, ChatRequest, ChatResult, Turn, turn
+from qwen_vllm.protocol import PROMPT_FIELDS, ChatError, ChatRequest, ChatResult, Sampling, Turn, turn
 from qwen_vllm.reasoning import ReasoningSplitter, overlap, parser_for, think_tags
 
 if TYPE_CHECKING:
@@ -74,24 +74,37 @@ class RequestBuilder:
         Raises:
             ChatError: system, query and answer together are longer than the context.
         """
+        wanted = self.wanted(request)
+        prompt = self._prompt(request, wanted["max_tokens"])
+        return prompt, self.params(wanted, prompt, stream)
+
+    def wanted(self, request: Sampling) -> dict[str, Any]:
+        """Return what a request wants of the sampling, by vLLM's names.
+
+        Raises:
+            ChatError: it wants more than the model can do.
+        """
         wanted = self.defaults | request.sampling(exclude=PROMPT_FIELDS)
+        self._check_effort(request.reasoning_effort)
         if wanted["max_tokens"] >= self.context:
             raise ChatError(f"max_tokens: must be less than the context of {self.context}", param="max_tokens")
         if "thinking_budget" in wanted:
             wanted["thinking_token_budget"] = self._checked_budget(wanted.pop("thinking_budget"), wanted["max_tokens"])
-        prompt = self._prompt(request, wanted["max_tokens"])
+        return wanted
+
+    def params(self, wanted: dict[str, Any], prompt: Prompt, stream: bool) -> "SamplingParams":
+        """Make the sampling parameters of what is `wanted`; the answer has the room that the prompt leaves."""
         wanted["max_tokens"] = min(wanted["max_tokens"], self.context - len(prompt.token_ids))
         if wanted.get("stop") and not self._splitter(prompt).ended:
             del wanted["stop"]  # the engine would find them in the reasoning too: `RunningAnswer` looks for them
             stream = True
         kind = self._kinds.DELTA if stream else self._kinds.FINAL_ONLY
         stop_token_ids = [self.prompts.stop_token_id]
-        params = self._sampling_params(**wanted, stop_token_ids=stop_token_ids, output_kind=kind, skip_clone=True)
-        return prompt, params
+        return self._sampling_params(**wanted, stop_token_ids=stop_token_ids, output_kind=kind, skip_clone=True)
 
     def _prompt(self, request: ChatRequest, reserved: int) -> Prompt:
         """Build the prompt with `reserved` tokens of room for the answer, or with less where that may give way."""
-        mode = request.enable_thinking, self._checked_effort(request.reasoning_effort)
+        mode = request.enable_thinking, request.reasoning_effort
         asked = request.max_tokens or max(LEAST_ANSWER, request.thinking_budget or 0)
         least, newest = min(reserved, asked), request.history[-1:]
         with suppress(PromptTooLong):
@@ -104,7 +117,7 @@ class RequestBuilder:
             raise ChatError(f"{error}: shorten them or ask for fewer max_tokens", param="query") from error
         return replace(prompt, dropped_turns=prompt.dropped_turns + len(request.history) - len(newest))
 
-    def answer(self, prompt: Prompt, request: ChatRequest) -> "RunningAnswer":
+    def answer(self, prompt: Prompt, request: Sampling) -> "RunningAnswer":
         """Begin the answer to a request, whose prompt was built."""
         splitter = self._splitter(prompt)
         stop = [] if splitter.ended else request.stop or []
@@ -113,10 +126,10 @@ class RequestBuilder:
     def _splitter(self, prompt: Prompt) -> ReasoningSplitter:
         return ReasoningSplitter(self._tags, prompt.opening)
 
-    def _checked_effort(self, effort: str | None) -> str | None:
+    def _check_effort(self, effort: str | None) -> None:
         levels = self.prompts.efforts
         if effort is None or effort in levels:
-            return effort
+            return
         known = f"must be one of {', '.join(levels)}" if levels else "this model has no levels of it: leave it out"
         raise ChatError(f"reasoning_effort: {known}", param="reasoning_effort")
 

@@ -5,7 +5,7 @@ cuts, or read all that has come anew for each token.
 """
 
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -157,33 +157,33 @@ class CallReader:
             return (yield from self._whole_json_call(mark))
         yield self._begin(head[1])
         self._rest = "{" + self._rest
-        arguments = JsonObject()
-        while not arguments.ended:
-            if text := self._take(arguments):
-                yield Piece("arguments", text)
-            if arguments.ended:
-                yield from self._match(_JSON_END)
-            elif self._last:
-                return
-            else:
+        for step in self._object():
+            if step is None:
                 yield None
+            elif step[1]:
+                yield Piece("arguments", step[1])
+        yield from self._match(_JSON_END)
 
-    def _take(self, object_: "JsonObject") -> str:
-        text, self._rest = object_.take(self._rest)
-        return text
+    def _object(self) -> Iterator[tuple[str, str] | None]:
+        """Yield (what came, the same as JSON) of a JSON object until it ends, and None where more must come first."""
+        object_ = JsonObject()
+        while True:
+            came = self._rest
+            written, self._rest = object_.take(came)
+            yield came[: len(came) - len(self._rest)], written
+            if object_.ended or self._last:
+                return
+            yield None
 
     def _whole_json_call(self, mark: str) -> Steps:
-        came, written, call = "", "", JsonObject()
+        came = written = ""
         if opening := (yield from self._match(_OPEN)):
             came, self._rest = opening[0][:-1], "{" + self._rest
-            while not call.ended:
-                before = self._rest
-                written += self._take(call)
-                came += before[: len(before) - len(self._rest)]
-                if self._last:
-                    break
-                if not call.ended:
+            for step in self._object():
+                if step is None:
                     yield None
+                else:
+                    came, written = came + step[0], written + step[1]
         try:
             said = json.loads(written)
             name, arguments = said["name"], said.get("arguments") or {}

@@ -19,6 +19,7 @@ from qwen_vllm.server.endpoint import announcement
 from tests.support.chat_app import ADAPTER, chat_app
 from tests.support.guard_args import MAX_BODY
 from tests.support.tiny_checkpoints import TEXT, write_adapter, write_model
+from tests.support.tool_templates import JSON_TOOLS, XML_TOOLS
 from vllm_server import parse_args
 
 Engines = Callable[..., Any]
@@ -622,6 +623,51 @@ def test_the_announcement(host: str, certificate: str | None, url: str) -> None:
     shown = announcement("base", Namespace(host=host, port=8123, ssl_certfile=certificate, api_key=None, key_file=None))
     assert f"base is ready at {url}" in shown
     assert f"curl -N {url}/chat" in shown
+
+
+XGRAMMAR = ["--structured-outputs-config", '{"backend": "xgrammar"}']
+
+
+@pytest.fixture
+def with_tools(qwen3_tokenizer: Any, tmp_path: Path) -> Callable[[str], str]:
+    def write(template: str) -> str:
+        model = write_model(tmp_path / "model")
+        qwen3_tokenizer.save_pretrained(model)
+        (model / "chat_template.jinja").write_text(template)
+        return str(model)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("template", "flags", "parser"),
+    [
+        (JSON_TOOLS, [], "qwen_json"),
+        (XML_TOOLS, [], "qwen_xml"),
+        (JSON_TOOLS, XGRAMMAR, "hermes"),
+        (XML_TOOLS, [*XGRAMMAR, "--tool-strict-level", "function"], "qwen3_xml"),
+        (XML_TOOLS, ["--structured-outputs-config", '{"backend": "auto"}'], "qwen_xml"),
+    ],
+)
+def test_the_tool_parser_suits_the_model_and_the_grammar_engine(
+    with_tools: Callable[[str], str], template: str, flags: list[str], parser: str
+) -> None:
+    args = parse_args(["--model", with_tools(template), "--port", "0", *flags])
+    assert (args.tool_call_parser, args.enable_auto_tool_choice) == (parser, True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "wrong"),
+    [
+        (["--tool-strict-level", "function"], "--tool-strict-level"),
+        ([*XGRAMMAR, "--enable-auto-tool-choice", "--tool-call-parser", "qwen_json"], "the grammar engine xgrammar"),
+    ],
+)
+def test_what_our_tool_parsers_do_not_go_with_is_told_at_start(
+    with_tools: Callable[[str], str], flags: list[str], wrong: str
+) -> None:
+    with pytest.raises(ModelUnavailable, match=f"^{wrong} does not go with --tool-call-parser qwen_json"):
+        parse_args(["--model", with_tools(JSON_TOOLS), "--port", "0", *flags])
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ class ScriptedLLM:
         self.fails: dict[int, Exception] = {}
         self.model_config = SimpleNamespace(max_model_len=context, get_diff_sampling_param=dict)
         self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs))
-        self.llm_engine = self
+        self.llm_engine = self.renderer = self
         self.requests: dict[str, SimpleNamespace] = {}
         self.queue: list[str] = []
         self.ran: list[int] = []

@@ -27,6 +27,10 @@ TOOL_REASONS = {
     XML_CALLS: "the chat template writes tool calls as XML",
     "": "the chat template writes no tool calls, or in a form of its own: vLLM may have a parser for it",
 }
+OUR_GRAMMARS = ("guidance", "auto")
+"""Engines of --structured-outputs-config that take the grammars of our parsers."""
+VLLMS = {JSON_CALLS: "hermes", XML_CALLS: "qwen3_xml"}
+"""vLLM's own parsers of the same calls, for the other engines."""
 LOG = logging.getLogger("vllm.qwen_vllm")
 
 
@@ -91,6 +95,9 @@ def tool_default(args: Any) -> Default:
     """
     template = read_chat_template(args.chat_template)
     parser = _chosen(tool_parser_for, args, template, args.default_chat_template_kwargs or {})
+    backend = args.structured_outputs_config.backend
+    if parser and backend not in OUR_GRAMMARS:
+        return Default("tool_call_parser", VLLMS[parser], f"vLLM's own: {backend} cannot read the grammars of ours")
     return Default("tool_call_parser", parser or None, TOOL_REASONS[parser])
 
 

@@ -183,6 +183,7 @@ class Batch:
             "line": row.line,
             "text": result.text,
             **({"reasoning": result.reasoning} if result.reasoning else {}),
+            **({"tool_calls": result.tool_calls} if result.tool_calls else {}),
             "finish_reason": result.finish_reason,
             "stop_reason": result.stop_reason,
             "usage": result.usage,

@@ -15,6 +15,8 @@ from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, turn, validated
 
 MAX_LINE = 8 * 2**20
 """Bytes in the longest row that is read."""
+TOOL_FIELDS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "response_format"})
+"""Fields of OpenAI's that a row with `messages` may have."""
 
 
 @dataclass
@@ -155,8 +157,14 @@ def _from_openai(fields: dict[str, Any]) -> dict[str, Any]:
     for name in ("query", "history", "system"):
         if name in fields:
             raise ChatError(f"{name}: cannot stand beside messages", param=name)
-    messages = validated(_Messages, {"messages": fields["messages"]}).messages
-    ours = {name: value for name, value in fields.items() if name not in ("messages", "model")}
+    ours = {name: value for name, value in fields.items() if name != "model"}
+    if "max_completion_tokens" in ours:
+        ours["max_tokens"] = ours.pop("max_completion_tokens")
+    if isinstance(ours.get("stop"), str):
+        ours["stop"] = [ours["stop"]]
+    if TOOL_FIELDS & ours.keys() or _has_calls(fields["messages"]):
+        return ours  # checked by those who render them
+    messages = validated(_Messages, {"messages": ours.pop("messages")}).messages
     if messages and messages[0].role in ("system", "developer"):
         ours["system"] = messages.pop(0).content
     if [message.role for message in messages] != [
@@ -170,8 +178,10 @@ def _from_openai(fields: dict[str, Any]) -> dict[str, Any]:
     turns = zip(earlier[::2], earlier[1::2], strict=True)
     ours["history"] = [turn(user.content, answer.content, answer.reasoning or "") for user, answer in turns]
     ours["query"] = query.content
-    if "max_completion_tokens" in ours:
-        ours["max_tokens"] = ours.pop("max_completion_tokens")
-    if isinstance(ours.get("stop"), str):
-        ours["stop"] = [ours["stop"]]
     return ours
+
+
+def _has_calls(messages: Any) -> bool:
+    """Tell whether there are tool calls, or results of them."""
+    messages = [message for message in messages if isinstance(message, dict)] if isinstance(messages, list) else []
+    return any(message.get("role") == "tool" or message.get("tool_calls") for message in messages)

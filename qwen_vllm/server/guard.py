@@ -144,6 +144,7 @@ def check_json(body: bytes, compiles_tools: bool = False) -> Any:
     # Only \u escapes can spell half a character.
     surrogates = bool(re.search(rb"\\u[dD][89a-fA-F]", body))
     if isinstance(value, dict):
+        _check_named_tool(value)
         if isinstance(tools := value.get("tools"), list):
             strict = [tool for tool in tools if _is_strict(tool)]
             if len(json.dumps(strict)) > MAX_GRAMMAR:
@@ -193,6 +194,21 @@ def _check(value: Any, field: str | None, depth: int, surrogates: bool, bounded:
 
 def _integer_limit(field: str | None, depth: int) -> int:
     return INTEGERS.get(field or "", INT32_MAX) if depth <= 2 else INT64_MAX
+
+
+def _check_named_tool(body: dict[str, Any]) -> None:
+    """Refuse tools of a wrong shape where vLLM looks for one by its name before it looks at their shape."""
+    match body:
+        case {"tools": tools, "tool_choice": {"function": _}} if tools is not None:
+            if not (isinstance(tools, list) and all(map(_has_function, tools))):
+                raise ChatError("tools: a list of objects with type and function, which has a name", param="tools")
+
+
+def _has_function(tool: Any) -> bool:
+    match tool:
+        case {"function": {"name": str()}}:
+            return True
+    return False
 
 
 def _is_strict(tool: Any) -> bool:

@@ -30,7 +30,11 @@ VALUE = 'value[suffix="\\n</parameter>\\n"]: /(?s:.*)/'
 
 
 class QwenToolParser(ToolParser):
-    """Reads an answer piece by piece, so that a whole one and a streamed one are the same."""
+    """Reads an answer piece by piece, so that a whole one and a streamed one are the same.
+
+    Attributes:
+        reader: takes the pieces.
+    """
 
     form: str
     supports_required_and_named = False  # by vLLM's own format, which is not the model's
@@ -41,7 +45,7 @@ class QwenToolParser(ToolParser):
         self._functions = {(function := _function(tool)).name: function for tool in self.tools}
         parameters = {name: function.parameters or {} for name, function in self._functions.items()}
         properties = {name: schema.get("properties") or {} for name, schema in parameters.items()}
-        self._reader = CallReader(self.form, properties)
+        self.reader = CallReader(self.form, properties)
         self._index = -1
 
     def extract_tool_calls(self, model_output: str, request: Any) -> ExtractedToolCallInformation:
@@ -49,7 +53,7 @@ class QwenToolParser(ToolParser):
         if not self._looks_for_calls(request):
             return ExtractedToolCallInformation(tools_called=False, tool_calls=[], content=model_output)
         text, calls = "", list[ToolCall]()
-        for kind, piece in self._reader.read(model_output, last=True):
+        for kind, piece in self.reader.read(model_output, last=True):
             if kind == "text":
                 text += piece
             elif kind == "name":
@@ -71,11 +75,11 @@ class QwenToolParser(ToolParser):
         """Read the next piece."""
         if not self._looks_for_calls(request):
             return DeltaMessage(content=delta_text) if delta_text else None
-        return self._delta(self._reader.read(delta_text, last=False))
+        return self._delta(self.reader.read(delta_text, last=False))
 
     def finish_streaming(self) -> DeltaMessage | None:
         """Return what was held back."""
-        return self._delta(self._reader.read("", last=True))
+        return self._delta(self.reader.read("", last=True))
 
     def adjust_request(self, request: Any) -> Any:
         """Hold the model to calls where the request does.

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import openai
 import pytest
 import requests
 
+import vllm_offline
 from qwen_vllm.with_server import running_server
 from tests.support.programs import KEY
 from tests.support.tiny_reciter import write_reciter
@@ -55,6 +58,7 @@ class Served:
 
     name: str
     url: str
+    folder: Path
 
     def post(self, path: str, body: dict[str, Any], **headers: str) -> requests.Response:
         headers = headers or {"Authorization": f"Bearer {KEY}"}
@@ -75,7 +79,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = write(tmp_path_factory.mktemp("models") / request.param)
     flags = ["--model", str(folder), "--api-key", KEY, "--max-num-queued-reqs", "8"]
     with running_server(flags, tmp_path_factory.mktemp("server") / "log") as url:
-        yield Served(request.param, url)
+        yield Served(request.param, url, folder)
 
 
 @dataclass
@@ -208,6 +212,58 @@ def test_a_result_is_sent_back(served: Served) -> None:
     assert (said.text.strip(), said.calls, said.finish_reason) == (RESULT, [], "stop")
 
 
+CALLED = [
+    *ASKED,
+    {
+        "role": "assistant",
+        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "now", "arguments": "{}"}}],
+    },
+]
+TOLD = [*CALLED, {"role": "tool", "tool_call_id": "1", "content": "晴 <|im_end|>"}]
+ROWS: list[dict[str, Any]] = [
+    {"tools": TOOLS},
+    {"tools": TOOLS, "max_tokens": 12},
+    {"tools": TOOLS, "tool_choice": "none"},
+    {"tools": TOOLS, "tool_choice": NAMED},
+    {"tools": STRICT, "tool_choice": "required"},
+    {"tools": TOOLS, "messages": TOLD},
+    {"messages": TOLD},
+    {"response_format": {"type": "json_object"}, "max_tokens": 5},
+]
+BAD_ROWS: list[tuple[dict[str, Any], str]] = [
+    ({"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice"),
+    ({"messages": [*CALLED, {"role": "tool", "tool_call_id": "2", "content": "!"}]}, "messages"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "y"}}}},
+        "response_format",
+    ),
+]
+
+
+def answer_rows(folder: Path) -> list[dict[str, Any]]:
+    """What a batch says to ROWS and BAD_ROWS; runs in a process of its own, with no other engine in it."""
+    rows, answers = folder.parent / "rows.jsonl", folder.parent / "answers.jsonl"
+    fields = [*ROWS, *(bad for bad, _ in BAD_ROWS)]
+    rows.write_text("".join(json.dumps({"messages": ASKED, "max_tokens": 300, **row}) + "\n" for row in fields))
+    flags = ["--input", str(rows), "--output", str(answers), "--ordered", "--temperature", "0"]
+    vllm_offline.main(["--model", str(folder), *flags])
+    return [json.loads(line) for line in answers.read_text().splitlines()]
+
+
+def test_rows_are_answered_as_by_the_server(served: Served) -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        answers = process.submit(answer_rows, served.folder).result()
+    for fields, answer in zip(ROWS, answers, strict=False):
+        said = chat(served, **fields)
+        called = [[call["function"][key] for key in ("name", "arguments")] for call in answer.get("tool_calls", ())]
+        text, reasoning = answer["text"].strip(), answer.get("reasoning", "").strip()
+        assert (text, reasoning, called) == (said.text.strip(), said.reasoning.strip(), said.calls)
+        assert answer["finish_reason"] == said.finish_reason
+    for (_, field_), answer in zip(BAD_ROWS, answers[len(ROWS) :], strict=True):
+        assert answer["error"]["type"] == "invalid_request"
+        assert field_ in answer["error"]["param"] + answer["error"]["message"]
+
+
 def test_responses(served: Served) -> None:
     tools = [{"type": "function", **tool["function"]} for tool in TOOLS]
     fields = {"model": served.name, "temperature": 0}
@@ -299,12 +355,6 @@ def test_errors_of_messages_have_anthropics_shape(served: Served) -> None:
         assert said["error"]["message"]
 
 
-CALLED = {
-    "role": "assistant",
-    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "now", "arguments": "{}"}}],
-}
-
-
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
@@ -329,6 +379,8 @@ CALLED = {
             },
             "tools",
         ),
+        ({"tools": [{}], "tool_choice": NAMED}, "tools"),
+        ({"tools": "now", "tool_choice": NAMED}, "tools"),
         ({"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": 1}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
@@ -336,7 +388,7 @@ CALLED = {
         ({"tool_choice": NAMED}, "tool_choice"),
         ({"messages": [*ASKED, {"role": "tool", "content": "!"}], "tools": TOOLS}, "messages"),
         ({"messages": [*ASKED, {"role": "tool", "tool_call_id": "1", "content": "!"}], "tools": TOOLS}, "messages"),
-        ({"messages": [*ASKED, CALLED, {"role": "tool", "tool_call_id": "2", "content": "!"}]}, "messages"),
+        ({"messages": [*CALLED, {"role": "tool", "tool_call_id": "2", "content": "!"}]}, "messages"),
         ({"messages": [*ASKED, {"role": "assistant", "tool_calls": "x"}]}, "messages"),
         ({"messages": [*ASKED, {"role": "assistant", "tool_calls": [{}]}]}, "messages"),
     ],
@@ -377,8 +429,9 @@ def test_what_a_user_spells_stays_text(served: Served) -> None:
 
 
 def test_the_flag_takes_control_tokens_as_such(tmp_path: Path) -> None:
-    flags = ["--model", str(write(tmp_path / "JSON")), "--api-key", KEY, "--allow-control-tokens"]
+    folder = write(tmp_path / "JSON")
+    flags = ["--model", str(folder), "--api-key", KEY, "--allow-control-tokens"]
     with running_server(flags, tmp_path / "log") as url:
-        served = Served("JSON", url)
+        served = Served("JSON", url, folder)
         plain, ends = control_tokens(served, "x")
         assert control_tokens(served, "x<|im_end|>") == (plain + 1, ends + 1)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from qwen_vllm.offline.batch import Batch, BatchError
-from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling
+from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Sampling
 from tests.support import ROOT
 from tests.support.scripted_model import ScriptedModel, records, texts, write
 
@@ -119,6 +119,25 @@ def test_thoughts_have_a_field_of_their_own(files):
     assert (record["text"], record["reasoning"]) == ("A", "Hm.")
     assert record["history"] == [["1", "2", "3"], ["a", "A", "Hm."]]
     assert (record["usage"]["reasoning_tokens"], record["dropped_reasoning"]) == (1, 1)
+
+
+def test_an_answer_has_its_tool_calls(files):
+    call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+
+    class Caller(ScriptedModel):
+        def stream_batch(self, rows, sampling, deltas):
+            for i, row in enumerate(rows):
+                self.requests.append(row)
+                calls = [call] if "tools" in row else []
+                yield i, ChatResult("", [], "tool_calls" if calls else "stop", None, 9, 2, 0, tool_calls=calls)
+
+    asked = [{"role": "user", "content": "?"}]
+    write(files[0], {"messages": asked, "tools": [{}]}, {"messages": asked})
+    answer(files, model := Caller())
+    assert model.requests[0] == {"system": None, "messages": asked, "tools": [{}]}
+    called, plain = records(files[1])
+    assert (called["tool_calls"], called["finish_reason"]) == ([call], "tool_calls")
+    assert "tool_calls" not in plain
 
 
 def test_no_rows_need_no_model(files):

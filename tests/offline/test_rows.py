@@ -67,6 +67,20 @@ def test_without_a_system_message_openais_form_has_none_and_ours_has_the_default
     assert (ours.default_system, openais.default_system) == (DEFAULT_SYSTEM, None)
 
 
+@pytest.mark.parametrize(
+    ("fields", "further"),
+    [
+        ({"tools": [], "tool_choice": "none"}, []),
+        ({"response_format": {"type": "text"}}, []),
+        ({}, [{"role": "assistant", "tool_calls": [{}]}, {"role": "tool", "content": "!"}]),
+    ],
+)
+def test_a_row_with_tools_or_calls_keeps_its_messages(fields, further):
+    messages = [{"role": "user", "content": "?"}, *further]
+    asked = {"messages": messages, **fields, "model": "gpt", "max_completion_tokens": 9, "stop": "x"}
+    assert only(json.dumps(asked)).request == {"messages": messages, **fields, "max_tokens": 9, "stop": ["x"]}
+
+
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
 def test_an_answer_may_have_its_reasoning(name):
     user, query = {"role": "user", "content": "U"}, {"role": "user", "content": "Q"}
@@ -109,7 +123,7 @@ def test_messages_whose_roles_make_no_conversation(roles):
         ('{"id": true, "query": "a"}', "id: must be"),
         ('{"custom_id": 1.5, "query": "a"}', "custom_id: must be"),
         ('{"messages": "hello"}', "messages"),
-        ('{"messages": [{"role": "tool", "content": ""}]}', "messages.0.role"),
+        ('{"messages": [{"role": "function", "content": ""}]}', "messages.0.role"),
         ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "messages.0.content: of parts only"),
         ('{"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}', "messages.0.content: of parts"),
         ('{"messages": [{"role": "user", "content": ["a"]}]}', "messages.0.content: of parts only those of text"),

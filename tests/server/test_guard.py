@@ -227,6 +227,7 @@ def test_images_that_could_hurt_are_refused(body: dict, reason: str) -> None:
 
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}
+NAMED = {"type": "function", "function": {"name": "now"}}
 RESULT = {"role": "tool", "tool_call_id": "1", "content": "!"}
 ANTHROPICS_RESULT = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1"}]}
 
@@ -247,6 +248,8 @@ def encoded(body: str | dict) -> bytes:
         '{"a": ' + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + "}",
         '{"temperature": 1e-300, "stop": ["<|im_end|>"], "logit_bias": {"5": 1}}',
         '"text"',
+        {"tools": [{"type": "function", "function": {"name": "now"}}], "tool_choice": NAMED},
+        {"tools": [{"name": "now"}], "tool_choice": {"type": "tool", "name": "now"}},
         {"messages": [{"role": "assistant", "tool_calls": [CALL]}, RESULT, {"role": "assistant", "tool_calls": None}]},
         {"messages": [{"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "!"}]},
         {"messages": [{"content": [{"type": "tool_use", "id": "1"}]}, ANTHROPICS_RESULT]},
@@ -297,6 +300,7 @@ def test_bodies_that_pass(body: str | dict) -> None:
         ({"messages": [{"role": "tool", "tool_call_id": [1]}]}, "messages"),
         ({"messages": [{"role": "assistant", "tool_calls": "x"}]}, "messages"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages"),
+        *(({"tools": tools, "tool_choice": NAMED}, "tools") for tools in ("x", [1], [{}], [{"function": {"name": 1}}])),
         ({"messages": [ANTHROPICS_RESULT]}, "messages"),
         ({"input": [{"type": "function_call_output", "call_id": "1"}]}, "input"),
     ],

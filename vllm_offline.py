@@ -75,6 +75,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     group.add_argument("--ordered", action="store_true", help="at the end, put the answers into the order of the rows")
     group.add_argument("--reference", metavar="FIELD", help="the rows' field with the right answer, to score against")
     console.add_arguments(parser, [name for name in Sampling.model_fields if name != "model"])
+    parser.set_defaults(system=None)  # so that the default, typed, counts for rows that have none by themselves
     # As vLLM's own parser has it, --model_path is --model-path.
     given = sys.argv[1:] if argv is None else argv
     flags = [re.sub("^--[^=]+", lambda flag: flag.group().replace("_", "-"), text) for text in given]
@@ -92,7 +93,7 @@ def _adapter(text: str) -> tuple[str, str]:
     name, _, folder = text.partition("=")
     if not (name and folder):
         raise argparse.ArgumentTypeError("has the form NAME=FOLDER")
-    return name, str(Path(folder).expanduser())
+    return name, str(Path(os.path.expanduser(folder)))
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -113,6 +114,8 @@ def main(argv: list[str] | None = None) -> int:
         sampling = console.given_sampling(args)
         if args.input:
             return _answer_file(args, sampling, load)
+        if args.system is None:
+            args.system = DEFAULT_SYSTEM
         model = load()
     except (ModelUnavailable, ChatError, BatchError) as error:
         print(f"vllm_offline.py: {error}", file=sys.stderr)
@@ -134,7 +137,7 @@ def _answer_file(args: argparse.Namespace, sampling: Sampling, load: Callable[[]
     """Answer the rows of --input; return the exit status: 1 where a row has no answer."""
     with closing(Batch(args.input, args.output, args.reference)) as batch:
         try:
-            batch.run(load, None if args.system == DEFAULT_SYSTEM else args.system, sampling)
+            batch.run(load, args.system, sampling)
             if args.ordered:
                 batch.order()
         except KeyboardInterrupt:

@@ -88,12 +88,13 @@ class Tab:
         return self.driver.execute_script(script, *args)
 
     def texts(self, selector: str) -> list[str]:
-        """What the elements show, without what is folded away and what is invisible."""
-        script = "return [...document.querySelectorAll(arguments[0])].map((element) => element.innerText.trim())"
+        """What the elements show, without what is folded away and what is invisible; off the screen, what they hold."""
+        text = "(element.innerText || element.textContent).trim()"
+        script = f"return [...document.querySelectorAll(arguments[0])].map((element) => {text})"
         return [written(text) for text in self.run(script, selector)]
 
     def messages(self) -> list[str]:
-        return self.texts("#chat [data-testid=user], #chat [data-testid=bot]")
+        return self.texts("#talk [data-testid=user], #talk [data-testid=bot]")
 
     def figures(self) -> str:
         return "".join(self.texts("#figures"))
@@ -277,7 +278,7 @@ def test_text_cannot_run(server, page, person):
     tab.until(lambda: any("answered" in text for text in tab.messages()))
     tab.run(click_all)
     assert tab.run("return window.pwned") is None
-    assert tab.run("return document.querySelectorAll('#chat :is(script, iframe, b, details, [onerror])').length") == 0
+    assert tab.run("return document.querySelectorAll('#talk :is(script, iframe, b, details, [onerror])').length") == 0
     assert tab.asked_hosts() == {urlsplit(page).netloc}
 
 
@@ -513,7 +514,7 @@ def test_a_hundred_people_are_answered_at_once(server):
     with serving("--server-url", server.url, "--concurrency", "100") as url:
         functions = requests.get(f"{url}/config", timeout=10).json()["dependencies"]
         answer = next(function for function in functions if len(function["inputs"]) > 10 and function["queue"])
-        data = ["chat", [user("Hi")], "system", *[""] * len(Sampling.model_fields)]
+        data = ["chat", [], [user("Hi")], "system", *[""] * len(Sampling.model_fields)]
         for n in range(100):
             asked = {"fn_index": answer["id"], "session_hash": str(n), "data": data}
             requests.post(f"{url}/gradio_api/queue/join", json=asked, timeout=10).raise_for_status()
@@ -705,7 +706,7 @@ def test_twenty_conversations_at_once_do_not_mix(demo_server):
         nonce = str(7_919 * (n + 11))
         request = SimpleNamespace(session_hash=nonce, headers={})
         settings = ["0" if name == "temperature" else "" for name in Sampling.model_fields]
-        parts = page.answer(nonce, [*examples, user(f"Repeat: {nonce}")], request, "You repeat.", *settings)
+        parts = page.answer(nonce, examples, [user(f"Repeat: {nonce}")], request, "You repeat.", *settings)
         *_, (chat, messages, _) = [part async for part in parts]
         assert chat == nonce
         return text_of(messages[-1]) == nonce

@@ -464,6 +464,43 @@ def exported(tab: Tab, button: str) -> str:
     return tab.until(lambda: tab.run("return window.saved"))
 
 
+WATCH = """
+window.work = {read: 0, changed: 0};
+const parse = DOMParser.prototype.parseFromString;  // with which Gradio cleans each text that it draws
+DOMParser.prototype.parseFromString = function (text, ...kind) {
+  work.read += text.length;
+  return parse.call(this, text, ...kind);
+};
+new MutationObserver((changes) => changes.forEach(({addedNodes}) => { work.changed += addedNodes.length; }))
+  .observe(document.querySelector("#talk"), {subtree: true, childList: true});"""
+
+
+def test_a_piece_of_an_answer_costs_the_same_whatever_came_before(server, page, person):
+    costs = []
+    for turns in (1, 50):
+        talk = [text for n in range(turns) for text in (text_message("user", f"{n}?"), text_message("assistant", "a " * 500))]
+        pieces = [threading.Event(), threading.Event()]
+        server.play(line({"delta": "one"}), pieces[0], line({"delta": " two"}), pieces[1], line(LAST))
+        tab = person(page)
+        tab.run("localStorage[`qwen-vllm/chat/${sessionStorage['qwen-vllm/open']}`] = JSON.stringify(arguments[0])", talk)
+        tab.driver.refresh()
+        tab.until(lambda talk=talk: len(tab.messages()) == len(talk) and tab.is_ready())
+        tab.run(WATCH)
+        tab.send("Go on")
+        tab.until(lambda: tab.messages()[-1] == "one")
+        tab.driver.get_log("performance")
+        tab.run("work.read = work.changed = 0")
+        pieces[0].set()
+        tab.until(lambda: tab.messages()[-1] == "one two")
+        events = [json.loads(entry["message"])["message"] for entry in tab.driver.get_log("performance")]
+        received = sum(e["params"]["dataLength"] for e in events if e["method"] == "Network.dataReceived")
+        costs.append((received // 500, tab.run("return work")))
+        pieces[1].set()
+        tab.until(lambda: tab.is_ready() and tab.figures())
+    assert costs[0] == costs[1]
+    assert costs[0][1]["read"] < 100
+
+
 def test_settings_are_sent_and_kept(server, page, person):
     server.play(line({"delta": "Arr."}), line(LAST))
     tab = person(page)

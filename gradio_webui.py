@@ -32,7 +32,7 @@ from vllm_client import DEFAULT_URL, server_info_async
 REDRAW = 0.05
 """Seconds between two drawings of a growing answer while it is short."""
 QUICKLY_DRAWN = 20_000
-"""Characters. Gradio reads the whole answer for each drawing: one this much longer is drawn half, a third, … as often."""
+"""Characters. Gradio reads the whole answer for each drawing: one longer by this is drawn half as often."""
 LONGEST_DRAWING = 1.0
 """Seconds that a drawing waits for the browser to be done with the one before."""
 CLOSE_TIMEOUT = 5
@@ -58,7 +58,12 @@ class Components:
         self.heading = gr.HTML(elem_id="heading")
         self.chat_id = gr.Textbox(visible="hidden", elem_id="chat-id")
         self.exported = gr.Textbox(visible="hidden")
-        look: dict[str, Any] = {"show_label": False, "height": None, "feedback_options": None, "latex_delimiters": LATEX}
+        look: dict[str, Any] = {
+            "show_label": False,
+            "height": None,
+            "feedback_options": None,
+            "latex_delimiters": LATEX,
+        }
         look |= {"group_consecutive_messages": False}  # an answer is copied without the reasoning before it
         with gr.Column(scale=1, elem_id="talk"), gr.Column():
             self.chat = gr.Chatbot(

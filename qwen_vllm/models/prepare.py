@@ -97,7 +97,9 @@ def read_chat_template(template: str | None, folder: Path | None = None) -> str 
         if of_processor.is_file() and any(folder.glob("*processor_config.json")):
             written = read_json(of_processor)
             if not isinstance(written, dict) or not isinstance(text := written.get("chat_template"), str):
-                raise ModelUnavailable(f"{of_processor} is not one template, as vLLM needs it: pass --chat-template FILE")
+                raise ModelUnavailable(
+                    f"{of_processor} is not one template, as vLLM needs it: pass --chat-template FILE"
+                )
             return text
     try:
         return load_chat_template(template)

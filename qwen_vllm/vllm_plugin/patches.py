@@ -355,8 +355,8 @@ CUT_ARGUMENTS = Patch(
 )
 REASONING_MARKS = Patch(
     name="marks of the reasoning in whole answers",
-    why="In a whole answer a </think> that is spelled in plain letters ends the reasoning; in a streamed one, and in the "
-    "counts, the token does. The parser gets the token ids, and does not hand them on.",
+    why="In a whole answer a </think> that is spelled in plain letters ends the reasoning; in a streamed one, and in "
+    "the counts, the token does. The parser gets the token ids, and does not hand them on.",
     upstream="not proposed yet",
     replaces={f"{PARSER}.parse": _hands_token_ids_on},
     made_for={
@@ -369,7 +369,9 @@ STOPS_IN_REASONING = Patch(
     name="stop words in the reasoning",
     why="A stop word that the reasoning has ends the answer there: its text is empty.",
     upstream="https://github.com/vllm-project/vllm/issues/52393, https://github.com/vllm-project/vllm/issues/38499",
-    replaces={f"{DETOKENIZERS}.IncrementalDetokenizer.from_new_request": _wrapped_by(f"{STOP_WORDS}.count_in_the_text")},
+    replaces={
+        f"{DETOKENIZERS}.IncrementalDetokenizer.from_new_request": _wrapped_by(f"{STOP_WORDS}.count_in_the_text")
+    },
     made_for={
         f"{DETOKENIZERS}.IncrementalDetokenizer.from_new_request": "f22489b12014",
         f"{DETOKENIZERS}.BaseIncrementalDetokenizer": "00adafe55d77",

@@ -6,9 +6,8 @@ from functools import cache
 from typing import Any
 
 from tokenizers import decoders
-from vllm.parser.engine.events import SemanticEvent
 from vllm.parser.engine.adapters import make_adapters
-from vllm.parser.engine.events import EventType
+from vllm.parser.engine.events import EventType, SemanticEvent
 from vllm.parser.engine.parser_engine_config import ParserEngineConfig, ParserState, Transition
 from vllm.parser.qwen3 import CHATML_TURN_BOUNDARIES, Qwen3Parser, qwen3_config
 

@@ -185,10 +185,14 @@ def test_a_model_told_not_to_think_stops_at_stop_words_on_the_openai_route(url):
 @pytest.fixture(scope="module")
 def speller(tmp_path_factory: pytest.TempPathFactory, qwen_tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """A server of a model that also spells the marks in plain letters."""
-    thought, text = ([token for part in re.split("(?<=<)", said) for token in qwen_tokenizer.encode(part)] for said in SPELLED)
+    thought, text = (
+        [token for part in re.split("(?<=<)", said) for token in qwen_tokenizer.encode(part)] for said in SPELLED
+    )
     folder, encode = tmp_path_factory.mktemp("models") / "Speller", qwen_tokenizer.encode
     own, qwen_tokenizer.chat_template = qwen_tokenizer.chat_template, QWEN3_TEMPLATE
-    write_reciter(folder, qwen_tokenizer, encode("\n<think>\n") + thought + encode("\n</think>\n\n") + text + encode("<|im_end|>"))
+    write_reciter(
+        folder, qwen_tokenizer, encode("\n<think>\n") + thought + encode("\n</think>\n\n") + text + encode("<|im_end|>")
+    )
     qwen_tokenizer.chat_template = own
     with running_server(["--model", str(folder)], tmp_path_factory.mktemp("server") / "log") as url:
         yield url

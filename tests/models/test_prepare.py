@@ -42,7 +42,9 @@ def test_the_template_of_a_processor_goes_before_the_tokenizers_as_in_vllm(
     assert read_chat_template("mine {{ messages }}", tmp_path) == "mine {{ messages }}"
 
 
-@pytest.mark.parametrize("written", ['{"chat_template": [{"name": "default", "template": "{{ messages }}"}]}', "{}", "[]"])
+@pytest.mark.parametrize(
+    "written", ['{"chat_template": [{"name": "default", "template": "{{ messages }}"}]}', "{}", "[]"]
+)
 def test_a_processor_with_several_templates_or_none_is_told(tmp_path: Path, written: str) -> None:
     (tmp_path / "preprocessor_config.json").write_text("{}")
     (tmp_path / "chat_template.json").write_text(written)

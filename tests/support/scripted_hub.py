@@ -63,8 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         if files is None:
             return self._json(NO_SUCH_FILE, 404)
         listed = [
-            {"Path": path, "Type": "blob", "Size": len(data), "Sha256": sha256(data)}
-            for path, data in files.items()
+            {"Path": path, "Type": "blob", "Size": len(data), "Sha256": sha256(data)} for path, data in files.items()
         ]
         return self._json({"Code": 200, "Success": True, "Data": {"Files": listed}})
 

@@ -76,7 +76,9 @@ def test_an_answer_comes_piece_by_piece_with_its_figures(server: Server) -> None
     assert end[2].endswith(" · 23 tokens · old turns left out: 1")
 
 
-def test_a_long_answer_is_drawn_less_often_whatever_came_before(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_answer_is_drawn_less_often_whatever_came_before(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.play(line({"delta": "Hi"}), line(LAST))
     server.then_play(line({"delta": "Hi"}), line(LAST))
     server.then_play(line({"delta": "a" * 200_000}), line(LAST))
@@ -96,7 +98,9 @@ def test_a_long_answer_is_drawn_less_often_whatever_came_before(server: Server, 
 
 def test_the_next_drawing_waits_until_the_browser_is_done_with_the_last(server: Server) -> None:
     parts = [threading.Event() for _ in range(3)]
-    server.play(line({"delta": "one"}), parts[0], line({"delta": " two"}), parts[1], line({"delta": " three"}), line(LAST))
+    server.play(
+        line({"delta": "one"}), parts[0], line({"delta": " two"}), parts[1], line({"delta": " three"}), line(LAST)
+    )
 
     async def watch() -> list[str]:
         page, tab = page_for(server), person()

@@ -97,12 +97,12 @@ def test_a_long_answer_is_drawn_less_often_whatever_came_before(
 
 
 def test_the_next_drawing_waits_until_the_browser_is_done_with_the_last(server: Server) -> None:
-    parts = [threading.Event() for _ in range(3)]
+    parts = [threading.Event(), threading.Event()]
     server.play(
         line({"delta": "one"}), parts[0], line({"delta": " two"}), parts[1], line({"delta": " three"}), line(LAST)
     )
 
-    async def watch() -> list[str]:
+    async def watch() -> list[tuple[str, str]]:
         page, tab = page_for(server), person()
         drawn = answer(page, user("q"), tab=tab)
         await anext(drawn)

@@ -43,7 +43,7 @@ def _hold_back(detokenizer: BaseIncrementalDetokenizer, splitter: ReasoningSplit
         _, text = splitter.split(detokenizer.output_text[known:], token_ids, False)
         if not splitter.ended:
             return None
-        detokenizer.stop, detokenizer.update = stop, update  # type: ignore[method-assign]
+        detokenizer.stop, detokenizer.update = stop, update
         if detokenizer.num_output_tokens() <= detokenizer.min_tokens:
             return None
         word, end = check_stop_strings(text, len(text), stop, detokenizer.include_stop_str_in_output) or (None, -1)
@@ -51,4 +51,4 @@ def _hold_back(detokenizer: BaseIncrementalDetokenizer, splitter: ReasoningSplit
             detokenizer.output_text = detokenizer.output_text[: len(detokenizer.output_text) - len(text) + end]
         return word
 
-    detokenizer.update = update_reasoning  # type: ignore[method-assign]
+    detokenizer.update = update_reasoning

@@ -75,11 +75,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     group.add_argument("--ordered", action="store_true", help="at the end, put the answers into the order of the rows")
     group.add_argument("--reference", metavar="FIELD", help="the rows' field with the right answer, to score against")
     console.add_arguments(parser, [name for name in Sampling.model_fields if name != "model"])
-    parser.set_defaults(system=None)  # so that the default, typed, counts for rows that have none by themselves
     # As vLLM's own parser has it, --model_path is --model-path.
     given = sys.argv[1:] if argv is None else argv
     flags = [re.sub("^--[^=]+", lambda flag: flag.group().replace("_", "-"), text) for text in given]
-    args, engine_flags = parser.parse_known_args(flags)
+    # None: it is not given. Where the default is typed, it is for rows in OpenAI's form too.
+    args, engine_flags = parser.parse_known_args(flags, argparse.Namespace(system=None))
     if bool(args.input) != bool(args.output):
         parser.error("--input and --output go together")
     if args.input and args.prompt is not None:

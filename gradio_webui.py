@@ -30,9 +30,11 @@ from qwen_vllm.webui.words import WORDS, Words, words_for
 from vllm_client import DEFAULT_URL, server_info_async
 
 REDRAW = 0.05
-"""Seconds between two drawings of a growing answer in a short chat."""
+"""Seconds between two drawings of a growing answer while it is short."""
 QUICKLY_DRAWN = 20_000
-"""Characters. Gradio reads the whole chat for each drawing: one this much longer is drawn half, a third, … as often."""
+"""Characters. Gradio reads the whole answer for each drawing: one longer by this is drawn half as often."""
+LONGEST_DRAWING = 1.0
+"""Seconds that a drawing waits for the browser to be done with the one before."""
 CLOSE_TIMEOUT = 5
 """Seconds that open connections have when the page's server ends."""
 BUSY_BOX: dict[str, Any] = {"interactive": False, "submit_btn": False, "stop_btn": True}
@@ -56,17 +58,19 @@ class Components:
         self.heading = gr.HTML(elem_id="heading")
         self.chat_id = gr.Textbox(visible="hidden", elem_id="chat-id")
         self.exported = gr.Textbox(visible="hidden")
-        self.chat = gr.Chatbot(
-            show_label=False,
-            elem_id="chat",
-            scale=1,
-            editable="user",
-            buttons=["copy"],
-            feedback_options=None,
-            group_consecutive_messages=False,  # an answer is copied without the reasoning before it
-            placeholder=say("welcome"),
-            latex_delimiters=LATEX,
-        )
+        look: dict[str, Any] = {
+            "show_label": False,
+            "height": None,
+            "feedback_options": None,
+            "latex_delimiters": LATEX,
+        }
+        look |= {"group_consecutive_messages": False}  # an answer is copied without the reasoning before it
+        with gr.Column(scale=1, elem_id="talk"), gr.Column():
+            self.chat = gr.Chatbot(
+                elem_id="chat", editable="user", buttons=["copy"], placeholder=say("welcome"), **look
+            )
+            # Gradio reads all of a chatbot's messages for each drawing: the turn on its way has one of its own.
+            self.running = gr.Chatbot(elem_id="running", buttons=[], **look)
         self.figures = gr.Markdown(elem_id="figures")
         self.box = gr.MultimodalTextbox(
             show_label=False,
@@ -128,29 +132,34 @@ class Page:
         return page.queue()
 
     def _connect(self, page: gr.Blocks, on: Components) -> None:
-        here, settings, asking = [on.chat_id, on.chat], [on.system, *on.sampling], [on.box, on.chat]
+        settings, asking = [on.system, *on.sampling], [on.box, on.chat, on.running]
+        here = [on.chat_id, on.chat, on.running]
         shown = [*here, on.figures, on.earlier]
         restored = page.load(js="chats.restore", inputs=settings, outputs=[*shown, *settings])
         restored.then(self.greet, None, [on.heading, on.box, *on.sampling], **UNQUEUED).then(js="showTitle")
         page.unload(self.stop)
-        on.chat.change(js="chats.save", inputs=here, outputs=shown)
+        on.chat.change(js="chats.save", inputs=here[:2], outputs=shown)
+        on.running.change(js="chats.grow", inputs=[on.chat_id, on.running], outputs=shown)
+        on.running.change(self.drawn, js="painted", **UNQUEUED)
         gr.on([setting.change for setting in settings], js="chats.keepSettings", inputs=settings)
 
         for start in (
-            on.box.submit(begin, asking, asking, **UNQUEUED),
+            on.box.submit(begin, on.box, [on.box, on.running], **UNQUEUED),
             on.chat.retry(retry, on.chat, asking, **UNQUEUED),
-            on.chat.edit(edit, asking, asking, js="chats.edited", **UNQUEUED),
+            on.chat.edit(edit, on.chat, asking, js="chats.edited", **UNQUEUED),
         ):
             start.then(
                 self.answer,
                 [*here, *settings],
-                [*here, on.figures],
+                [on.chat_id, on.running, on.figures],
                 concurrency_limit=None,  # `WaitingLine` has the bounds, and tells people their places
                 show_progress="hidden",
                 api_visibility="private",
-            ).then(ready, None, on.box, **UNQUEUED).then(js="focusBox")
+            ).then(js="chats.finish", inputs=here, outputs=here[1:]).then(ready, None, on.box, **UNQUEUED).then(
+                js="focusBox"
+            )
         on.box.stop(self.stop, **UNQUEUED)
-        on.chat.undo(undo, on.chat, asking, **UNQUEUED)
+        on.chat.undo(undo, on.chat, [on.box, on.chat], **UNQUEUED)
 
         on.new.click(self.stop, **UNQUEUED).then(js="chats.fresh", outputs=shown)
         on.earlier.input(self.stop, **UNQUEUED).then(js="chats.open", inputs=on.earlier, outputs=shown)
@@ -175,23 +184,33 @@ class Page:
         return [f"<h1>{html.escape(title)}</h1>", box, *fields]
 
     async def answer(
-        self, chat_id: str, messages: Messages, request: gr.Request, system: str, *settings: str
+        self,
+        chat_id: str,
+        earlier: Messages,
+        asked: Messages,
+        request: gr.Request,
+        system: str,
+        *settings: str,
     ) -> AsyncIterator[tuple[str, Messages, str]]:
-        """Answer the question that the conversation ends with.
+        """Answer the question, if one is asked.
 
-        Yields the chat's id, so that a late piece never ends up in another chat; the conversation as it grows; figures.
+        Yields the chat's id, so that a late piece never ends up in another chat; the turn as it grows; figures.
         """
-        if not messages or messages[-1]["role"] != "user":
+        if not asked:
             return
         reply = Reply(self._words(request), self._info)
-        with self.streams.grow(reply, str(request.session_hash), messages, system, settings):
+        with self.streams.grow(reply, str(request.session_hash), [*earlier, *asked], system, settings):
             while reply.changed.is_set() or not reply.ended.is_set():  # the end may come while this pauses
                 await reply.changed.wait()
+                if reply.seen_drawn:
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(reply.drawn.wait(), LONGEST_DRAWING)
                 reply.changed.clear()
-                drawn = [*messages, *reply.messages()]
-                yield chat_id, drawn, reply.figures()
+                reply.drawn.clear()
+                running = [*asked, *reply.messages()]
+                yield chat_id, running, reply.figures()
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(reply.ended.wait(), REDRAW * (1 + size_of(drawn) / QUICKLY_DRAWN))
+                    await asyncio.wait_for(reply.ended.wait(), REDRAW * (1 + size_of(running) / QUICKLY_DRAWN))
 
     def _words(self, request: gr.Request) -> Words:
         """Return the words in the language of the page, or of the person's browser."""
@@ -202,21 +221,25 @@ class Page:
         """Stop the answers to this tab, in the engine too."""
         self.streams.stop(str(request.session_hash))
 
-
-def begin(asked: dict[str, Any], messages: Messages) -> tuple[Any, Messages]:
-    """Move the question from the box into the conversation."""
-    return gr.update(value=None, **BUSY_BOX), [*messages, *question(asked["files"], asked["text"])]
-
-
-def retry(messages: Messages, data: gr.RetryData) -> tuple[Any, Messages]:
-    """Cut the conversation behind the question that is to be answered again."""
-    return gr.update(**BUSY_BOX), messages[: data.index + 1]
+    async def drawn(self, request: gr.Request) -> None:
+        """Take note that this tab is done with a drawing."""
+        self.streams.drawn(str(request.session_hash))
 
 
-def edit(_: dict[str, Any], messages: Messages, data: gr.EditData) -> tuple[Any, Messages]:
-    """Cut the conversation behind the edited question, and put the new text there. It keeps its images."""
+def begin(asked: dict[str, Any]) -> tuple[Any, Messages]:
+    """Move the question from the box into the turn that begins."""
+    return gr.update(value=None, **BUSY_BOX), question(asked["files"], asked["text"])
+
+
+def retry(messages: Messages, data: gr.RetryData) -> tuple[Any, Messages, Messages]:
+    """Begin a turn with the question that is to be answered again; cut the conversation before it."""
+    return gr.update(**BUSY_BOX), messages[: data.index], [messages[data.index]]
+
+
+def edit(messages: Messages, data: gr.EditData) -> tuple[Any, Messages, Messages]:
+    """Begin a turn with the edited question, which keeps its images; cut the conversation before it."""
     edited = question(images_of(messages[data.index]), written(data.value))
-    return gr.update(**BUSY_BOX), [*messages[: data.index], *edited] if edited else messages
+    return gr.update(**BUSY_BOX), messages[: data.index] if edited else messages, edited
 
 
 def undo(messages: Messages, data: gr.UndoData) -> tuple[Any, Messages]:

@@ -78,7 +78,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     # As vLLM's own parser has it, --model_path is --model-path.
     given = sys.argv[1:] if argv is None else argv
     flags = [re.sub("^--[^=]+", lambda flag: flag.group().replace("_", "-"), text) for text in given]
-    args, engine_flags = parser.parse_known_args(flags)
+    # None: it is not given. Where the default is typed, it is for rows in OpenAI's form too.
+    args, engine_flags = parser.parse_known_args(flags, argparse.Namespace(system=None))
     if bool(args.input) != bool(args.output):
         parser.error("--input and --output go together")
     if args.input and args.prompt is not None:
@@ -92,7 +93,7 @@ def _adapter(text: str) -> tuple[str, str]:
     name, _, folder = text.partition("=")
     if not (name and folder):
         raise argparse.ArgumentTypeError("has the form NAME=FOLDER")
-    return name, str(Path(folder).expanduser())
+    return name, str(Path(os.path.expanduser(folder)))
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -113,6 +114,8 @@ def main(argv: list[str] | None = None) -> int:
         sampling = console.given_sampling(args)
         if args.input:
             return _answer_file(args, sampling, load)
+        if args.system is None:
+            args.system = DEFAULT_SYSTEM
         model = load()
     except (ModelUnavailable, ChatError, BatchError) as error:
         print(f"vllm_offline.py: {error}", file=sys.stderr)
@@ -134,7 +137,7 @@ def _answer_file(args: argparse.Namespace, sampling: Sampling, load: Callable[[]
     """Answer the rows of --input; return the exit status: 1 where a row has no answer."""
     with closing(Batch(args.input, args.output, args.reference)) as batch:
         try:
-            batch.run(load, None if args.system == DEFAULT_SYSTEM else args.system, sampling)
+            batch.run(load, args.system, sampling)
             if args.ordered:
                 batch.order()
         except KeyboardInterrupt:

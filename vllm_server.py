@@ -91,9 +91,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     chosen = [*hardware.engine_defaults(), *hardware.graph_defaults(args), *hardware.server_defaults(args)]
     hardware.fill_in(args, chosen)
     name = args.model_tag or args.model
-    is_folder = bool(name) and Path(name).expanduser().is_dir()
+    is_folder = bool(name) and Path(os.path.expanduser(name)).is_dir()
     if args.show_defaults:
-        args.model = str(Path(name).expanduser()) if is_folder else ""
+        args.model = os.path.expanduser(name) if is_folder else ""
         tools = tool_default(args) if is_folder else hardware.Default("tool_call_parser", None, TOOLS_UNKNOWN)
         hardware.fill_in(args, [tools])
         print(hardware.table(args, [*hardware.environment_defaults(), *chosen, tools]))
@@ -148,7 +148,7 @@ def _adapters(args: Namespace) -> dict[str, str]:
     if modules and not args.enable_lora:
         raise ModelUnavailable("--lora-modules needs --enable-lora")
     for module in modules:
-        module.path = str(Path(module.path).expanduser())
+        module.path = os.path.expanduser(module.path)
     names = [*args.served_model_name, *(module.name for module in modules)]
     if len(set(names)) < len(names):
         raise ModelUnavailable(f"two of these have the same name: {', '.join(names)}; choose others in --lora-modules")

@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser, sampling: Iterable[str] = tup
     parser.add_argument(
         "--history-max", type=_count, default=5, metavar="N", help="most earlier turns sent along; 0: none (default: 5)"
     )
-    parser.add_argument("--system", default=DEFAULT_SYSTEM, help="system prompt (default: %(default)r)")
+    parser.add_argument("--system", default=DEFAULT_SYSTEM, help=f"system prompt (default: {DEFAULT_SYSTEM!r})")
     group = parser.add_argument_group("sampling (default: the model's)")
     for name in sampling:
         flag, text = f"--{name.replace('_', '-')}", Sampling.model_fields[name].description

@@ -9,7 +9,7 @@ import pytest
 import vllm_offline
 from qwen_vllm import console
 from qwen_vllm.models.checks import ModelUnavailable
-from qwen_vllm.protocol import ChatError, ServerInfo
+from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, ServerInfo
 from tests.support.scripted_model import ScriptedModel, texts, write
 
 
@@ -46,6 +46,14 @@ def test_a_file_is_answered_and_the_summary_printed(files, run, capsys):
     assert (summary["answered"], summary["failed"], summary["scores"]["exact_match"]) == (3, 0, 0.5)
     assert "answered 3 · answered before 0 · failed 0" in err
     assert "exact match 0.5" in err
+
+
+@pytest.mark.parametrize(("flags", "system"), [([], None), (["--system", DEFAULT_SYSTEM], DEFAULT_SYSTEM)])
+def test_the_default_system_prompt_counts_for_rows_in_openais_form_where_it_is_typed(files, run, flags, system):
+    files[0].write_text('{"messages": [{"role": "user", "content": "b"}]}\n')
+    model = ScriptedModel()
+    assert run(*flags, model=model) == 0
+    assert [request["system"] for request in model.requests] == [system]
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ class ModelArgs(Protocol):
     load_format: str
     max_model_len: int | None
     dtype: Any
+    hf_overrides: Any
 
 
 def checked_config(folder: Path) -> dict[str, Any]:
@@ -181,7 +182,7 @@ def check_loadable(args: ModelArgs) -> None:
         if not args.trust_remote_code:
             raise ModelUnavailable(f"{folder} needs the code that it brings: read it, then add --trust-remote-code")
     elif args.load_format != "dummy" and any(re.fullmatch(r"Qwen\w+ForCausalLM", name) for name in architectures):
-        _check_output_embeddings(folder)
+        _check_output_embeddings(folder, args.hf_overrides)
 
 
 def _tokenizer_is_code(folder: Path) -> bool:
@@ -207,7 +208,7 @@ def _check_gptq(name: str, quantization: Mapping[str, Any]) -> None:
         )
 
 
-def _check_output_embeddings(folder: Path) -> None:
+def _check_output_embeddings(folder: Path, overrides: Any) -> None:
     """Refuse a Qwen whose weights are otherwise than its config.json says: with a matrix for the output, or without.
 
     vLLM meets a missing one after it has loaded; one that is there too many it leaves out, and answers nonsense.
@@ -226,7 +227,12 @@ def _check_output_embeddings(folder: Path) -> None:
                     return  # quantised
     if "embed_tokens" not in found:
         return
-    tied = AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings
+    config = AutoConfig.from_pretrained(folder)
+    if callable(overrides):
+        config = overrides(config)
+    else:
+        config.update(overrides or {})
+    tied = config.get_text_config().tie_word_embeddings
     if not tied and "lm_head" not in found:
         raise ModelUnavailable(
             f"{folder} has no lm_head.weight, and its config.json does not say that the embeddings stand in for it: "

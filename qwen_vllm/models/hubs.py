@@ -1,8 +1,10 @@
 """What ModelScope and Hugging Face are asked for a model, each by its own client."""
 
 import glob
+import hashlib
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -130,21 +132,45 @@ class HuggingFace:
         """Return the list of files that came with a copy; None: there is none."""
         with suppress(self._errors.CachedRepoTreeNotFoundError):
             files = self._hub.get_cached_repo_tree(self._model, **self._options)
-            return [HubFile(file.path, file.size, file.blob_id) for file in files]
+            return [HubFile(file.path, file.size, _digest(file)) for file in files]
         return None
 
     def listing(self) -> list[HubFile]:
         """Ask the hub for the list of files."""
         revision = self._options["revision"]
         files = self._hub.HfApi().model_info(self._model, revision=revision, files_metadata=True, timeout=10).siblings
-        return [HubFile(file.rfilename, file.size, file.blob_id) for file in files]
+        return [HubFile(file.rfilename, file.size, _digest(file)) for file in files]
 
     def download(self, listing: Sequence[HubFile], wanted: Sequence[HubFile]) -> Path:
-        """Fetch what is missing of `wanted`; return the folder."""
-        return self._snapshot(allow_patterns=[glob.escape(file.path) for file in wanted])
+        """Fetch what is missing of `wanted`; return the folder. The client does not look at checksums."""
+        began = time.time() - 1
+        folder = self._snapshot(allow_patterns=[glob.escape(file.path) for file in wanted])
+        fetched = {file: path for file in wanted if (path := folder / file.path).stat().st_mtime > began}
+        damaged = [path for file, path in fetched.items() if file.digest not in (None, *_digests(path))]
+        for path in damaged:
+            path.resolve().unlink()
+        if damaged:
+            names = ", ".join(str(path.relative_to(folder)) for path in damaged)
+            raise OSError(f"{names}: what came has another checksum than the hub names")
+        return folder
 
     def _snapshot(self, **options: Any) -> Path:
         return Path(self._hub.snapshot_download(self._model, **self._options, **options))
+
+
+def _digest(file: Any) -> str | None:
+    """Return the checksum that Hugging Face has for a file: SHA-256 of a large one, of others that of git."""
+    digest: str | None = file.lfs.sha256 if file.lfs else file.blob_id
+    return digest
+
+
+def _digests(path: Path) -> tuple[str, str]:
+    """Return the two checksums of a file that Hugging Face may have."""
+    git = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as content:
+        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+        content.seek(0)
+        return sha256, hashlib.file_digest(content, lambda: git).hexdigest()
 
 
 HUBS: Mapping[str, type[ModelScope] | type[HuggingFace]] = {"modelscope": ModelScope, "huggingface": HuggingFace}

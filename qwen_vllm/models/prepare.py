@@ -130,7 +130,11 @@ def read_chat_template(template: str | None, folder: Path | None = None) -> str 
     if folder and not (template or (folder / "chat_template.jinja").is_file()):
         of_processor = folder / "chat_template.json"
         if of_processor.is_file() and any(folder.glob("*processor_config.json")):
-            text: str = read_json(of_processor)["chat_template"]
+            written = read_json(of_processor)
+            if not isinstance(written, dict) or not isinstance(text := written.get("chat_template"), str):
+                raise ModelUnavailable(
+                    f"{of_processor} is not one template, as vLLM needs it: pass --chat-template FILE"
+                )
             return text
     try:
         return load_chat_template(template)

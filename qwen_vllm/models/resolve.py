@@ -3,6 +3,7 @@
 A model is a local folder, an id on a hub (ModelScope unless told otherwise), or by default the demo model.
 """
 
+import os
 import re
 import sys
 from collections.abc import MutableMapping
@@ -34,7 +35,7 @@ def resolve_model(
     try:
         if name is None:
             return str(demo_model())
-        folder = Path(name).expanduser()
+        folder = Path(os.path.expanduser(name))  # ~NAME stays where there is no such user
         if folder.is_dir():
             return str(_servable(folder))
         if not _is_id(name):

@@ -31,6 +31,10 @@ SPEEDUPS = "qwen_vllm.vllm_plugin.speedups"
 RENDERING = "qwen_vllm.vllm_plugin.rendering"
 CPU_SPEEDUPS = "qwen_vllm.vllm_plugin.cpu_speedups"
 TICKETS = "qwen_vllm.server.tickets"
+STOP_WORDS = "qwen_vllm.vllm_plugin.stop_words"
+PARSER = "vllm.parser.abstract_parser.DelegatingParser"
+PARSER_ENGINE = "vllm.parser.engine.parser_engine.ParserEngine"
+DETOKENIZERS = "vllm.v1.engine.detokenizer"
 QWEN2_VL = "transformers.models.qwen2_vl"
 LAYERS = "vllm.model_executor.layers"
 SAMPLER = "vllm.v1.sample.ops.topk_topp_sampler"
@@ -192,6 +196,17 @@ def _tells_of_the_limit(generate: Callable[..., Any]) -> Callable[..., Any]:
     return chat_completion_full_generator
 
 
+def _hands_token_ids_on(parse: Callable[..., Any]) -> Callable[..., Any]:
+    def parse_by_token_ids(
+        self: Any, text: str, request: Any, enable_auto_tools: bool = False, model_output_token_ids: Sequence[int] = ()
+    ) -> Any:
+        if engine := getattr(self._reasoning_parser, "_parser_engine", None):
+            engine.answer_ids = [*model_output_token_ids]  # `reasoning_parsers.ByTokenIds` reads them
+        return parse(self, text, request, enable_auto_tools, model_output_token_ids)
+
+    return parse_by_token_ids
+
+
 def _share_gpus(resolve: Callable[[Any], list[int] | None]) -> Callable[[Any], list[int] | None]:
     def resolve_repeated(args: Any) -> list[int] | None:
         named = args.device_ids
@@ -343,6 +358,31 @@ CUT_ARGUMENTS = Patch(
     replaces={f"{ANTHROPIC}.messages_full_converter": _takes_cut_arguments},
     made_for={f"{ANTHROPIC}.messages_full_converter": "45a8b686ee36"},
 )
+REASONING_MARKS = Patch(
+    name="marks of the reasoning in whole answers",
+    why="In a whole answer a </think> that is spelled in plain letters ends the reasoning; in a streamed one, and in "
+    "the counts, the token does. The parser gets the token ids, and does not hand them on.",
+    upstream="not proposed yet",
+    replaces={f"{PARSER}.parse": _hands_token_ids_on},
+    made_for={
+        f"{PARSER}.parse": "ba20d4d3f3e0",
+        f"{PARSER_ENGINE}._feed": "890793e565ee",
+        f"{PARSER_ENGINE}.extract_reasoning": "921950e42a47",
+    },
+)
+STOPS_IN_REASONING = Patch(
+    name="stop words in the reasoning",
+    why="A stop word that the reasoning has ends the answer there: its text is empty.",
+    upstream="https://github.com/vllm-project/vllm/issues/52393, https://github.com/vllm-project/vllm/issues/38499",
+    replaces={
+        f"{DETOKENIZERS}.IncrementalDetokenizer.from_new_request": _wrapped_by(f"{STOP_WORDS}.count_in_the_text")
+    },
+    made_for={
+        f"{DETOKENIZERS}.IncrementalDetokenizer.from_new_request": "f22489b12014",
+        f"{DETOKENIZERS}.BaseIncrementalDetokenizer": "00adafe55d77",
+        f"{DETOKENIZERS}.check_stop_strings": "f12fae624601",
+    },
+)
 SIGNALS = Patch(
     name="signals while loading",
     why="vLLM's own server turns SIGTERM into a KeyboardInterrupt, which is lost while it waits for the engine.",
@@ -426,7 +466,7 @@ TEAM = Patch(
 )
 IN_EVERY_PROCESS: Sequence[Patch] = (
     *(SCHEDULER, DETOKENIZER, LORA_SLOTS, THINKING_BUDGET, QWEN_VL),
-    *(CONTROL_TOKENS, CUT_CALLS, CUT_ARGUMENTS, SHARED_GPU, PREFERRED_ENGINE),
+    *(CONTROL_TOKENS, CUT_CALLS, CUT_ARGUMENTS, REASONING_MARKS, STOPS_IN_REASONING, SHARED_GPU, PREFERRED_ENGINE),
 )
 """Applied by `plugin.begin_process` in each of vLLM's processes. `SIGNALS` and `EARLY_ENGINE` are for the server's
 first process alone, `TEAM` for its front ends with --key-file, `GGUF` for when the demo model is made."""

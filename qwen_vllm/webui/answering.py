@@ -53,6 +53,7 @@ class Reply:
 
     def __init__(self, words: Words, info: ServerInfo) -> None:
         self.words, self.ended, self.changed = words, asyncio.Event(), asyncio.Event()
+        self.drawn, self.seen_drawn = asyncio.Event(), False
         self._info, self._began = info, time.monotonic()
         self._first = self._last = 0.0
         self._reasoning, self._text, self._notice = "", "", ""
@@ -152,15 +153,15 @@ class AnswerStreams:
 
     def __init__(self, url: str, api_key: str | None, line: WaitingLine) -> None:
         self._url, self._api_key, self.line = url, api_key, line
-        self._readers: dict[asyncio.Task[None], str] = {}
-        """The tasks that read answers from the server, each with its tab."""
+        self._readers: dict[asyncio.Task[None], tuple[str, Reply]] = {}
+        """The tasks that read answers from the server, each with its tab and its reply."""
 
     @contextmanager
     def grow(self, reply: Reply, tab: str, messages: Messages, system: str, settings: Sequence[str]) -> Iterator[None]:
         """Let the reply grow with the answer to the conversation's last question; stop where the block is left."""
         reader = asyncio.create_task(self._read(reply, messages, system, settings))
         reader.add_done_callback(lambda _: reply.add(None))
-        self._readers[reader] = tab
+        self._readers[reader] = tab, reply
         try:
             yield
         finally:
@@ -169,9 +170,16 @@ class AnswerStreams:
 
     def stop(self, tab: str | None = None) -> None:
         """Stop the answers to one tab, or to all tabs, in the engine too."""
-        for reader, owner in self._readers.items():
+        for reader, (owner, _) in self._readers.items():
             if tab in (None, owner):
                 reader.cancel()
+
+    def drawn(self, tab: str) -> None:
+        """Let the replies to one tab be drawn again: the tab is done with what it got."""
+        for owner, reply in self._readers.values():
+            if tab == owner:
+                reply.seen_drawn = True
+                reply.drawn.set()
 
     async def _read(self, reply: Reply, messages: Messages, system: str, settings: Sequence[str]) -> None:
         """Wait in line, ask, and ask again while the server is busy."""

@@ -7,7 +7,7 @@ const chats = {
   key: (id) => `qwen-vllm/chat/${id}`,
   card: (id) => `qwen-vllm/card/${id}`,
   newId: () => Date.now().toString(36) + Math.random().toString(36).slice(2),
-  // The chat on the page: the ids of this opening and of the chat, what of it is kept, and its messages by now.
+  // The chat on the page: the ids of this opening and of the chat, what of it is kept, its messages, the turn on its way.
   shown: null,
 
   list(open) {
@@ -20,8 +20,8 @@ const chats = {
     sessionStorage["qwen-vllm/open"] = id;
     if (innerWidth < 768) document.querySelector("#chats.open .toggle-button")?.click();  // it covers a phone's page
     const kept = localStorage[chats.key(id)] ?? "[]", messages = JSON.parse(kept);
-    chats.shown = {opening: chats.newId(), id, kept, messages};
-    return [chats.shown.opening, messages, "", chats.list(id)];
+    chats.shown = {opening: chats.newId(), id, kept, messages, running: []};
+    return [chats.shown.opening, messages, [], "", chats.list(id)];
   },
   fresh: () => chats.open(chats.newId()),
   remove() {
@@ -34,28 +34,35 @@ const chats = {
 
   save(opening, messages) {
     if (!chats.shown) return [];
+    if (opening !== chats.shown.opening) return chats.open(chats.shown.id);
+    chats.shown.messages = messages;
+    chats.keep();
+    return [undefined, undefined, undefined, undefined, chats.list(chats.shown.id)];
+  },
+  grow(opening, running) {
+    if (!chats.shown) return [];
     // The last piece of an answer may come after another chat was opened: then the opened one stays on the page.
     if (opening !== chats.shown.opening) return chats.open(chats.shown.id);
-    const growing = messages?.length === chats.shown.count;
-    Object.assign(chats.shown, {messages, count: messages?.length});
-    if (growing) {
-      chats.soon ??= setTimeout(chats.keep, 1000);  // a long chat takes its time to write: not for each piece of an answer
-      return [];
-    }
-    chats.keep();
-    return [undefined, undefined, undefined, chats.list(chats.shown.id)];
+    chats.shown.running = running;
+    chats.soon ??= setTimeout(chats.keep, 1000);  // a long chat takes its time to write: not for each piece of an answer
+    return [];
+  },
+  finish(opening, messages, running) {
+    if (opening !== chats.shown?.opening || !running.length) return [];
+    Object.assign(chats.shown, {messages: [...messages, ...running], running: []});
+    return [chats.shown.messages, []];
   },
   keep() {
     clearTimeout(chats.soon);
     chats.soon = null;
-    const {shown} = chats, text = JSON.stringify(shown?.messages ?? []);
+    const {shown} = chats, text = JSON.stringify(shown ? [...shown.messages, ...shown.running] : []);
     if (!shown || text === shown.kept) return;
     // Another tab went on with this chat: that stays, and what is shown here becomes a chat of its own.
     if ((localStorage[chats.key(shown.id)] ?? "[]") !== shown.kept) shown.id = chats.newId();
     sessionStorage["qwen-vllm/open"] = shown.id;
     if (text === "[]") chats.forget(shown.id);
     else {
-      const question = written(shown.messages[0].content.map((part) => part.text ?? "").join(" ")).trim();
+      const question = written(JSON.parse(text)[0].content.map((part) => part.text ?? "").join(" ")).trim();
       const card = {id: shown.id, title: question.slice(0, 60) || "🖼", saved: Date.now()};
       try {
         localStorage[chats.key(shown.id)] = text;
@@ -69,7 +76,7 @@ const chats = {
   },
   images: (message) => message.content.filter((part) => part.type === "file"),
   // Gradio drops the images of a question that is edited.
-  edited: (box, messages) => [box, messages.map((message, n) => chats.images(message).length ? message
+  edited: (messages) => [messages.map((message, n) => chats.images(message).length ? message
     : {...message, content: [...chats.images(chats.before[n]), ...message.content]})],
 
   keepSettings: (...settings) => { localStorage["qwen-vllm/settings"] = JSON.stringify(settings); },
@@ -90,6 +97,7 @@ const chats = {
 };
 
 const showTitle = () => { document.title = document.querySelector("#heading").textContent.trim(); };
+const painted = () => new Promise((done) => requestAnimationFrame(() => setTimeout(done, 0, [])));
 const focusBox = () => document.querySelector("#box textarea").focus();
 
 // Copies and edits hold what was written, without the invisible characters of markdown.py.
@@ -112,4 +120,4 @@ addEventListener("click", () => setTimeout(() => {  // by then Gradio has opened
 }));
 addEventListener("pagehide", () => chats.keep());
 
-Object.assign(window, {chats, showTitle, focusBox});  // the page's events call these by name
+Object.assign(window, {chats, showTitle, painted, focusBox});  // the page's events call these by name

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ THOUGHT_TOKENS, ALL_TOKENS = 16, 27
 GREEDY = Sampling(temperature=0)
 HISTORY = [("1 + 1?", "<think>\nOne and one.\n</think>\n\n2")]
 REASONED = [("1 + 1?", "2", "One and one."), ("?", "!", "Hm. " * 9)]
+SPELLED = "One <think> or </think> in letters.", "The tags <think> and </think> too."
 BUDGETS, ROWS = (1, 2, 5, 11, 16, 17, 24), range(300)
 
 
@@ -146,6 +148,61 @@ def test_the_openai_route_tells_the_same(url):
     assert "".join(part for part in parts if isinstance(part, str)) == result.text == f"\n\n{TEXT}"
     *parts, result = asyncio.run(streamed(Sampling(temperature=0, enable_thinking=False)))
     assert ("".join(parts), result.reasoning) == (TEXT, "")
+
+
+def openai_answer(url: str, **fields: Any) -> tuple[str, str, str]:
+    """The reasoning, the text and why it ended, on OpenAI's route; whole and streamed they are the same."""
+    body = {"messages": [{"role": "user", "content": "2 + 3?"}], "temperature": 0, **fields}
+    [choice] = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["choices"]
+    whole = choice["message"].get("reasoning") or "", choice["message"]["content"] or "", choice["finish_reason"]
+    reasoning, text, finish_reason = "", "", None
+    streamed = requests.post(f"{url}/v1/chat/completions", json={**body, "stream": True}, timeout=60).content.decode()
+    for line in streamed.splitlines():
+        if line.startswith("data: {"):
+            [choice] = json.loads(line[6:])["choices"]
+            reasoning += choice["delta"].get("reasoning") or ""
+            text += choice["delta"].get("content") or ""
+            finish_reason = choice["finish_reason"] or finish_reason
+    assert (reasoning.strip("\n"), text, finish_reason) == (whole[0].strip("\n"), *whole[1:])
+    return reasoning.strip("\n"), text.lstrip("\n"), whole[2]
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [(["three 是五"], TEXT), (["Hm"], TEXT), (["is five"], "It "), (["Hm", "It"], ""), (["\n\n\n"], TEXT)],
+)
+@pytest.mark.parametrize("fields", [{}, {"include_reasoning": False}])
+def test_stop_words_count_in_the_text_alone_on_the_openai_route(url, stop, text, fields):
+    thought = THOUGHT if fields == {} else ""
+    assert openai_answer(url, stop=stop, **fields) == (thought, text, "stop")
+
+
+def test_a_model_told_not_to_think_stops_at_stop_words_on_the_openai_route(url):
+    answer = openai_answer(url, stop=["is five"], chat_template_kwargs={"enable_thinking": False})
+    assert answer == ("", "It ", "stop")
+
+
+@pytest.fixture(scope="module")
+def speller(tmp_path_factory: pytest.TempPathFactory, qwen_tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """A server of a model that also spells the marks in plain letters."""
+    thought, text = (
+        [token for part in re.split("(?<=<)", said) for token in qwen_tokenizer.encode(part)] for said in SPELLED
+    )
+    folder, encode = tmp_path_factory.mktemp("models") / "Speller", qwen_tokenizer.encode
+    own, qwen_tokenizer.chat_template = qwen_tokenizer.chat_template, QWEN3_TEMPLATE
+    write_reciter(
+        folder, qwen_tokenizer, encode("\n<think>\n") + thought + encode("\n</think>\n\n") + text + encode("<|im_end|>")
+    )
+    qwen_tokenizer.chat_template = own
+    with running_server(["--model", str(folder)], tmp_path_factory.mktemp("server") / "log") as url:
+        yield url
+
+
+def test_marks_in_plain_letters_are_text_on_both_routes(speller: str) -> None:
+    assert openai_answer(speller) == (*SPELLED, "stop")
+    assert openai_answer(speller, stop=["too"]) == (SPELLED[0], SPELLED[1].partition("too")[0], "stop")
+    _, whole = ask(speller)
+    assert (whole["reasoning"], whole["text"]) == SPELLED
 
 
 def check(said: Said, tokens: int, kept: str) -> None:

@@ -88,12 +88,13 @@ class Tab:
         return self.driver.execute_script(script, *args)
 
     def texts(self, selector: str) -> list[str]:
-        """What the elements show, without what is folded away and what is invisible."""
-        script = "return [...document.querySelectorAll(arguments[0])].map((element) => element.innerText.trim())"
+        """What the elements show, without what is folded away and what is invisible; off the screen, what they hold."""
+        text = "(element.innerText || element.textContent).trim()"
+        script = f"return [...document.querySelectorAll(arguments[0])].map((element) => {text})"
         return [written(text) for text in self.run(script, selector)]
 
     def messages(self) -> list[str]:
-        return self.texts("#chat [data-testid=user], #chat [data-testid=bot]")
+        return self.texts("#talk [data-testid=user], #talk [data-testid=bot]")
 
     def figures(self) -> str:
         return "".join(self.texts("#figures"))
@@ -277,7 +278,7 @@ def test_text_cannot_run(server, page, person):
     tab.until(lambda: any("answered" in text for text in tab.messages()))
     tab.run(click_all)
     assert tab.run("return window.pwned") is None
-    assert tab.run("return document.querySelectorAll('#chat :is(script, iframe, b, details, [onerror])').length") == 0
+    assert tab.run("return document.querySelectorAll('#talk :is(script, iframe, b, details, [onerror])').length") == 0
     assert tab.asked_hosts() == {urlsplit(page).netloc}
 
 
@@ -463,6 +464,49 @@ def exported(tab: Tab, button: str) -> str:
     return tab.until(lambda: tab.run("return window.saved"))
 
 
+WATCH = """
+window.work = {read: 0, changed: 0};
+const parse = DOMParser.prototype.parseFromString;  // with which Gradio cleans each text that it draws
+DOMParser.prototype.parseFromString = function (text, ...kind) {
+  work.read += text.length;
+  return parse.call(this, text, ...kind);
+};
+new MutationObserver((changes) => changes.forEach(({addedNodes}) => { work.changed += addedNodes.length; }))
+  .observe(document.querySelector("#talk"), {subtree: true, childList: true});"""
+
+
+def cost_of_a_piece(server: Server, tab: Tab, turns: int) -> tuple[int, dict[str, int]]:
+    """What the second piece of an answer costs in a chat of so many turns: the bytes that come, and the work."""
+    pair = text_message("user", "And?"), text_message("assistant", "a " * 500)
+    pieces = [threading.Event(), threading.Event()]
+    server.play(line({"delta": "one"}), pieces[0], line({"delta": " two"}), pieces[1], line(LAST))
+    chat = "localStorage[`qwen-vllm/chat/${sessionStorage['qwen-vllm/open']}`] = JSON.stringify(arguments[0])"
+    tab.run(chat, [*pair * turns])
+    tab.driver.refresh()
+    tab.until(lambda: len(tab.messages()) == 2 * turns and tab.is_ready())
+    tab.run(WATCH)
+    tab.send("Go on")
+    tab.until(lambda: tab.messages()[-1] == "one")
+    tab.driver.get_log("performance")
+    tab.run("work.read = work.changed = 0")
+    pieces[0].set()
+    tab.until(lambda: tab.messages()[-1] == "one two")
+    events = [json.loads(entry["message"])["message"] for entry in tab.driver.get_log("performance")]
+    received = sum(event["params"]["dataLength"] for event in events if event["method"] == "Network.dataReceived")
+    work = tab.run("return work")
+    pieces[1].set()
+    tab.until(lambda: tab.figures() and tab.is_ready())
+    return received, work
+
+
+def test_a_piece_of_an_answer_costs_the_same_whatever_came_before(server, page, person):
+    received, work = cost_of_a_piece(server, person(page), 1)
+    assert work["read"] < 100
+    after_many = cost_of_a_piece(server, person(page), 50)
+    assert after_many[1] == work
+    assert abs(after_many[0] - received) < 500
+
+
 def test_settings_are_sent_and_kept(server, page, person):
     server.play(line({"delta": "Arr."}), line(LAST))
     tab = person(page)
@@ -513,7 +557,7 @@ def test_a_hundred_people_are_answered_at_once(server):
     with serving("--server-url", server.url, "--concurrency", "100") as url:
         functions = requests.get(f"{url}/config", timeout=10).json()["dependencies"]
         answer = next(function for function in functions if len(function["inputs"]) > 10 and function["queue"])
-        data = ["chat", [user("Hi")], "system", *[""] * len(Sampling.model_fields)]
+        data = ["chat", [], [user("Hi")], "system", *[""] * len(Sampling.model_fields)]
         for n in range(100):
             asked = {"fn_index": answer["id"], "session_hash": str(n), "data": data}
             requests.post(f"{url}/gradio_api/queue/join", json=asked, timeout=10).raise_for_status()
@@ -705,7 +749,7 @@ def test_twenty_conversations_at_once_do_not_mix(demo_server):
         nonce = str(7_919 * (n + 11))
         request = SimpleNamespace(session_hash=nonce, headers={})
         settings = ["0" if name == "temperature" else "" for name in Sampling.model_fields]
-        parts = page.answer(nonce, [*examples, user(f"Repeat: {nonce}")], request, "You repeat.", *settings)
+        parts = page.answer(nonce, examples, [user(f"Repeat: {nonce}")], request, "You repeat.", *settings)
         *_, (chat, messages, _) = [part async for part in parts]
         assert chat == nonce
         return text_of(messages[-1]) == nonce

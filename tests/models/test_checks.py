@@ -28,6 +28,7 @@ LOADING = {
     "trust_remote_code": False,
     "load_format": "auto",
     "dtype": "auto",
+    "hf_overrides": {},
 }
 
 
@@ -265,6 +266,7 @@ def test_json_that_is_damaged_is_named(tmp_path: Path, name: str, content: str) 
 
 
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+TIED = {"tie_word_embeddings": True}
 ONES, ZEROS = torch.ones(9, 2), torch.zeros(9, 2)
 
 
@@ -294,6 +296,14 @@ def test_the_output_embeddings_are_as_the_description_says(
     else:
         check_loadable(SimpleNamespace(model=str(folder), **LOADING))
     check_loadable(SimpleNamespace(model=str(folder), **{**LOADING, "load_format": "dummy"}))
+
+
+@pytest.mark.parametrize("overrides", [TIED, lambda config: config.update(TIED) or config])
+def test_what_hf_overrides_says_of_the_output_embeddings_counts(tmp_path: Path, overrides: Any) -> None:
+    folder = write_model(tmp_path, **QWEN3, tie_word_embeddings=False)
+    save_file({"model.embed_tokens.weight": ONES}, folder / "model.safetensors")
+    assert "has no lm_head.weight" in refusal(folder)
+    check_loadable(SimpleNamespace(model=str(folder), **{**LOADING, "hf_overrides": overrides}))
 
 
 def test_a_qwen_of_a_later_day_is_told_in_a_line(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import UUID
 
 import huggingface_hub
 import modelscope_hub
@@ -17,7 +18,7 @@ from qwen_vllm.models import download
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.models.download import fetch
 from qwen_vllm.models.resolve import resolve_model, resolve_parts
-from tests.support.scripted_hub import NAME, PIECE, Hub, files_of, scripted_hub
+from tests.support.scripted_hub import NAME, PIECE, Hub, files_of, scripted_hub, sha256
 from tests.support.tiny_checkpoints import write_model
 from vllm_server import parse_args
 
@@ -60,10 +61,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def unplug(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+def unplug(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """Takes name resolution away; returns the list of the names that are looked up from now on."""
 
-    def go() -> list[str]:
+    def go(monkeypatch: pytest.MonkeyPatch = monkeypatch) -> list[str]:
         asked = []
 
         def getaddrinfo(host: str, *_: object, **__: object) -> None:
@@ -150,6 +151,13 @@ def test_after_many_breaks_it_goes_on_by_itself_as_long_as_data_flows(hub: Hub) 
     assert whole(fetch(NAME, "modelscope"), hub)
 
 
+def test_a_slow_line_past_the_time_that_hugging_faces_client_waits(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    hub.seconds_a_piece[WEIGHTS] = 0.05  # 20 pieces
+    assert whole(fetch(NAME, "huggingface"), hub)
+    assert hub.fetched.count(WEIGHTS) == 1
+
+
 def test_a_slow_line_past_the_time_that_the_client_has_for_a_file(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modelscope_hub._download.DOWNLOAD_TOTAL_TIMEOUT", 0.3)
     hub.seconds_a_piece[WEIGHTS] = 0.05
@@ -167,15 +175,20 @@ def test_where_nothing_comes_it_ends_and_a_later_start_goes_on(hub: Hub, monkeyp
     assert whole(fetch(NAME, "modelscope"), hub)
 
 
-def test_a_checksum_that_never_fits(hub: Hub) -> None:
-    hub.corrupt.add(WEIGHTS)
-    message = unavailable(NAME, "modelscope")
-    assert WEIGHTS in message
-    assert "Hash mismatch" in message
+@pytest.mark.parametrize(("name", "told"), [("modelscope", "Hash mismatch"), ("huggingface", "another checksum")])
+@pytest.mark.parametrize("path", [WEIGHTS, TEMPLATE])
+def test_a_checksum_that_never_fits(hub: Hub, unplug: Callable, name: str, told: str, path: str) -> None:
+    hub.corrupt.add(path)
+    message = unavailable(NAME, name)
+    assert path in message
+    assert told in message
+    with pytest.MonkeyPatch.context() as patch:
+        unplug(patch)
+        assert f"it lacks {path}" in unavailable(NAME, name)
     hub.corrupt.clear()
     hub.asked.clear()
-    assert whole(fetch(NAME, "modelscope"), hub)
-    assert hub.fetched == [WEIGHTS]
+    assert whole(fetch(NAME, name), hub)
+    assert hub.fetched == [path]
 
 
 @pytest.mark.parametrize("name", HUBS)
@@ -198,6 +211,20 @@ def test_a_full_disk_is_told_and_what_has_come_is_kept(hub: Hub, tmp_path: Path)
     hub.asked.clear()
     assert whole(fetch(NAME, "modelscope"), hub)
     assert hub.fetched == [WEIGHTS]
+
+
+def test_a_full_disk_is_told_by_hugging_faces_client_too(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs = tmp_path / "huggingface" / f"models--{NAME.replace('/', '--')}" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"{sha256(hub.files[WEIGHTS])}.00000000.incomplete").symlink_to("/dev/full")  # where the client writes
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.file_download.uuid.uuid4", lambda: UUID(int=0))
+        assert "No space left on device" in unavailable(NAME, "huggingface")
+    hub.asked.clear()
+    assert whole(fetch(NAME, "huggingface"), hub)
+    assert hub.fetched.count(WEIGHTS) == 1
 
 
 @pytest.mark.parametrize("name", HUBS)

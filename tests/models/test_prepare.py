@@ -42,6 +42,17 @@ def test_the_template_of_a_processor_goes_before_the_tokenizers_as_in_vllm(
     assert read_chat_template("mine {{ messages }}", tmp_path) == "mine {{ messages }}"
 
 
+@pytest.mark.parametrize(
+    "written", ['{"chat_template": [{"name": "default", "template": "{{ messages }}"}]}', "{}", "[]"]
+)
+def test_a_processor_with_several_templates_or_none_is_told(tmp_path: Path, written: str) -> None:
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    (tmp_path / "chat_template.json").write_text(written)
+    with pytest.raises(ModelUnavailable, match=r"chat_template.json is not one template.*--chat-template FILE"):
+        read_chat_template(None, tmp_path)
+    assert read_chat_template("mine {{ messages }}", tmp_path) == "mine {{ messages }}"
+
+
 @pytest.mark.parametrize("torchvision", [True, False])
 def test_qwen35_on_a_cpu_is_bfloat16_and_without_torchvision_its_language_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, torchvision: bool

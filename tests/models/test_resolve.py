@@ -34,6 +34,11 @@ def test_a_folder_in_the_home(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert resolve_model("~/model") == str(model)
 
 
+def test_the_home_of_nobody() -> None:
+    message = unavailable("~no-such-user/model")
+    assert message == "~no-such-user/model is neither a folder nor a model id such as Qwen/Qwen2.5-7B-Instruct"
+
+
 @pytest.mark.parametrize("name", ["model", "./model", "model/"])
 def test_a_relative_folder(model: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(model.parent)

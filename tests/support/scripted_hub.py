@@ -20,6 +20,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def git_sha1(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
 class Handler(BaseHTTPRequestHandler):
     """ModelScope's routes begin with /api/v1; the others are Hugging Face's."""
 
@@ -55,8 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         if files is None:
             return self._json(NO_SUCH_FILE, 404)
         listed = [
-            {"Path": path, "Type": "blob", "Size": len(data), "Sha256": hashlib.sha256(data).hexdigest()}
-            for path, data in files.items()
+            {"Path": path, "Type": "blob", "Size": len(data), "Sha256": sha256(data)} for path, data in files.items()
         ]
         return self._json({"Code": 200, "Success": True, "Data": {"Files": listed}})
 
@@ -66,10 +73,15 @@ class Handler(BaseHTTPRequestHandler):
         files = self._repository(owner, name, revision)
         if files is None:
             return self._json({"error": "not found"}, 404, **{"X-Error-Code": "RepoNotFound"})
-        oids = {path: hashlib.sha1(data).hexdigest() for path, data in files.items()}
+        sizes = {path: len(data) for path, data in files.items()}
+        large = {path: sha256(files[path]) for path in files if path.endswith(".safetensors")}
         if rest[:1] == ["tree"]:
-            return self._json([{"type": "file", "path": p, "size": len(files[p]), "oid": oids[p]} for p in files])
-        siblings = [{"rfilename": path, "size": len(files[path]), "blobId": oids[path]} for path in files]
+            lfs = {path: {"lfs": {"oid": sha, "size": sizes[path], "pointerSize": 1}} for path, sha in large.items()}
+            listed = [{"path": path, "size": sizes[path], "oid": git_sha1(files[path])} for path in files]
+            return self._json([{"type": "file", **file, **lfs.get(file["path"], {})} for file in listed])
+        lfs = {path: {"lfs": {"sha256": sha, "size": sizes[path], "pointerSize": 1}} for path, sha in large.items()}
+        listed = [{"rfilename": path, "size": sizes[path], "blobId": git_sha1(files[path])} for path in files]
+        siblings = [{**file, **lfs.get(file["rfilename"], {})} for file in listed]
         commit = self.server.commit_of(files)
         return self._json({"id": NAME, "sha": commit, "siblings": siblings})
 
@@ -84,7 +96,8 @@ class Handler(BaseHTTPRequestHandler):
         start = int(asked.removeprefix("bytes=").partition("-")[0]) if asked else 0
         self.send_response(206 if asked else 200)
         self.send_header("Content-Length", str(len(data) - start))
-        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+        digest = sha256 if path.endswith(".safetensors") else git_sha1
+        self.send_header("ETag", f'"{digest(data)}"')
         self.send_header("X-Repo-Commit", hub.commit_of(files))
         self.send_header("Accept-Ranges", "bytes")
         if asked:

@@ -37,7 +37,8 @@ def page_for(server: Server, line: WaitingLine | None = None) -> Page:
 
 
 def answer(page: Page, *messages: dict[str, Any], settings: list[str] = UNSET, tab: Any = None) -> AsyncIterator[tuple]:
-    return page.answer("chat", list(messages), tab or person(), "system", *settings)
+    last = len(messages) - bool(messages and messages[-1]["role"] == "user")
+    return page.answer("chat", list(messages[:last]), list(messages[last:]), tab or person(), "system", *settings)
 
 
 async def last(parts: AsyncIterator[tuple]) -> tuple[list[tuple[str, str]], str]:
@@ -75,8 +76,12 @@ def test_an_answer_comes_piece_by_piece_with_its_figures(server: Server) -> None
     assert end[2].endswith(" · 23 tokens · old turns left out: 1")
 
 
-def test_a_long_chat_is_drawn_less_often(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_answer_is_drawn_less_often_whatever_came_before(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.play(line({"delta": "Hi"}), line(LAST))
+    server.then_play(line({"delta": "Hi"}), line(LAST))
+    server.then_play(line({"delta": "a" * 200_000}), line(LAST))
     pauses = []
 
     async def pause(ended: Awaitable, seconds: float) -> None:
@@ -86,7 +91,33 @@ def test_a_long_chat_is_drawn_less_often(server: Server, monkeypatch: pytest.Mon
     monkeypatch.setattr("gradio_webui.asyncio.wait_for", pause)
     asyncio.run(last(answer(page_for(server), user("q"))))
     asyncio.run(last(answer(page_for(server), *[user("q" * 5000), assistant("a" * 5000)] * 20, user("q"))))
+    assert pauses[0] == pauses[-1]
+    asyncio.run(last(answer(page_for(server), user("q"))))
     assert 10 * pauses[0] < pauses[-1] < 1
+
+
+def test_the_next_drawing_waits_until_the_browser_is_done_with_the_last(server: Server) -> None:
+    parts = [threading.Event(), threading.Event()]
+    server.play(
+        line({"delta": "one"}), parts[0], line({"delta": " two"}), parts[1], line({"delta": " three"}), line(LAST)
+    )
+
+    async def watch() -> list[tuple[str, str]]:
+        page, tab = page_for(server), person()
+        drawn = answer(page, user("q"), tab=tab)
+        await anext(drawn)
+        await page.drawn(tab)
+        parts[0].set()
+        await anext(drawn)  # the browser is done with the first
+        parts[1].set()
+        third = asyncio.ensure_future(anext(drawn))
+        await asyncio.sleep(0.3)
+        assert not third.done()
+        await page.drawn(person("another"))
+        await page.drawn(tab)
+        return shown((await third)[1])
+
+    assert asyncio.run(watch()) == [("", "one two three")]
 
 
 def test_the_key_and_the_conversation_are_sent(server: Server) -> None:
@@ -113,8 +144,8 @@ def test_without_a_question_nothing_is_asked(server: Server, messages: list) -> 
 
 
 def test_a_blank_question_stays_out_of_the_conversation() -> None:
-    assert begin({"text": " \n", "files": []}, TALK)[1] == TALK
-    assert begin({"text": " hi ", "files": []}, TALK)[1][-1]["content"] == user(" hi ")["content"]
+    assert begin({"text": " \n", "files": []})[1] == []
+    assert begin({"text": " hi ", "files": []})[1][-1]["content"] == user(" hi ")["content"]
 
 
 @pytest.mark.parametrize(("language", "words"), [("zh-CN,zh;q=0.9,en;q=0.8", "zh"), ("de", "en"), ("en,zh", "en")])

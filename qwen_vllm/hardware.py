@@ -18,8 +18,8 @@ MAX_PIXELS = 2**26
 """Of all images in one request: decoded they take 200 MB, and a file of a few kilobytes can hold that many."""
 CONTEXTS, USUAL_CACHE = 8, 4 * 2**30
 """On a CPU the KV cache holds so many full contexts, but no more than so many bytes unless a single one needs them."""
-INT8_ON_LOAD = "int8_on_load"
-"""Our name among vLLM's --quantization; see `vllm_plugin/int8_weights.py`."""
+INT8_COPY = "int8_copy"
+"""Our name among vLLM's --quantization; see `vllm_plugin/int8_copy.py`."""
 GRAPHS_BY_DEFAULT = 512
 """The largest batch that vLLM captures in a CUDA graph by default."""
 
@@ -181,9 +181,9 @@ def computes_four_bits() -> bool:
     return not on_cpu() or "avx512f" in flags or "avx2" not in flags
 
 
-def multiplies_int8() -> bool:
-    """Tell whether this processor has units for products of int8 matrices (AMX), and vLLM a kernel for them."""
-    return on_cpu() and {"amx_tile", "amx_int8"} <= _cpu_flags()
+def reads_int8() -> bool:
+    """Tell whether torch has a quick kernel here for weights of 8 bits and inputs in bfloat16."""
+    return on_cpu() and {"avx512bw", "avx512vl"} <= _cpu_flags() and bool({"avx512_bf16", "amx_bf16"} & _cpu_flags())
 
 
 def _cores() -> int:

@@ -44,7 +44,7 @@ def begin_process() -> None:
     for patch in (*patches.IN_EVERY_PROCESS, *(patches.ON_CPU if on_cpu else ())):
         patch.apply()
     if on_cpu:
-        for module in ("cpu_speedups", "int8_weights"):
+        for module in ("cpu_speedups", "int8_copy"):
             import_module(f"{__package__}.{module}").register()
 
 

@@ -1,6 +1,6 @@
 """The shorter ways on a CPU give what vLLM's own give."""
 
-from collections.abc import Callable
+from functools import partial
 
 import psutil
 import pytest
@@ -12,7 +12,7 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.platforms import current_platform
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
 
-from qwen_vllm.vllm_plugin import cpu_speedups, int8_weights
+from qwen_vllm.vllm_plugin import cpu_speedups, int8_copy
 from qwen_vllm.vllm_plugin.cpu_speedups import CANDIDATES
 
 VOCABULARY = 1000
@@ -124,7 +124,7 @@ def test_other_weights_stay_vllms() -> None:
 
 def test_the_cache_takes_memory_as_it_is_filled() -> None:
     before = psutil.Process().memory_info().rss
-    allocate: Callable[[int], torch.Tensor] = lambda size: torch.zeros(size, dtype=torch.int8, device="cpu")
+    allocate = partial(torch.zeros, dtype=torch.int8, device="cpu")
     cache = cpu_speedups.filled_on_demand(allocate)(2**30)
     assert psutil.Process().memory_info().rss - before < 2**28
     assert (cache.shape, cache.dtype) == ((2**30,), torch.int8)
@@ -133,41 +133,15 @@ def test_the_cache_takes_memory_as_it_is_filled() -> None:
     assert torch.zeros(3, dtype=torch.int8).tolist() == [0, 0, 0]
 
 
-def test_int8_weights_give_nearly_the_same_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for vLLM's kernel, which wants a processor with AMX: the same mathematics in float32."""
-
-    def multiply(
-        x: torch.Tensor,
-        packed: torch.Tensor,
-        scales: torch.Tensor,
-        bias: torch.Tensor | None,
-        dtype: torch.dtype,
-        vnni: bool,
-    ) -> torch.Tensor:
-        assert packed.dtype == torch.int8 and vnni
-        largest = x.float().abs().amax(1, keepdim=True) / 127
-        product = (x.float() / largest).round() @ packed.float().T * largest * scales
-        return (product if bias is None else product + bias).to(dtype)
-
-    kernels = {"convert_weight_packed": lambda weight: weight, "int8_scaled_mm_with_quant": multiply}
-    for name, kernel in kernels.items():
-        monkeypatch.setattr(torch.ops._C, name, kernel, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    layer, x = linear(torch.bfloat16), torch.randn(5, 64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("method", [int8_copy.LinearWithCopy, int8_copy.HeadWithCopy])
+def test_few_tokens_are_computed_with_a_copy_in_8_bits(method: type) -> None:
+    layer = linear(torch.bfloat16)
     layer.weight[3] = 0
-    expected = layer(x)
-    int8_weights.Int8Linear().process_weights_after_loading(layer)
-    assert layer.weight.numel() == 0
-    seen = layer.cpu_linear(x, layer.weight, layer.bias)
-    assert (seen - expected).abs().max() < 0.02 * expected.abs().max()
-    head = linear(torch.bfloat16)
-    int8_weights.Int8Head().process_weights_after_loading(head)
-    assert head.weight.numel()
-
-
-def test_a_shape_that_the_kernel_does_not_take_stays_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    layer, x = linear(torch.bfloat16, outputs=40), torch.randn(5, 64, dtype=torch.bfloat16)
-    expected = layer(x)
-    int8_weights.Int8Linear().process_weights_after_loading(layer)
-    torch.testing.assert_close(layer.cpu_linear(x, layer.weight, layer.bias), expected)
+    weight, bias = layer.weight.data.clone(), layer.bias
+    method().process_weights_after_loading(layer)
+    for tokens in (1, int8_copy.FEW, int8_copy.FEW + 1):
+        x = torch.randn(tokens, 64, dtype=torch.bfloat16)
+        expected = x.float() @ weight.float().T + bias.float()
+        seen = layer.cpu_linear(x, layer.weight, bias).float()
+        assert (seen - expected).abs().max() < 0.02 * expected.abs().max()
+        torch.testing.assert_close(layer.cpu_linear(x, layer.weight, None)[:, 3].float(), torch.zeros(tokens))

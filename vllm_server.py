@@ -4,6 +4,7 @@
 `qwen_vllm/server/endpoint.py`, in every front-end process. vLLM gives the OpenAI routes and all its flags.
 """
 
+import gc
 import os
 import signal
 import sqlite3
@@ -165,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     hardware.set_environment()
     if hardware.on_cpu():
         early.begin()
+    gc.disable()  # what is imported stays: to look for garbage among it takes a tenth of the time
     from vllm import envs
     from vllm.entrypoints.cli import serve
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -189,6 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.key_file:
         # The front ends look at the file each second; one that is this process takes the signal itself.
         signal.signal(signal.SIGHUP, lambda *_: None)
+    gc.enable()
     try:
         serve.ServeSubcommand.cmd(args)
     except Exception as error:

@@ -23,6 +23,12 @@ CANDIDATES = 128
 INFINITE = float("inf")
 
 
+def is_compiled() -> bool:
+    """Tell whether the model that is being loaded will be compiled: then its layers stay as vLLM makes them."""
+    config = get_current_vllm_config_or_none()
+    return bool(config and config.compilation_config.mode)
+
+
 def hold_in_16_bits(dispatch: Callable[..., None]) -> Callable[..., None]:
     """Wrap vLLM's choice of a kernel for a linear layer: float32 weights are held as float16 and computed in float32.
 
@@ -31,10 +37,9 @@ def hold_in_16_bits(dispatch: Callable[..., None]) -> Callable[..., None]:
     """
 
     def choose(layer: torch.nn.Module, remove_weight: bool) -> None:
-        weight, config = layer.weight, get_current_vllm_config_or_none()
-        compiled = config and config.compilation_config.mode
+        weight = layer.weight
         takes = weight.dtype == torch.float32 and weight.ndim == 2 and not weight.is_meta
-        if compiled or not takes or torch.backends.quantized.engine not in ("x86", "fbgemm"):
+        if is_compiled() or not takes or torch.backends.quantized.engine not in ("x86", "fbgemm"):
             return dispatch(layer, remove_weight)
         packed = torch.ops.quantized.linear_prepack_fp16(weight.data, None)
         multiply = torch.ops.quantized.linear_dynamic_fp16

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
 from qwen_vllm.hardware import INT8_COPY
+from qwen_vllm.vllm_plugin.cpu_speedups import is_compiled
 
 FEW = 3
 """Tokens at once up to which the copy is faster; see benchmarks/NOTES.md."""
@@ -21,6 +22,8 @@ FEW = 3
 
 def _add_copy(layer: torch.nn.Module, weight: torch.Tensor) -> None:
     """Let a layer that computes with `weight`, [outputs, inputs], take few tokens with a copy in int8."""
+    if is_compiled():
+        return
     scales = (weight.abs().amax(1).float().clamp_min(1e-30) / 127).to(weight.dtype)
     copy = (weight.float() / scales.float().unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
     many = layer.cpu_linear

@@ -122,6 +122,13 @@ def test_other_weights_stay_vllms() -> None:
     assert len(taken) == 2
 
 
+def test_no_copy_is_made_of_a_compiled_model() -> None:
+    layer = linear(torch.bfloat16)
+    with set_current_vllm_config(config(CompilationMode.DYNAMO_TRACE_ONCE)):
+        int8_copy.LinearWithCopy().process_weights_after_loading(layer)
+    assert "_add_copy" not in layer.cpu_linear.__qualname__
+
+
 def test_the_cache_takes_memory_as_it_is_filled() -> None:
     before = psutil.Process().memory_info().rss
     allocate = partial(torch.zeros, dtype=torch.int8, device="cpu")

@@ -319,7 +319,9 @@ def test_with_a_full_disk_answers_and_limits_go_on_and_no_count_is_lost(
     run(story())
 
 
-@pytest.mark.parametrize("limit", ["requests_per_minute = 50", "requests_at_once = 50"])
+@pytest.mark.parametrize(
+    "limit", ["requests_per_minute = 50", pytest.param("requests_at_once = 50", marks=pytest.mark.long)]
+)
 def test_two_processes_that_count_at_once_admit_as_many_as_one(keys: Path, limit: str) -> None:
     keys.write_text(f'[ann]\nkey = "{secret("ann")}"\n{limit}\n')
     command = [sys.executable, "-m", "tests.support.counting", str(keys), str(keys.parent / "usage.db"), "40"]

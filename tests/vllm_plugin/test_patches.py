@@ -100,7 +100,8 @@ def test_a_speed_up_is_left_out_with_one_line_where_the_source_differs(
     logging.getLogger("vllm").propagate = True
     patch_of(foreign, "another").apply()
     assert foreign.slow is sys.intern
-    assert [record.message for record in caplog.records] == [
+    # pytest also takes what vLLM's logger kept to itself when the test began: then one record is there twice.
+    assert [record.message for record in dict.fromkeys(caplog.records)] == [
         "quick another: left out, because this version differs in qwen_vllm.hardware.values"
     ]
 

@@ -284,7 +284,7 @@ def test_a_path_behind_a_proxy(path: str) -> None:
     assert visit("--root-path", path).get("/config").json()["root"].endswith("/chat")
 
 
-@pytest.mark.parametrize("proxy", ["socks://127.0.0.1:9", "socks5://127.0.0.1:9"])
+@pytest.mark.parametrize("proxy", ["socks://127.0.0.1:9", pytest.param("socks5://127.0.0.1:9", marks=pytest.mark.long)])
 def test_the_page_starts_where_the_desktop_has_a_socks_proxy(proxy: str) -> None:
     environment = os.environ | {"ALL_PROXY": proxy, "http_proxy": proxy}
     command = [sys.executable, "gradio_webui.py", "--port", "0"]

@@ -17,7 +17,7 @@ from qwen_vllm import hardware
 from qwen_vllm.cache import STATE
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.models.hubs import HUBS
-from qwen_vllm.models.prepare import OUR_GRAMMARS, prepare, tool_default
+from qwen_vllm.models.prepare import OUR_GRAMMARS, cache_default, prepare, quantization_default, tool_default
 from qwen_vllm.models.resolve import resolve_model, resolve_parts
 from qwen_vllm.network import THIS_MACHINE, listen
 from qwen_vllm.protocol import reason_of
@@ -95,9 +95,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     is_folder = bool(name) and Path(os.path.expanduser(name)).is_dir()
     if args.show_defaults:
         args.model = os.path.expanduser(name) if is_folder else ""
-        tools = tool_default(args) if is_folder else hardware.Default("tool_call_parser", None, TOOLS_UNKNOWN)
-        hardware.fill_in(args, [tools])
-        print(hardware.table(args, [*hardware.environment_defaults(), *chosen, tools]))
+        of_model = [hardware.Default("tool_call_parser", None, TOOLS_UNKNOWN)]
+        if is_folder:
+            of_model = [*cache_default(args), *quantization_default(args), tool_default(args)]
+        hardware.fill_in(args, of_model)
+        print(hardware.table(args, [*hardware.environment_defaults(), *chosen, *of_model]))
         sys.exit()
     if not (args.uds or args.headless):
         listen("vllm_server.py", args.host or "", args.port).close()  # before anything is fetched or loaded
@@ -129,7 +131,7 @@ def _prepare_team(args: Namespace) -> None:
     if args.api_key or os.environ.get("VLLM_API_KEY"):
         raise ModelUnavailable("--key-file has all keys: leave --api-key and VLLM_API_KEY away")
     args.key_file, args.usage_file = (
-        str(Path(file).expanduser().absolute()) for file in (args.key_file, args.usage_file)
+        os.path.abspath(os.path.expanduser(file)) for file in (args.key_file, args.usage_file)
     )
     args.server_id = os.urandom(8).hex()
     try:

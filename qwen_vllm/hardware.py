@@ -183,7 +183,8 @@ def computes_four_bits() -> bool:
 
 def reads_int8() -> bool:
     """Tell whether torch has a quick kernel here for weights of 8 bits and inputs in bfloat16."""
-    return on_cpu() and {"avx512bw", "avx512vl"} <= _cpu_flags() and bool({"avx512_bf16", "amx_bf16"} & _cpu_flags())
+    flags = _cpu_flags()
+    return on_cpu() and {"avx512bw", "avx512vl"} <= flags and not flags.isdisjoint({"avx512_bf16", "amx_bf16"})
 
 
 def _cores() -> int:

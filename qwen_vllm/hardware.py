@@ -102,12 +102,12 @@ def cache_defaults(context: int, token_bytes: int) -> list[Default]:
     """Choose the size of the KV cache on a CPU, which takes the memory only as it is filled.
 
     Args:
-        context: tokens of a full context.
+        context: tokens of a full context; 0 where that is not known.
         token_bytes: bytes that a token takes in the cache; 0 where that is not known.
     """
     if not on_cpu() or "VLLM_CPU_KVCACHE_SPACE" in os.environ:
         return []
-    one = max(1, context) * token_bytes or USUAL_CACHE // CONTEXTS
+    one = context * token_bytes or USUAL_CACHE // CONTEXTS
     size = min(max(one, min(CONTEXTS * one, USUAL_CACHE)), _memory_bytes() // 2)
     return [Default("kv_cache_memory_bytes", size, f"{size / one:.1f} contexts of {context:,} tokens, as they fill it")]
 

@@ -121,8 +121,8 @@ def test_threads_and_cache_follow_the_limits_of_a_container(
 
 @pytest.mark.parametrize(
     ("context", "token_bytes", "gib"),
-    [(8192, 32768, 2), (32768, 32768, 4), (262144, 32768, 8), (8192, 0, 4), (0, 0, 4)],
-    ids=["eight contexts", "no more than usual", "at least one", "unknown", "nothing known"],
+    [(8192, 32768, 2), (32768, 32768, 4), (262144, 32768, 8), (8192, 0, 4), (0, 32768, 4)],
+    ids=["eight contexts", "no more than usual", "at least one", "unknown", "context unknown"],
 )
 def test_the_cache_is_as_large_as_the_model_and_its_context_need(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, context: int, token_bytes: int, gib: int

@@ -72,12 +72,13 @@ def cache_default(args: Any) -> list[Default]:
     """Choose the size of the KV cache for the model, the context and the dtype of `args`; see `hardware`."""
     config = read_config(args.model)
     config = config.get("text_config") or config
-    context = args.max_model_len or config.get("max_position_embeddings") or 0
+    trained = config.get("max_position_embeddings") or 0
+    context = args.max_model_len if (args.max_model_len or -1) > 0 else trained  # -1: as long as fits
     heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 0
     size = config.get("head_dim") or config.get("hidden_size", 0) // (config.get("num_attention_heads") or 1)
     kinds = config.get("layer_types") or ["full_attention"] * config.get("num_hidden_layers", 0)
     token_bytes = 2 * kinds.count("full_attention") * heads * size * (4 if args.dtype == "float32" else 2)
-    return cache_defaults(max(0, context), token_bytes)
+    return cache_defaults(context, token_bytes)
 
 
 def quantization_default(args: Any) -> list[Default]:

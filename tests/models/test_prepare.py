@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from qwen_vllm import hardware
 from qwen_vllm.generation import sampling_defaults
 from qwen_vllm.models import checks
 from qwen_vllm.models.checks import ModelUnavailable
-from qwen_vllm.models.prepare import prepare, read_chat_template
+from qwen_vllm.models.prepare import cache_default, prepare, read_chat_template
 from tests.support.tiny_checkpoints import TEXT, write_model
 
 
@@ -120,3 +121,17 @@ def test_a_generation_config_of_another_folder(tmp_path: Path) -> None:
     args = EngineArgs(model=str(folder), generation_config=str(other))
     prepare(args, {}, None, {})
     assert args.override_generation_config == {"temperature": 0}
+
+
+@pytest.mark.parametrize(("max_model_len", "context"), [(None, 4096), (-1, 4096), (1024, 1024)])
+def test_the_kv_cache_holds_eight_contexts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_model_len: int | None, context: int
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    monkeypatch.setattr(hardware, "on_cpu", lambda: True)
+    kinds = ["linear_attention", "full_attention"]
+    text = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512, "layer_types": kinds}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {**text, "max_position_embeddings": 4096}}))
+    args = SimpleNamespace(model=str(tmp_path), max_model_len=max_model_len, dtype="bfloat16")
+    chosen = hardware.values(cache_default(args))
+    assert chosen == {"kv_cache_memory_bytes": 8 * context * 2 * 2 * 64 * 2}

@@ -17,7 +17,14 @@ from qwen_vllm import hardware
 from qwen_vllm.cache import STATE
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.models.hubs import HUBS
-from qwen_vllm.models.prepare import OUR_GRAMMARS, cache_default, prepare, quantization_default, tool_default
+from qwen_vllm.models.prepare import (
+    OUR_GRAMMARS,
+    cache_default,
+    prepare,
+    quantization_default,
+    sharing_default,
+    tool_default,
+)
 from qwen_vllm.models.resolve import resolve_model, resolve_parts
 from qwen_vllm.network import THIS_MACHINE, listen
 from qwen_vllm.protocol import reason_of
@@ -26,6 +33,7 @@ from qwen_vllm.server.keys import KeyFileError, KeyRing
 from qwen_vllm.server.usage import UsageFile
 from qwen_vllm.tool_calls import FORMS
 from qwen_vllm.vllm_plugin import early, patches, plugin
+from qwen_vllm.vllm_plugin.engines import SLEEP_AFTER
 from qwen_vllm.vllm_plugin.rendering import ALLOW
 
 LIMITS = (
@@ -38,6 +46,7 @@ LIMITS = (
     ("--header-timeout", float, 10.0, "seconds in which the head of a request must have come"),
     ("--body-timeout", float, 30.0, "seconds in which its body must have come"),
     ("--write-timeout", float, 30.0, "seconds after which a client that takes nothing is cut off"),
+    ("--sleep-after", float, 0.0, "minutes without a request after which the GPU's memory is given back; 0: never"),
     ("--stall-timeout", float, 300.0, "seconds that one step of the engine may take before the server ends; 0: any"),
 )
 
@@ -86,15 +95,19 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         sse_keep_alive_interval=15,
         h11_max_incomplete_event_size=2**16,
         h11_max_header_count=100,
+        # Open, so that what the user says can be told from vLLM's own defaults.
+        data_parallel_size=None,
+        gpu_memory_utilization=None,
         **hardware.values(hardware.engine_defaults()),
     )
     args = parser.parse_args(argv)
-    chosen = [*hardware.engine_defaults(), *hardware.graph_defaults(args), *hardware.server_defaults(args)]
-    hardware.fill_in(args, chosen)
+    if args.sleep_after:
+        _prepare_sleep(args)
     name = args.model_tag or args.model
     is_folder = bool(name) and Path(os.path.expanduser(name)).is_dir()
     if args.show_defaults:
         args.model = os.path.expanduser(name) if is_folder else ""
+        chosen = _choose(args)
         of_model = [hardware.Default("tool_call_parser", None, TOOLS_UNKNOWN)]
         if is_folder:
             of_model = [*cache_default(args), *quantization_default(args), tool_default(args)]
@@ -104,10 +117,15 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if not (args.uds or args.headless):
         listen("vllm_server.py", args.host or "", args.port).close()  # before anything is fetched or loaded
     if args.key_file:
-        _prepare_team(args)
+        _check_team(args)
     args.middleware = [*args.middleware, f"{Guard.__module__}.{Guard.__name__}"]
     args.model = args.model_tag = resolve_model(name, args.hub, args.revision, args.download_dir)
     resolve_parts(vars(args), args.hub)
+    _choose(args)
+    if args.key_file:
+        # The queue is the front ends', where its places belong to keys.
+        args.queue_bound, args.max_num_queued_reqs = args.max_num_queued_reqs, None
+        args.scheduling_policy = "priority"
     # The name that clients see: an id as it is, of a folder no more than its last part.
     shown = name if name and not is_folder else Path(args.model).resolve().name
     args.served_model_name = args.served_model_name or [shown]
@@ -126,8 +144,27 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def _prepare_team(args: Namespace) -> None:
-    """Check the key file and the usage file, and give the queue to the front ends, where its places belong to keys."""
+def _choose(args: Namespace) -> list[hardware.Default]:
+    """Fill in what depends on the hardware and on the weights of `args.model`; empty: the model is not known."""
+    sharing = sharing_default(args) if args.model else []
+    hardware.fill_in(args, sharing)
+    args.data_parallel_size = args.data_parallel_size or 1
+    args.gpu_memory_utilization = args.gpu_memory_utilization or hardware.GPU_SHARE
+    chosen = [*hardware.engine_defaults(), *sharing, *hardware.graph_defaults(args), *hardware.server_defaults(args)]
+    hardware.fill_in(args, chosen)
+    return chosen
+
+
+def _prepare_sleep(args: Namespace) -> None:
+    """Make the engines able to sleep; they read from their environment when."""
+    if hardware.on_cpu():
+        raise ModelUnavailable("--sleep-after gives back a GPU's memory: on a CPU there is none, leave it away")
+    args.enable_sleep_mode = True
+    os.environ[SLEEP_AFTER] = str(args.sleep_after)
+
+
+def _check_team(args: Namespace) -> None:
+    """Check the key file and the usage file."""
     if args.api_key or os.environ.get("VLLM_API_KEY"):
         raise ModelUnavailable("--key-file has all keys: leave --api-key and VLLM_API_KEY away")
     args.key_file, args.usage_file = (
@@ -141,8 +178,6 @@ def _prepare_team(args: Namespace) -> None:
         raise ModelUnavailable(str(error)) from None
     except (OSError, sqlite3.Error) as error:
         raise ModelUnavailable(f"--usage-file {args.usage_file}: {reason_of(error)}") from None
-    args.queue_bound, args.max_num_queued_reqs = args.max_num_queued_reqs, None
-    args.scheduling_policy = "priority"
 
 
 def _adapters(args: Namespace) -> dict[str, str]:

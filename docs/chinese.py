@@ -48,6 +48,7 @@ LIMITS = {
     "--header-timeout": "必须在多少秒内收完请求头，默认 {default}",
     "--body-timeout": "必须在多少秒内收完请求体，默认 {default}",
     "--write-timeout": "客户端多少秒不接收数据就断开，默认 {default}",
+    "--sleep-after": "多少分钟没有请求后，引擎交还 GPU 显存，默认 {default}；0 为从不",
     "--stall-timeout": "引擎一步最多用多少秒，超过则服务端退出，默认 {default}；0 为不限",
 }
 

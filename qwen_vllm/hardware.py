@@ -20,6 +20,12 @@ CONTEXTS, USUAL_CACHE = 8, 4 * 2**30
 """On a CPU the KV cache holds so many full contexts, but no more than so many bytes unless a single one needs them."""
 INT8_COPY = "int8_copy"
 """Our name among vLLM's --quantization; see `vllm_plugin/int8_copy.py`."""
+SMALL_WEIGHTS, ENGINE_ROOM = 5 * 2**29, 16 * 2**30
+"""Bytes of the weights of a model whose engine cannot keep a large GPU busy, and of memory that each of two needs."""
+ENGINE_EXTRA = 4 * 2**30
+"""Bytes of a GPU that an engine takes beside weights and KV cache: graphs, activations, the libraries."""
+GPU_SHARE = 0.92
+"""How much of a GPU's memory vLLM takes by default."""
 GRAPHS_BY_DEFAULT = 512
 """The largest batch that vLLM captures in a CUDA graph by default."""
 
@@ -110,6 +116,30 @@ def cache_defaults(context: int, token_bytes: int) -> list[Default]:
     one = context * token_bytes or USUAL_CACHE // CONTEXTS
     size = min(max(one, min(CONTEXTS * one, USUAL_CACHE)), _memory_bytes() // 2)
     return [Default("kv_cache_memory_bytes", size, f"{size / one:.1f} contexts of {context:,} tokens, as they fill it")]
+
+
+def sharing_defaults(args: Any, weights: int) -> list[Default]:
+    """Choose two engines on one GPU for a small model, whose one Python thread would leave the GPU waiting.
+
+    Args:
+        args: the server's command line.
+        weights: bytes of the model's weights; 0 where that is not known.
+    """
+    set_by_user = ("data_parallel_size", "device_ids", "gpu_memory_utilization", "kv_cache_memory_bytes")
+    others = ("data_parallel_size_local", "data_parallel_rank", "kv_transfer_config", "kv_offloading_size")
+    split = args.headless or max(args.tensor_parallel_size, args.pipeline_parallel_size, args.nnodes) > 1
+    if on_cpu() or split or any(getattr(args, name) is not None for name in (*set_by_user, *others)):
+        return []
+    room = int(_gpu_bytes() * GPU_SHARE / 2)
+    if not 0 < weights <= SMALL_WEIGHTS or room < ENGINE_ROOM or int(_cores() * FRONT_ENDS_PER_CORE) < 4:
+        return []
+    return [
+        Default("data_parallel_size", 2, f"one engine leaves the GPU waiting: {weights / 2**30:.1f} GiB of weights"),
+        Default("device_ids", [0, 0], "both engines on one GPU"),
+        Default("gpu_memory_utilization", GPU_SHARE / 2, "of the GPU, for each engine"),
+        Default("kv_cache_memory_bytes", room - weights - ENGINE_EXTRA, "for each engine"),
+        Default("max_num_seqs", max_num_seqs(args) // 2 + 64, "requests at once, for each engine"),
+    ]
 
 
 def server_defaults(args: Any) -> list[Default]:
@@ -217,6 +247,13 @@ def _cpu_flags() -> set[str]:
         if line.lower().startswith(("flags", "features")):
             return set(line.split(":")[1].split())
     return set()
+
+
+def _gpu_bytes() -> int:
+    """Tell how much memory the first GPU has, without touching it."""
+    from vllm.platforms import current_platform
+
+    return current_platform.get_device_total_memory()
 
 
 def _memory_bytes() -> int:

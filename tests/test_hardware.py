@@ -158,14 +158,21 @@ def command_line(**flags: Any) -> Namespace:
             "data_parallel_start_rank",
             "enable_elastic_ep",
             "grpc",
+            "data_parallel_size_local",
+            "device_ids",
+            "gpu_memory_utilization",
             "headless",
+            "kv_cache_memory_bytes",
+            "kv_offloading_size",
+            "kv_transfer_config",
             "max_cudagraph_capture_size",
             "speculative_config",
             "max_num_queued_reqs",
             "max_num_seqs",
         ]
     )
-    return Namespace(**{**nothing, "compilation_config": graphs, "data_parallel_size": 1, **flags})
+    one = dict.fromkeys(["data_parallel_size", "nnodes", "pipeline_parallel_size", "tensor_parallel_size"], 1)
+    return Namespace(**{**nothing, **one, "compilation_config": graphs, **flags})
 
 
 @pytest.mark.parametrize(
@@ -191,6 +198,43 @@ def test_front_ends_follow_the_cores_and_the_engines(
     monkeypatch.setattr(hardware, "_cores", lambda: cores)
     chosen = hardware.values(hardware.server_defaults(command_line(data_parallel_size=engines)))
     assert chosen["api_server_count"] == processes
+
+
+@pytest.fixture
+def large_gpu(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "_gpu_bytes", lambda: 80 * 2**30)
+    monkeypatch.setattr(hardware, "_cores", lambda: 16)
+
+
+def test_a_small_model_gets_two_engines_on_a_large_gpu(large_gpu: None) -> None:
+    chosen = hardware.values(hardware.sharing_defaults(command_line(data_parallel_size=None), 2**30))
+    assert (chosen["data_parallel_size"], chosen["device_ids"], chosen["max_num_seqs"]) == (2, [0, 0], 576)
+    assert chosen["gpu_memory_utilization"] == 0.46
+    whole = 2 * (chosen["kv_cache_memory_bytes"] + 2**30)
+    assert 0.8 < whole / (80 * 2**30) < 0.92
+
+
+@pytest.mark.parametrize(
+    ("weights", "gib", "cores", "flags"),
+    [
+        (3 * 2**30, 80, 16, {}),
+        (0, 80, 16, {}),
+        (2**30, 24, 16, {}),
+        (2**30, 80, 8, {}),
+        (2**30, 80, 16, {"data_parallel_size": 1}),
+        (2**30, 80, 16, {"tensor_parallel_size": 2}),
+        (2**30, 80, 16, {"gpu_memory_utilization": 0.3}),
+        (2**30, 80, 16, {"kv_offloading_size": 10}),
+        (2**30, 80, 16, {"headless": True}),
+    ],
+    ids=["large model", "unknown", "small GPU", "few cores", "off", "split", "memory", "offloading", "headless"],
+)
+def test_any_other_gets_one_engine(
+    large_gpu: None, monkeypatch: pytest.MonkeyPatch, weights: int, gib: int, cores: int, flags: dict
+) -> None:
+    monkeypatch.setattr(hardware, "_gpu_bytes", lambda: gib * 2**30)
+    monkeypatch.setattr(hardware, "_cores", lambda: cores)
+    assert hardware.sharing_defaults(command_line(**{"data_parallel_size": None, **flags}), weights) == []
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+from qwen_vllm import hardware
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.server.endpoint import announcement
 from tests.support.chat_app import ADAPTER, chat_app
@@ -728,6 +729,31 @@ def test_one_request_has_a_few_images_at_most_and_remote_ones_only_where_allowed
     flags = ["--limit-mm-per-prompt", '{"image": 2}', "--allowed-media-domains", "example.com"]
     args = parse_args(["--model", model, "--port", "0", *flags])
     assert (args.limit_mm_per_prompt, args.allowed_media_domains) == ({"image": 2}, ["example.com"])
+
+
+def test_on_a_cpu_no_engine_sleeps(model: str) -> None:
+    with pytest.raises(ModelUnavailable, match="--sleep-after gives back a GPU's memory"):
+        parse_args(["--model", model, "--port", "0", "--sleep-after", "30"])
+
+
+def test_a_small_model_on_a_large_gpu_gets_two_engines_unless_told_otherwise(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(hardware, "on_cpu", lambda: False)
+    monkeypatch.setattr(hardware, "_gpu_bytes", lambda: 80 * 2**30)
+    monkeypatch.setattr(hardware, "_cores", lambda: 16)
+    monkeypatch.setattr(hardware, "max_num_seqs", lambda args: args.max_num_seqs or 1024)
+    for name, value, _ in hardware.environment_defaults():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        parse_args(["--model", model, "--show-defaults"])
+    shown = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "one engine leaves the GPU waiting" in shown["data_parallel_size"]
+    assert shown["device_ids"].split()[1:3] == ["[0,", "0]"]
+    assert shown["max_num_queued_reqs"].split()[1] == str(2 * 2 * 576)
+    with pytest.raises(SystemExit):
+        parse_args(["--model", model, "--show-defaults", "--data-parallel-size", "1"])
+    assert "device_ids" not in capsys.readouterr().out
 
 
 def test_the_users_dtype_goes_over_ours(model: str) -> None:

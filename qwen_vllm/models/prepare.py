@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vllm.cache import CACHE
-from qwen_vllm.hardware import INT8_COPY, Default, cache_defaults, fill_in, graph_defaults, reads_int8
+from qwen_vllm.hardware import INT8_COPY, Default, cache_defaults, fill_in, graph_defaults, reads_int8, sharing_defaults
 from qwen_vllm.models.adapters import check_adapters
 from qwen_vllm.models.checks import (
     ModelUnavailable,
@@ -16,6 +16,7 @@ from qwen_vllm.models.checks import (
     number_format,
     read_config,
     read_json,
+    weight_files,
 )
 from qwen_vllm.models.demo import DEMO_NAME
 from qwen_vllm.models.tokenizer import load_tokenizer, tokenizer_as_written
@@ -79,6 +80,12 @@ def cache_default(args: Any) -> list[Default]:
     kinds = config.get("layer_types") or ["full_attention"] * config.get("num_hidden_layers", 0)
     token_bytes = 2 * kinds.count("full_attention") * heads * size * (4 if args.dtype == "float32" else 2)
     return cache_defaults(context, token_bytes)
+
+
+def sharing_default(args: Any) -> list[Default]:
+    """Choose two engines on one GPU where the weights of `args.model`, a folder that was checked, are small enough."""
+    dummy = args.load_format == "dummy"
+    return sharing_defaults(args, 0 if dummy else sum(file.stat().st_size for file in weight_files(Path(args.model))))
 
 
 def quantization_default(args: Any) -> list[Default]:

@@ -13,7 +13,6 @@ from contextlib import aclosing, asynccontextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from zlib import crc32
 
 import orjson
 from fastapi import FastAPI, Query
@@ -40,6 +39,7 @@ from qwen_vllm.server.team import Team
 from qwen_vllm.server.tickets import CURRENT
 from qwen_vllm.server.usage import UsageFile
 from qwen_vllm.vllm_plugin import patches, plugin
+from qwen_vllm.vllm_plugin.engines import preferred_engine
 from qwen_vllm.vllm_plugin.rendering import why_not_kept
 
 if TYPE_CHECKING:
@@ -198,12 +198,13 @@ class ChatService:
             return error_response(error)
         # `tokens_input` marks the prompt as already tokenized. vLLM would render any other prompt in a thread pool.
         request_id = f"chat-{os.urandom(16).hex()}"
+        beginning = f"{chat.system}\n{chat.history[0][0] if chat.history else chat.query}"
         outputs = self._engine.generate(
             tokens_input(prompt.token_ids),
             params,
             request_id,
             lora_request=adapter,
-            data_parallel_rank=self._preferred_engine(chat),
+            data_parallel_rank=preferred_engine(self._engine.vllm_config.parallel_config, beginning),
         )
         response = AnswerResponse(outputs, chat.stream, requests.answer(prompt, chat))
         if chat.stream and chat.keep_alive and self._interval:
@@ -221,13 +222,6 @@ class ChatService:
             before = ids.index(request_id) if request_id in ids else len(ids)
             place = max(0, before + 1 - at_once // self._engine.engine_core.client_count)
         return {"waiting": place, "prompt_tokens": prompt_tokens}
-
-    def _preferred_engine(self, chat: ChatRequest) -> int | None:
-        """Choose one of several engines by how the conversation begins: its prefix cache may hold the turns before."""
-        config = self._engine.vllm_config.parallel_config
-        engines: int = config.data_parallel_size_local if config.local_engines_only else config.data_parallel_size
-        first = chat.history[0][0] if chat.history else chat.query
-        return crc32(f"{chat.system}\n{first}".encode()) % engines if engines > 1 else None
 
     def info(self) -> dict[str, Any]:
         """Tell what the server has, in the wire form of `protocol.ServerInfo`."""

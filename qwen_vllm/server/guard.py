@@ -24,6 +24,7 @@ from qwen_vllm.hardware import MAX_PIXELS
 from qwen_vllm.protocol import INT32_MAX, INT64_MAX, ChatError
 from qwen_vllm.server.keys import KeyRing
 from qwen_vllm.tool_calls import FORMS
+from qwen_vllm.vllm_plugin.engines import preferred_engine
 
 OPEN_PATHS = {"/health", "/ready", "/ping"}
 DOCS_PATHS = {"/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
@@ -55,6 +56,7 @@ NUMBERS = {
 
 
 ANTHROPIC_ROUTES = "/v1/messages"
+ENGINE_HEADER = b"x-data-parallel-rank"
 ANTHROPIC_ERRORS = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error",
     413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
@@ -90,6 +92,8 @@ class Guard:
                 request = None
                 if b"json" in _header(scope, b"content-type").lower():
                     request = check_json(body, args.tool_call_parser not in (None, *FORMS))
+                    if args.data_parallel_size > 1:
+                        scope = _with_engine(scope, request, state.engine_client.vllm_config.parallel_config)
                 receive = _replayed(body, receive)
                 if team and (key := scope.get("key")):
                     ticket = team.admit(key, request)
@@ -356,6 +360,18 @@ def _with_checked_key(scope: Scope, args: Namespace, ring: KeyRing | None) -> Sc
         rest = [header for header in scope["headers"] if header[0] != b"authorization"]
         return {**scope, "headers": [*rest, (b"authorization", b"Bearer " + anthropics)]}
     raise ChatError("send a valid key as Authorization: Bearer KEY, or as x-api-key", "unauthorized", status=401)
+
+
+def _with_engine(scope: Scope, request: Any, config: Any) -> Scope:
+    """Name the engine that may have the turns before of a conversation, for vLLM's routes that take such a name."""
+    match request:
+        case {"messages": [*messages]} if not _header(scope, ENGINE_HEADER):
+            roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+            beginning = messages[: roles.index("user") + 1] if "user" in roles else messages
+            engine = preferred_engine(config, json.dumps(beginning))
+            if engine is not None:
+                return {**scope, "headers": [*scope["headers"], (ENGINE_HEADER, b"%d" % engine)]}
+    return scope
 
 
 def _path(scope: Scope) -> str:

@@ -31,6 +31,7 @@ SPEEDUPS = "qwen_vllm.vllm_plugin.speedups"
 RENDERING = "qwen_vllm.vllm_plugin.rendering"
 CPU_SPEEDUPS = "qwen_vllm.vllm_plugin.cpu_speedups"
 TICKETS = "qwen_vllm.server.tickets"
+ENGINES = "qwen_vllm.vllm_plugin.engines"
 STOP_WORDS = "qwen_vllm.vllm_plugin.stop_words"
 PARSER = "vllm.parser.abstract_parser.DelegatingParser"
 PARSER_ENGINE = "vllm.parser.engine.parser_engine.ParserEngine"
@@ -207,31 +208,6 @@ def _hands_token_ids_on(parse: Callable[..., Any]) -> Callable[..., Any]:
     return parse_by_token_ids
 
 
-def _share_gpus(resolve: Callable[[Any], list[int] | None]) -> Callable[[Any], list[int] | None]:
-    def resolve_repeated(args: Any) -> list[int] | None:
-        named = args.device_ids
-        if not named or len(named) > args.data_parallel_size:
-            return resolve(args)  # the GPUs of one engine must differ
-        args.device_ids = [*dict.fromkeys(named)]
-        physical = dict(zip(args.device_ids, resolve(args) or (), strict=True))
-        args.device_ids = named
-        return [physical[device] for device in named]
-
-    return resolve_repeated
-
-
-def _prefer_engine(choose: Callable[[Any, Any], bytes]) -> Callable[[Any, Any], bytes]:
-    def choose_preferred(client: Any, request: Any) -> bytes:
-        if (preferred := request.data_parallel_rank) is not None:
-            counts = zip(client.core_engines, client.lb_engines, strict=True)
-            loads = [max(client.client_count * client.engine_inflight[name], sum(now[:2])) for name, now in counts]
-            if loads[preferred] > 1.25 * min(loads) + 8:
-                request.data_parallel_rank = None
-        return choose(client, request)
-
-    return choose_preferred
-
-
 def _takes_cut_arguments(convert: Callable[..., Any]) -> Callable[..., Any]:
     from pydantic_core import from_json
 
@@ -303,7 +279,7 @@ SHARED_GPU = Patch(
     why="--device-ids refuses a GPU that is named twice. With a small model one Python thread plans for the GPU, which "
     "could do several times as much: engines that share it do more.",
     upstream="not proposed yet",
-    replaces={"vllm.engine.arg_utils.EngineArgs._resolve_device_ids": _share_gpus},
+    replaces={"vllm.engine.arg_utils.EngineArgs._resolve_device_ids": _wrapped_by(f"{ENGINES}.share_gpus")},
     made_for={
         "vllm.engine.arg_utils.EngineArgs._resolve_device_ids": "e01bcff10a81",
         "vllm.platforms.interface.Platform.logical_device_id_to_visible_device_id": "06fe99d5183d",
@@ -313,9 +289,12 @@ SHARED_GPU = Patch(
 PREFERRED_ENGINE = Patch(
     name="preferred engine",
     why="A conversation goes on with the engine that has its prefix: data_parallel_rank names it. For vLLM this is an "
-    "order. Here another engine takes the request where the named one has over a quarter more to do.",
+    "order. Here another engine takes the request where the named one has over a quarter more to do, and of engines on "
+    "one GPU the first does while few are there.",
     upstream="not proposed yet",
-    replaces={"vllm.v1.engine.core_client.DPLBAsyncMPClient.get_core_engine_for_request": _prefer_engine},
+    replaces={
+        "vllm.v1.engine.core_client.DPLBAsyncMPClient.get_core_engine_for_request": _wrapped_by(f"{ENGINES}.prefers")
+    },
     made_for={"vllm.v1.engine.core_client.DPLBAsyncMPClient.get_core_engine_for_request": "d55fd18f2b41"},
 )
 QWEN_VL = Patch(
@@ -381,6 +360,18 @@ STOPS_IN_REASONING = Patch(
         f"{DETOKENIZERS}.IncrementalDetokenizer.from_new_request": "f22489b12014",
         f"{DETOKENIZERS}.BaseIncrementalDetokenizer": "00adafe55d77",
         f"{DETOKENIZERS}.check_stop_strings": "f12fae624601",
+    },
+)
+SLEEP = Patch(
+    name="an idle engine sleeps",
+    why="With --sleep-after an engine gives the GPU's memory back while nobody asks. vLLM sleeps when it is told to, "
+    "and then lets requests wait until it is told to wake.",
+    upstream="ours alone",
+    replaces={"vllm.v1.engine.core.EngineCoreProc._handle_client_request": _wrapped_by(f"{ENGINES}.sleeps_when_idle")},
+    made_for={
+        "vllm.v1.engine.core.EngineCoreProc._handle_client_request": "6825dc74427f",
+        "vllm.v1.engine.core.EngineCoreProc.pause_scheduler": "104f530ea4b5",
+        "vllm.v1.engine.core.EngineCore.wake_up": "a7d3ea4b04e4",
     },
 )
 SIGNALS = Patch(
@@ -472,4 +463,4 @@ IN_EVERY_PROCESS: Sequence[Patch] = (
 first process alone, `TEAM` for its front ends with --key-file, `GGUF` for when the demo model is made."""
 ON_CPU: Sequence[Patch] = (FLOAT16_WEIGHTS, TOP_P, EMPTY_CACHE)
 """Applied there too, with the vLLM for CPUs."""
-PATCHES: Sequence[Patch] = (*IN_EVERY_PROCESS, *ON_CPU, SIGNALS, EARLY_ENGINE, TEAM, GGUF)
+PATCHES: Sequence[Patch] = (*IN_EVERY_PROCESS, *ON_CPU, SLEEP, SIGNALS, EARLY_ENGINE, TEAM, GGUF)

@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 
 from qwen_vllm import hardware, reasoning, tool_calls
 from qwen_vllm.models import qwen_v1
-from qwen_vllm.vllm_plugin import patches
+from qwen_vllm.vllm_plugin import engines, patches
 
 NAME = "qwen_chat"
 """The name of our entry points in pyproject.toml and in $VLLM_PLUGINS."""
@@ -43,6 +43,8 @@ def begin_process() -> None:
     on_cpu = hardware.on_cpu()
     for patch in (*patches.IN_EVERY_PROCESS, *(patches.ON_CPU if on_cpu else ())):
         patch.apply()
+    if engines.SLEEP_AFTER in os.environ:
+        patches.SLEEP.apply()
     if on_cpu:
         for module in ("cpu_speedups", "int8_copy"):
             import_module(f"{__package__}.{module}").register()

@@ -32,7 +32,7 @@ def test_without_a_key_nothing_is_served(path: str, header: str | None) -> None:
 
 
 async def guarded(
-    path: str, headers: dict[str, str], method: str = "GET", root_path: str = "", content: bytes = b"", **flags: bool
+    path: str, headers: dict[str, str], method: str = "GET", root_path: str = "", content: bytes = b"", **flags: Any
 ) -> httpx.Response:
     """The answer of an app that serves every path, behind the guard."""
     app = FastAPI(docs_url=None, openapi_url=None, root_path=root_path)
@@ -40,6 +40,8 @@ async def guarded(
     app.add_api_route("/{path:path}", _serve, methods=["GET", "POST"])
     app.state.args, app.state.lifecycle = guard_args(api_key=KEYS, **flags), SimpleNamespace(stopping=False)
     app.state.team = None
+    engines = SimpleNamespace(data_parallel_size=app.state.args.data_parallel_size, local_engines_only=False)
+    app.state.engine_client = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=engines))
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
         request = client.build_request(method, "http://server", headers=headers, content=content)
@@ -52,7 +54,8 @@ async def _serve(path: str, request: Request) -> Response:
         "busy": JSONResponse({"error": {"message": "busy"}}, 503, {"Retry-After": "1"}),
         "text": Response("No.", 500),
     }
-    served = JSONResponse("served", headers={"was-authorized-by": request.headers.get("authorization", "")})
+    shown = {"was-authorized-by": "authorization", "went-to-engine": "x-data-parallel-rank"}
+    served = JSONResponse("served", headers={name: request.headers.get(asked, "") for name, asked in shown.items()})
     return fails.get(request.headers.get("fails"), served)
 
 
@@ -134,6 +137,21 @@ def test_a_tools_schema_is_bounded_only_where_it_becomes_a_grammar(wrap: Any, fi
     with pytest.raises(ChatError, match="tools: "):
         check_json(encoded({"tools": [wrap(TOOL)]}), compiles_tools=True)
     check_json(encoded({"tools": [wrap({**TOOL, "strict": False})]}))
+
+
+def test_a_conversation_goes_on_with_the_engine_that_has_its_beginning() -> None:
+    def engine_for(*texts: str, engines: int = 16, **headers: str) -> str:
+        roles = ("user", "assistant") * len(texts)
+        turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+        body = json.dumps({"messages": [{"role": "system", "content": "Be brief."}, *turns]}).encode()
+        headers = {"Authorization": "Bearer right", "Content-Type": "application/json", **headers}
+        answer = guarded("/v1/chat/completions", headers, "POST", content=body, data_parallel_size=engines)
+        return asyncio.run(answer).headers["went-to-engine"]
+
+    assert engine_for("Hi") == engine_for("Hi", "Hello!", "And now?") != ""
+    assert len({engine_for(f"Question {number}") for number in range(20)}) > 5
+    assert engine_for("Hi", **{"X-data-parallel-rank": "99"}) == "99"
+    assert engine_for("Hi", engines=1) == ""
 
 
 @pytest.mark.parametrize(("asked", "status"), [({"Access-Control-Request-Method": "POST"}, 405), ({}, 401)])

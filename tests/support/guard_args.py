@@ -14,6 +14,7 @@ def guard_args(**flags: Any) -> Namespace:
         "body_timeout": 30.0,
         "tool_call_parser": None,
         "key_file": None,
+        "data_parallel_size": 1,
     }
     for name in ("origins", "methods", "headers"):
         defaults[f"allowed_{name}"] = ["*"]

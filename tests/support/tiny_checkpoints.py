@@ -178,7 +178,9 @@ def write_merged(folder: Path, model: Path, adapter: Path) -> Path:
 def write_model(folder: Path, **config: Any) -> Path:
     """The files of a model as far as they are looked at before it is loaded; `config` goes into its config.json."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **config}))
+    (folder / "config.json").write_text(
+        json.dumps({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **config})
+    )
     (folder / "tokenizer.json").write_text("{}")
     save_file({"weight": torch.zeros(100)}, folder / "model.safetensors")
     return folder

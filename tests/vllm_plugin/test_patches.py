@@ -164,20 +164,24 @@ def test_engines_of_one_gpu_each_may_share_it(
 
 
 @pytest.mark.parametrize(
-    ("preferred", "counts", "chosen"),
+    ("gpus", "preferred", "counts", "chosen"),
     [
-        (1, [[0, 40, 0.0], [0, 58, 0.0]], "second"),
-        (1, [[0, 40, 0.0], [0, 59, 0.0]], "first"),
-        (1, [[0, 0, 0.0], [5, 3, 0.0]], "second"),
-        (None, [[0, 1, 0.0], [0, 0, 0.0]], "second"),
+        ([0, 1], 1, [[0, 40, 0.0], [0, 58, 0.0]], "second"),
+        ([0, 1], 1, [[0, 40, 0.0], [0, 59, 0.0]], "first"),
+        (None, 1, [[0, 0, 0.0], [5, 3, 0.0]], "second"),
+        ([0, 1], None, [[0, 1, 0.0], [0, 0, 0.0]], "second"),
+        ([0, 0], 1, [[5, 90, 0.0], [0, 0, 0.0]], "first"),
+        ([0, 0], None, [[0, 96, 0.0], [0, 0, 0.0]], "second"),
+        ([0, 0], 1, [[0, 96, 0.0], [0, 90, 0.0]], "second"),
     ],
 )
-def test_the_preferred_engine_takes_a_request_unless_it_has_too_much_to_do(
-    preferred: int | None, counts: list[list[float]], chosen: str
+def test_the_preferred_engine_takes_a_request_unless_it_has_too_much_to_do_or_few_are_on_the_gpu(
+    gpus: list[int] | None, preferred: int | None, counts: list[list[float]], chosen: str
 ) -> None:
     client = SimpleNamespace(
         core_engines=["first", "second"],
         lb_engines=counts,
+        vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(assigned_physical_gpu_ids=gpus)),
         client_count=2,
         engine_inflight=Counter(),
         reqs_in_flight={},

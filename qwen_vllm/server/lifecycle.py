@@ -98,9 +98,13 @@ class Lifecycle:
             reason = "the engine has died"
         elif self.stopping:
             reason = "the server is stopping"
-        elif self._silent > LATE:
+        elif self._silent > LATE and not self._may_fall_asleep():
             reason = f"the engine has not answered for {self._silent} s"
         return JSONResponse({"ready": not reason, "reason": reason}, 503 if reason else 200)
+
+    def _may_fall_asleep(self) -> bool:
+        """Tell whether the engine may be silent because it brings its weights to memory: the first time takes long."""
+        return bool(self._args.sleep_after) and not self._engine.get_num_unfinished_requests()
 
     async def watch(self) -> None:
         """Ask the engine again and again for a reply, which it gives between its steps.

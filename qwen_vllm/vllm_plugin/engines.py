@@ -1,6 +1,7 @@
 """Several engines on one GPU, which engine takes a request, and engines that sleep while nobody asks."""
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -66,12 +67,12 @@ def sleeps_when_idle(handle: Callable[[Any, Any, Any], None]) -> Callable[[Any, 
     from vllm.v1.engine import EngineCoreRequestType
     from vllm.v1.engine.core import DPEngineCoreProc
 
-    limit, last_busy = 60 * float(os.environ[SLEEP_AFTER]), time.monotonic()
+    limit, last_busy = 60 * float(os.environ[SLEEP_AFTER]), math.inf  # until the watch begins, the model is loaded
 
     def handle_awake(engine: Any, kind: EngineCoreRequestType, request: Any) -> None:
         nonlocal last_busy
         now, asleep = time.monotonic(), engine.model_executor.is_sleeping
-        if kind is EngineCoreRequestType.ADD or engine.has_work():
+        if kind is EngineCoreRequestType.ADD or engine.has_work() or last_busy > now:
             last_busy = now
             if asleep:
                 engine.wake_up()

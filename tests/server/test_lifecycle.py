@@ -42,7 +42,8 @@ class ScriptedEngine:
 
 def living(engine: ScriptedEngine, **flags: float) -> tuple[Lifecycle, SimpleNamespace]:
     server = SimpleNamespace(config=SimpleNamespace(), should_exit=False, force_exit=False)
-    timeouts = {"header_timeout": 1, "write_timeout": 1, "stall_timeout": 300, "shutdown_timeout": 0, **flags}
+    timeouts = {"header_timeout": 1, "write_timeout": 1, "stall_timeout": 300, "shutdown_timeout": 0}
+    timeouts |= {"sleep_after": 0, **flags}
     return Lifecycle(engine, server, Namespace(**timeouts)), server
 
 
@@ -129,6 +130,23 @@ def test_an_engine_that_answers_late_is_not_ready_and_then_ready_again(
         engine.errored = True
         asked[1].set()
         await watching
+
+    run(story())
+
+
+@pytest.mark.parametrize(("unfinished", "status"), [(0, 200), (1, 503)])
+def test_an_engine_that_falls_asleep_is_ready(
+    fast_clock: None, monkeypatch: pytest.MonkeyPatch, unfinished: int, status: int
+) -> None:
+    readings = engine_time(monkeypatch, float)
+
+    async def story() -> None:
+        life, _ = living(ScriptedEngine(hangs=True, unfinished=unfinished), sleep_after=30.0)
+        watching = asyncio.create_task(life.watch())
+        while len(readings) <= LATE + 1:
+            await asyncio.sleep(0.001)
+        assert life.readiness().status_code == status
+        watching.cancel()
 
     run(story())
 

@@ -90,6 +90,19 @@ def test_an_engine_sleeps_when_nobody_asks_and_wakes_for_the_next_request(pass_m
         assert not engine.model_executor.is_sleeping
 
 
+def test_loading_is_no_idleness(pass_minutes: Callable) -> None:
+    with SLEEP.applied():
+        engine = Engine()
+        pass_minutes(60)
+        engine.ping()
+        pass_minutes(9)
+        engine.ping()
+        assert engine.done == []
+        pass_minutes(2)
+        engine.ping()
+        assert engine.done[-1] == "sleep 1"
+
+
 def test_a_long_answer_keeps_the_engine_awake(pass_minutes: Callable) -> None:
     with SLEEP.applied():
         engine = Engine()

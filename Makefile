@@ -32,12 +32,12 @@ offline: setup  ## chat without a server
 # The packages of the test libraries are then imported as they are, and not compiled anew with other asserts.
 TESTS = PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PY)
 
-test: setup lint  ## all tests, on the real engine too, and how much of the code they run; with ARGS, what pytest is told
+test: setup  ## lint, and all tests, on the real engine too, and how much of the code they run; with ARGS, what pytest is told
 ifneq ($(ARGS),)
 	$(PY) -m pytest $(ARGS)
 else
 	# Those of whole programs beside the others, whose report follows at the end.
-	$(TESTS) -m tests.support.covered -m 'not long and not vision' --ignore tests/e2e >.tests.log 2>&1 & others=$$!; \
+	{ $(MAKE) lint && $(TESTS) -m tests.support.covered -m 'not long and not vision' --ignore tests/e2e; } >.tests.log 2>&1 & others=$$!; \
 	$(TESTS) -m pytest -m 'not long and not vision' tests/e2e; e2e=$$?; \
 	wait $$others; others=$$?; cat .tests.log; exit $$((e2e | others))
 	$(PY) -m coverage report

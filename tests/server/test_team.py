@@ -2,9 +2,8 @@
 
 import asyncio
 import hashlib
+import multiprocessing
 import sqlite3
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,9 +17,8 @@ from qwen_vllm.server import team as team_module
 from qwen_vllm.server.keys import Key
 from qwen_vllm.server.team import Team
 from qwen_vllm.vllm_plugin import patches
-from tests.support import ROOT
 from tests.support.chat_app import chat_app
-from tests.support.counting import team_of
+from tests.support.counting import ask_often, team_of
 from tests.support.scripted_core import ScriptedCore, engine_on
 
 NAMES = ("ann", "bob", "root")
@@ -319,21 +317,18 @@ def test_with_a_full_disk_answers_and_limits_go_on_and_no_count_is_lost(
     run(story())
 
 
-@pytest.mark.parametrize(
-    "limit", ["requests_per_minute = 50", pytest.param("requests_at_once = 50", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("limit", ["requests_per_minute = 50", "requests_at_once = 50"])
 def test_two_processes_that_count_at_once_admit_as_many_as_one(keys: Path, limit: str) -> None:
     keys.write_text(f'[ann]\nkey = "{secret("ann")}"\n{limit}\n')
-    command = [sys.executable, "-m", "tests.support.counting", str(keys), str(keys.parent / "usage.db"), "40"]
-    pipe = subprocess.PIPE
-    processes = [subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
+    forks = multiprocessing.get_context("fork")
+    admitted, together = forks.SimpleQueue(), forks.Barrier(2)
+    given = (keys, keys.parent / "usage.db", 40, together, admitted)
+    processes = [forks.Process(target=ask_often, args=given) for _ in range(2)]
     for process in processes:
-        assert process.stdout.readline() == "ready\n"
+        process.start()
     for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    admitted = sum(int(process.communicate(timeout=60)[0]) for process in processes)
-    assert admitted == 50
+        process.join(60)
+    assert admitted.get() + admitted.get() == 50
     rows = sqlite3.connect(keys.parent / "usage.db").execute("SELECT requests, refused FROM usage").fetchall()
     assert rows == [(50, 30)]
 

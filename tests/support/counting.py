@@ -1,7 +1,8 @@
-"""A front end of its own that asks for a key again and again: `python -m tests.support.counting KEYS USAGE TIMES`."""
+"""A team without an engine, and a front end that asks for one key's places again and again."""
 
 import asyncio
-import sys
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,22 +19,16 @@ def team_of(keys: Path, usage: Path, server: str = "server", bound: int | None =
     return Team(KeyRing(keys), UsageFile(usage, server), engine, bound, 8, ["m"])
 
 
-async def main() -> None:
-    """Prints how many requests were admitted."""
-    keys, usage, times = sys.argv[1:]
-    team, admitted = team_of(Path(keys), Path(usage)), 0
+def ask_often(keys: Path, usage: Path, times: int, together: Barrier, admitted: "SimpleQueue[int]") -> None:
+    """Once all are there, asks so many times; tells how many requests were admitted."""
+    team, count = team_of(keys, usage), 0
     (key,) = team.ring.by_name().values()
-    print("ready", flush=True)
-    sys.stdin.readline()
-    for _ in range(int(times)):
+    together.wait(60)
+    for _ in range(times):
         try:
             team.admit(key, {})
-            admitted += 1
+            count += 1
         except ChatError:
             pass
-    await team.close()
-    print(admitted)
-
-
-if __name__ == "__main__":
-    asyncio.run(main())
+    asyncio.run(team.close())
+    admitted.put(count)

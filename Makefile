@@ -1,27 +1,30 @@
 # MODEL=Qwen/… or a folder (default: the demo model); ARGS="…" goes to the server or the offline chat, WEBUI="…" to the page.
+# URL=http://… of a server that runs: chat and webui start none.
 MODEL ?=
 ARGS ?=
 WEBUI ?=
+URL :=
 PY := .venv/bin/python
 # By the environment, so that a folder may have any name.
 SERVER_ARGS := $(if $(MODEL),--model "$$MODEL") $(ARGS)
-export PYTHON MODEL
+WITH_SERVER = $(if $(URL),QWEN_URL="$$URL",$(PY) -m qwen_vllm.with_server $(SERVER_ARGS) --)
+export PYTHON MODEL URL
 
 .PHONY: help setup chat webui serve offline test test-long test-clients soak lint docs lock clean
 .SILENT:
 
 help:  ## this list
 	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
-	echo; sed -n '1s/^# //p' $(MAKEFILE_LIST)
+	echo; sed -n '1,2s/^# //p' $(MAKEFILE_LIST)
 
 setup:  ## install into .venv what this machine needs
 	./setup.sh
 
 chat: setup  ## start a server, chat with it here, stop it at the end
-	$(PY) -m qwen_vllm.with_server $(SERVER_ARGS) -- $(PY) vllm_client.py
+	$(WITH_SERVER) $(PY) vllm_client.py
 
 webui: setup  ## start a server and a page to chat with it in the browser
-	$(PY) -m qwen_vllm.with_server $(SERVER_ARGS) -- $(PY) gradio_webui.py $(WEBUI)
+	$(WITH_SERVER) $(PY) gradio_webui.py $(WEBUI)
 
 serve: setup  ## start a server
 	exec $(PY) vllm_server.py $(SERVER_ARGS)

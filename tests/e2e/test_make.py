@@ -6,6 +6,7 @@ import psutil
 
 from tests.support import ROOT
 from tests.support.programs import ENVIRONMENT
+from tests.support.scripted_server import LAST, Server, line
 
 
 def test_make_chat_answers_a_question_from_a_pipe_and_leaves_nothing_running(piped_chat: subprocess.Popen) -> None:
@@ -15,6 +16,15 @@ def test_make_chat_answers_a_question_from_a_pipe_and_leaves_nothing_running(pip
     assert len(answer.splitlines()) == 1
     environments = [process.info["environ"] or {} for process in psutil.process_iter(["environ"])]
     assert not any("PIPED_CHAT" in environment for environment in environments)
+
+
+def test_make_chat_with_a_url_talks_to_the_server_that_runs_there(server: Server) -> None:
+    url = server.play(line({"delta": "Paris."}), line(LAST))
+    command = ["make", "chat", f"URL={url}"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, input="Hi\n", capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "Paris.\n"), done.stderr
+    assert "Starting the server" not in done.stderr
+    assert server.requests[-1][2]["query"] == "Hi"
 
 
 def test_a_server_that_cannot_start_says_why_in_one_line() -> None:

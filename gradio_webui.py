@@ -26,7 +26,7 @@ from qwen_vllm.webui import gradio as gr
 from qwen_vllm.webui.answering import AnswerStreams, Reply, WaitingLine
 from qwen_vllm.webui.conversation import Messages, as_json, as_markdown, images_of, question, size_of, text_of
 from qwen_vllm.webui.markdown import LATEX, written
-from qwen_vllm.webui.words import WORDS, Words, words_for
+from qwen_vllm.words import WORDS, Words, words_for
 from vllm_client import DEFAULT_URL, server_info_async
 
 REDRAW = 0.05

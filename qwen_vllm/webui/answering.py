@@ -11,7 +11,7 @@ from qwen_vllm import console
 from qwen_vllm.protocol import ChatError, ChatResult, Part, Reasoning, Sampling, ServerInfo, text_turns, validated
 from qwen_vllm.retry import retry_delay
 from qwen_vllm.webui.conversation import KEPT, Message, Messages, question_of, remark, text_message, turns
-from qwen_vllm.webui.words import Words
+from qwen_vllm.words import Words
 from vllm_client import openai_messages, stream_chat_async, stream_messages_async
 
 

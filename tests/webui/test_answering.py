@@ -5,7 +5,7 @@ import pytest
 from qwen_vllm.protocol import ChatError, ChatResult, Question, Reasoning, Sampling, ServerInfo, turn
 from qwen_vllm.webui.answering import Reply, WaitingLine, answer_messages, sampling_of
 from qwen_vllm.webui.conversation import turns
-from qwen_vllm.webui.words import WORDS
+from qwen_vllm.words import WORDS
 from tests.support.chat_messages import shown, user
 
 EN = WORDS["en"]

@@ -19,7 +19,7 @@ from fastapi.testclient import TestClient
 from gradio_webui import Page, PageServer, begin, main, parse_args
 from qwen_vllm.protocol import Sampling
 from qwen_vllm.webui.answering import WaitingLine
-from qwen_vllm.webui.words import WORDS
+from qwen_vllm.words import WORDS
 from tests.support.chat_messages import TALK, assistant, shown, user
 from tests.support.scripted_server import LAST, Server, line
 

@@ -3,7 +3,7 @@
 from string import Formatter
 
 from qwen_vllm.protocol import Sampling
-from qwen_vllm.webui.words import WORDS, Words
+from qwen_vllm.words import WORDS, Words
 
 
 def test_both_languages_say_the_same_things() -> None:

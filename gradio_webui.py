@@ -20,13 +20,14 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qwen_vllm.flags import Help
 from qwen_vllm.network import THIS_MACHINE, address, listen
 from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling, ServerInfo
 from qwen_vllm.webui import gradio as gr
 from qwen_vllm.webui.answering import AnswerStreams, Reply, WaitingLine
 from qwen_vllm.webui.conversation import Messages, as_json, as_markdown, images_of, question, size_of, text_of
 from qwen_vllm.webui.markdown import LATEX, written
-from qwen_vllm.words import WORDS, Words, words_for
+from qwen_vllm.words import WORDS, Words, choose_language, say, words_for
 from vllm_client import DEFAULT_URL, server_info_async
 
 REDRAW = 0.05
@@ -272,12 +273,15 @@ class LocalOnly:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the program's flags. `auth` holds (user, password) pairs."""
-    parser = argparse.ArgumentParser(prog="gradio_webui.py", description="Chat with a server in the browser.")
+    choose_language(argv)
+    parser = argparse.ArgumentParser(
+        "gradio_webui.py", description="Chat with a server in the browser.", formatter_class=Help
+    )
     default = os.environ.get("QWEN_URL", DEFAULT_URL)
-    parser.add_argument("--server-url", default=default, help="the model server (default: %(default)s)")
+    parser.add_argument("--server-url", default=default, help="address of the server (default: %(default)s)")
     parser.add_argument("--api-key", default=os.environ.get("QWEN_API_KEY"), help="its key; default: $QWEN_API_KEY")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
     parser.add_argument("--root-path", default="", help="path under which a proxy serves the page, such as /chat")
     parser.add_argument("--ssl-certfile", help="certificate, for https")
     parser.add_argument("--ssl-keyfile", help="its private key")
@@ -285,23 +289,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--auth", action="append", default=[], metavar="USER:PASSWORD", help="who may enter; repeatable"
     )
     parser.add_argument("--auth-file", type=Path, help="the same, a line each")
-    parser.add_argument("--title", help="default: the model's name")
+    parser.add_argument("--title", help="title of the page (default: the model's name)")
     parser.add_argument("--lang", choices=tuple(WORDS), help="language of the page (default: the browser's)")
     parser.add_argument("--concurrency", type=int, default=64, help="answers at once (default: %(default)s)")
     parser.add_argument("--queue", type=int, default=256, help="people who may wait in line (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.concurrency < 1 or args.queue < 0:
-        parser.error("--concurrency must be at least 1, --queue at least 0")
+        parser.error(say("--concurrency must be at least 1, --queue at least 0"))
     try:
         lines = args.auth + (args.auth_file.read_text().split("\n") if args.auth_file else [])
     except OSError as error:
         parser.error(f"--auth-file: {args.auth_file}: {error.strerror}")
     args.auth = [tuple(line.strip().partition(":")[::2]) for line in lines if line.strip()]
     if not all(user and password for user, password in args.auth):
-        parser.error("--auth and the lines of --auth-file have the form USER:PASSWORD")
+        parser.error(say("--auth and the lines of --auth-file have the form USER:PASSWORD"))
     for flag, file in (("--ssl-certfile", args.ssl_certfile), ("--ssl-keyfile", args.ssl_keyfile)):
         if file and not Path(file).is_file():
-            parser.error(f"{flag}: there is no file {file}")
+            parser.error(say("{flag}: there is no file {file}", flag=flag, file=file))
     args.server_url = args.server_url.rstrip("/")
     args.root_path = args.root_path.rstrip("/")
     return args
@@ -356,9 +360,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     listener = listen("gradio_webui.py", args.host, args.port)
     server = PageServer(args)
     if args.host not in THIS_MACHINE and not args.auth:
-        print(f"Warning: {args.host} can be reached from other machines, and no --auth is set.", file=sys.stderr)
+        host, flag = args.host, "--auth"
+        warning = say("Warning: {host} can be reached from other machines, and no {flag} is set.", host=host, flag=flag)
+        print(warning, file=sys.stderr)
     url = address(args.host, listener.getsockname()[1], bool(args.ssl_certfile))
-    print(f"The page is at {url}{args.root_path}  (Ctrl-C ends it)", flush=True)
+    print(say("The page is at {url}  (Ctrl-C ends it)", url=f"{url}{args.root_path}"), flush=True)
     with suppress(KeyboardInterrupt):  # uvicorn raises it again when it has ended
         server.run(sockets=[listener])
     return 0

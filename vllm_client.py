@@ -19,6 +19,7 @@ import requests
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ProtocolError, ReadTimeoutError
 
 from qwen_vllm import console
+from qwen_vllm.flags import Help, add_arguments, given_sampling
 from qwen_vllm.network import THIS_MACHINE
 from qwen_vllm.protocol import (
     DEFAULT_SYSTEM,
@@ -34,6 +35,7 @@ from qwen_vllm.protocol import (
     text_turns,
     turn,
 )
+from qwen_vllm.words import choose_language, say
 
 __all__ = ["ChatError", "ChatResult", "Reasoning", "Sampling", "ServerInfo", "server_info", "server_info_async"]
 __all__ += ["stream_chat", "stream_chat_async", "stream_messages", "stream_messages_async"]
@@ -289,7 +291,7 @@ class _Server:
                 yield from answer.parts(chunk)
                 if answer.ended:
                     return
-        raise ChatError("the answer ended without its last line", "incomplete")
+        raise ChatError(say("the answer ended without its last line"), "incomplete")
 
     async def stream_async(self, path: str, body: dict[str, Any], answer: _AnswerReader) -> AsyncGenerator[Part, None]:
         with self._chat_errors():
@@ -302,7 +304,7 @@ class _Server:
                         yield part
                     if answer.ended:
                         return
-        raise ChatError("the answer ended without its last line", "incomplete")
+        raise ChatError(say("the answer ended without its last line"), "incomplete")
 
     def info(self) -> ServerInfo:
         with self._chat_errors(), self._session() as session:
@@ -343,7 +345,7 @@ class _Server:
         except (requests.RequestException, httpx.RequestError, httpx.InvalidURL) as error:
             raise self._failure(error) from error
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ChatError(f"{self.url} answers, but not as a chat server does", "incomplete") from error
+            raise ChatError(say("{url} answers, but not as a chat server does", url=self.url), "incomplete") from error
 
     def _failure(self, error: Exception) -> ChatError:
         """Describe to the user how the connection failed."""
@@ -352,12 +354,14 @@ class _Server:
             cause = getattr(error.args[0], "reason", error.args[0])
         match cause:
             case NewConnectionError() | ConnectTimeoutError() | httpx.ConnectError() | httpx.ConnectTimeout():
-                return ChatError(f"no server answers at {self.url}: is it running? (make serve)", "unreachable")
+                told = say("no server answers at {url}: is it running? (make serve)", url=self.url)
+                return ChatError(told, "unreachable")
             case ReadTimeoutError() | httpx.ReadTimeout():
-                return ChatError(f"the server sent nothing for {self.timeout[1]:.0f} s", "incomplete")
+                told = say("the server sent nothing for {seconds:.0f} s", seconds=self.timeout[1])
+                return ChatError(told, "incomplete")
             case ProtocolError() | httpx.RemoteProtocolError() | httpx.NetworkError():
-                return ChatError("the server broke the answer off", "incomplete")
-        return ChatError(f"cannot ask {self.url}: {cause}", "unreachable")
+                return ChatError(say("the server broke the answer off"), "incomplete")
+        return ChatError(say("cannot ask {url}: {cause}", url=self.url, cause=cause), "unreachable")
 
 
 def _info_in(response: requests.Response | httpx.Response) -> ServerInfo:
@@ -379,7 +383,7 @@ def _refusal(response: requests.Response | httpx.Response) -> ChatError:
             return ChatError(error["message"], error["type"], error.get("param"), status, retry_after)
         message = str(error)
     except (ValueError, KeyError, TypeError):
-        message = "this is no answer of a chat server"
+        message = say("this is no answer of a chat server")
     return ChatError(f"{message} (HTTP {status})", status=status, retry_after=retry_after)
 
 
@@ -390,26 +394,32 @@ def send_test_message(url: str, query: str, system: str, sampling: Sampling, api
         ChatError: as in `stream_chat`; also where the answer is empty.
     """
     info = server_info(url, api_key)
-    print(f"{sampling.model or info.models[0]} at {url}\n> {query}", flush=True)
+    title = say("{model} at {url}", model=sampling.model or info.models[0], url=url)
+    print(f"{title}\n> {query}", flush=True)
     began = time.monotonic()
     parts = stream_chat(url, query, system=system, sampling=sampling, api_key=api_key)
     first_part, first = next(parts), time.monotonic()
     result = [first_part, *parts][-1]
     assert isinstance(result, ChatResult)
     figures = console.figures_line(result, began, first)
-    total = f"total {time.monotonic() - began:.2f} s · {result.prompt_tokens} prompt tokens"
+    total = say("total {seconds:.2f} s", seconds=time.monotonic() - began)
+    prompt = say("{number} prompt tokens", number=result.prompt_tokens)
     if result.ended_in_reasoning:
         raise ChatError(console.only_reasoning(lambda: info), "incomplete")
     if not result.text.strip():
-        raise ChatError("the answer is empty", "incomplete")
-    print(f"{console.without_controls(result.text)}\n{figures} · {total}")
+        raise ChatError(say("the answer is empty"), "incomplete")
+    print(f"{console.without_controls(result.text)}\n{figures} · {total} · {prompt}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the console client; return the exit status."""
-    parser = argparse.ArgumentParser(prog="vllm_client.py", description="Chat with a server in the terminal.")
-    parser.add_argument("--url", default=os.environ.get("QWEN_URL", DEFAULT_URL), help="default: %(default)s")
-    parser.add_argument("--api-key", default=os.environ.get("QWEN_API_KEY"), help="default: $QWEN_API_KEY")
+    choose_language(argv)
+    parser = argparse.ArgumentParser(
+        "vllm_client.py", description="Chat with a server in the terminal.", formatter_class=Help
+    )
+    url, key = os.environ.get("QWEN_URL", DEFAULT_URL), os.environ.get("QWEN_API_KEY")
+    parser.add_argument("--url", default=url, help="address of the server (default: %(default)s)")
+    parser.add_argument("--api-key", default=key, help="its key; default: $QWEN_API_KEY")
     parser.add_argument(
         "--test-message",
         nargs="?",
@@ -417,7 +427,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="TEXT",
         help="send one message, print the answer and how long it took, and leave: 0 where all went well (%(const)r)",
     )
-    console.add_arguments(parser)
+    add_arguments(parser)
     args = parser.parse_args(argv)
     url, key = args.url.rstrip("/"), args.api_key
 
@@ -428,11 +438,11 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         if args.test_message is not None:
-            send_test_message(url, args.test_message, args.system, console.given_sampling(args), key)
+            send_test_message(url, args.test_message, args.system, given_sampling(args), key)
             return 0
         return console.run(ask, _title(url, key), args, lambda: server_info(url, key))
     except ChatError as error:
-        print(f"Error: {error.message}", file=sys.stderr)
+        print(say("Error: {message}", message=error.message), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -440,12 +450,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _tell_waiting(place: int, prompt_tokens: int) -> None:
     if sys.stderr.isatty():
-        print(f"number {place} in line" if place else f"reading {prompt_tokens:,} tokens", file=sys.stderr, flush=True)
+        text = say("number {place} in line") if place else say("reading {tokens:,} tokens")
+        print(text.format(place=place, tokens=prompt_tokens), file=sys.stderr, flush=True)
 
 
 def _title(url: str, api_key: str | None) -> str:
     try:
-        return f"{server_info(url, api_key).models[0]} at {url}"
+        return say("{model} at {url}", model=server_info(url, api_key).models[0], url=url)
     except ChatError as error:
         return f"{url}: {error.message}"
 

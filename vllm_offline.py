@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from qwen_vllm import console
 from qwen_vllm.cache import CACHE, open_log
+from qwen_vllm.flags import Help, add_arguments, given_sampling
 from qwen_vllm.hardware import set_environment
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.models.demo import DEMO_NAME
@@ -34,6 +35,7 @@ from qwen_vllm.protocol import (
     reason_of,
     text_turns,
 )
+from qwen_vllm.words import choose_language, say
 
 if TYPE_CHECKING:
     from vllm_wrapper import ChatModel
@@ -43,11 +45,13 @@ LOG = CACHE / "offline.log"
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Parse our flags; return them and the rest, which is for vLLM's engine."""
+    choose_language(argv)
     parser = argparse.ArgumentParser(
         prog="vllm_offline.py",
         description="Chat with a model without a server, or answer a file of rows.",
         epilog="Every other flag goes to vLLM's engine, such as --tensor-parallel-size 2 or --quantization gptq.",
         allow_abbrev=False,
+        formatter_class=Help,
     )
     # Not `model`, which is the name of a server's adapter in the console's settings.
     parser.add_argument(
@@ -67,32 +71,32 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
         metavar="JSON",
         help="""what the template is given too, such as '{"preserve_thinking": true}'""",
     )
-    parser.add_argument("--verbose", action="store_true", help=f"show vLLM's log too, which goes to {LOG}")
+    parser.add_argument("--verbose", action="store_true", help=say("show vLLM's log too, which goes to {log}", log=LOG))
     parser.add_argument("--prompt", metavar="TEXT", help="answer this, and leave")
     group = parser.add_argument_group("a file of rows")
     group.add_argument("--input", type=Path, metavar="FILE", help="JSONL to answer: a row has query or messages")
     group.add_argument("--output", type=Path, metavar="FILE", help="JSONL for the answers; run again to go on")
     group.add_argument("--ordered", action="store_true", help="at the end, put the answers into the order of the rows")
     group.add_argument("--reference", metavar="FIELD", help="the rows' field with the right answer, to score against")
-    console.add_arguments(parser, [name for name in Sampling.model_fields if name != "model"])
+    add_arguments(parser, [name for name in Sampling.model_fields if name != "model"])
     # As vLLM's own parser has it, --model_path is --model-path.
     given = sys.argv[1:] if argv is None else argv
     flags = [re.sub("^--[^=]+", lambda flag: flag.group().replace("_", "-"), text) for text in given]
     # None: it is not given. Where the default is typed, it is for rows in OpenAI's form too.
     args, engine_flags = parser.parse_known_args(flags, argparse.Namespace(system=None))
     if bool(args.input) != bool(args.output):
-        parser.error("--input and --output go together")
+        parser.error(say("--input and --output go together"))
     if args.input and args.prompt is not None:
-        parser.error("--prompt does not go with --input")
+        parser.error(say("--prompt does not go with --input"))
     if (args.ordered or args.reference) and not args.input:
-        parser.error("--ordered and --reference need --input")
+        parser.error(say("--ordered and --reference need --input"))
     return args, engine_flags
 
 
 def _adapter(text: str) -> tuple[str, str]:
     name, _, folder = text.partition("=")
     if not (name and folder):
-        raise argparse.ArgumentTypeError("has the form NAME=FOLDER")
+        raise argparse.ArgumentTypeError(say("has the form NAME=FOLDER"))
     return name, str(Path(os.path.expanduser(folder)))
 
 
@@ -102,7 +106,7 @@ def _json_object(text: str) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("must be a JSON object")
+        raise argparse.ArgumentTypeError(say("must be a JSON object"))
     return value
 
 
@@ -111,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     args, engine_flags = parse_args(argv)
     load = partial(_load, args, engine_flags)
     try:
-        sampling = console.given_sampling(args)
+        sampling = given_sampling(args)
         if args.input:
             return _answer_file(args, sampling, load)
         if args.system is None:
@@ -130,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.prompt is not None:
         return 0 if console.Chat(ask, args.system, sampling, 0, lambda: info).answer(args.prompt) else 1
-    return console.run(ask, f"{name}, offline", args, lambda: info)
+    return console.run(ask, say("{model}, offline", model=name), args, lambda: info)
 
 
 def _answer_file(args: argparse.Namespace, sampling: Sampling, load: Callable[[], "ChatModel"]) -> int:
@@ -141,15 +145,17 @@ def _answer_file(args: argparse.Namespace, sampling: Sampling, load: Callable[[]
             if args.ordered:
                 batch.order()
         except KeyboardInterrupt:
-            print(f"Stopped. What is done is in {args.output}: run the same again to go on", file=sys.stderr)
+            stopped = say("Stopped. What is done is in {file}: run the same again to go on", file=args.output)
+            print(stopped, file=sys.stderr)
             return 130
         except (ChatError, OSError) as error:
             reason = f"{error.message} ({LOG})" if isinstance(error, ChatError) else f"{args.output}: {error.strerror}"
-            print(f"vllm_offline.py: {reason}. What is done is kept: run the same again to go on", file=sys.stderr)
+            kept = say("{reason}. What is done is kept: run the same again to go on", reason=reason)
+            print(f"vllm_offline.py: {kept}", file=sys.stderr)
             return 1
         summary = batch.summary()
     figures = {name: value for name, value in summary.items() if name != "scores"} | summary.get("scores", {})
-    print(" · ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items()), file=sys.stderr)
+    print(" · ".join(f"{say(name).replace('_', ' ')} {value}" for name, value in figures.items()), file=sys.stderr)
     print(json.dumps(summary))
     return 1 if summary["failed"] else 0
 
@@ -162,7 +168,7 @@ def _load(args: argparse.Namespace, engine_flags: list[str]) -> "ChatModel":
     """
     # Outside of the log, where its progress shows.
     folder = resolve_model(args.model_path, args.hub, args.revision, args.download_dir)
-    print(f"Loading {args.model_path or DEMO_NAME} …", file=sys.stderr, flush=True)
+    print(say("Loading {model} …", model=args.model_path or DEMO_NAME), file=sys.stderr, flush=True)
     try:
         log = open_log(LOG, args.verbose)
         with _output_to(log):
@@ -184,7 +190,9 @@ def _load(args: argparse.Namespace, engine_flags: list[str]) -> "ChatModel":
         print(LOG.read_text().strip().splitlines()[-1], file=sys.stderr)
         raise
     except Exception as error:
-        raise ModelUnavailable(f"the engine could not start: {reason_of(error)}\nDetails: {LOG}") from error
+        raise ModelUnavailable(
+            "the engine could not start: {reason}\nDetails: {log}", reason=reason_of(error), log=LOG
+        ) from error
     if model.no_chat:
         raise ModelUnavailable(model.no_chat.message)
     return model

@@ -35,6 +35,7 @@ from qwen_vllm.tool_calls import FORMS
 from qwen_vllm.vllm_plugin import early, patches, plugin
 from qwen_vllm.vllm_plugin.engines import SLEEP_AFTER
 from qwen_vllm.vllm_plugin.rendering import ALLOW
+from qwen_vllm.words import WORDS, choose_language, say
 
 LIMITS = (
     (
@@ -62,25 +63,28 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = make_arg_parser(
         FlexibleArgumentParser(
             prog="vllm_server.py",
-            description="Serves a chat model: POST /chat and the OpenAI API. Takes every flag of `vllm serve`.",
+            description=say("Serves a chat model: POST /chat and the OpenAI API. Takes every flag of `vllm serve`."),
         )
     )
-    parser.add_argument("--model-path", dest="model", help="another name for --model")
-    parser.add_argument("--hub", choices=HUBS, default="modelscope", help="where a model that is no folder comes from")
-    for flag, kind, default, text in LIMITS:
-        shown = "" if default is None else f" (default: {default})"
-        parser.add_argument(flag, type=kind, default=default, help=f"{text}{shown}")
-    parser.add_argument("--key-file", help="keys with names and limits, a TOML file: see docs/team.md")
+    parser.add_argument("--model-path", dest="model", help=say("another name for --model"))
     parser.add_argument(
-        "--usage-file", default=str(STATE / "usage.db"), help="where --key-file counts what each key uses"
+        "--hub", choices=HUBS, default="modelscope", help=say("where a model that is no folder comes from")
+    )
+    parser.add_argument("--lang", choices=tuple(WORDS), help=say("language (default: $QWEN_LANG or the locale's)"))
+    for flag, kind, default, text in LIMITS:
+        shown = "" if default is None else say(" (default: {default})", default=default)
+        parser.add_argument(flag, type=kind, default=default, help=f"{say(text)}{shown}")
+    parser.add_argument("--key-file", help=say("keys with names and limits, a TOML file: see docs/team.md"))
+    parser.add_argument(
+        "--usage-file", default=str(STATE / "usage.db"), help=say("where --key-file counts what each key uses")
     )
     parser.add_argument(
         "--allow-control-tokens",
         action="store_true",
-        help="on /v1, take control tokens that messages and tools spell as such, as vLLM does",
+        help=say("on /v1, take control tokens that messages and tools spell as such, as vLLM does"),
     )
     parser.add_argument(
-        "--show-defaults", action="store_true", help="print what is chosen for this hardware, and why, and end"
+        "--show-defaults", action="store_true", help=say("print what is chosen for this hardware, and why, and end")
     )
     parser.set_defaults(
         # The one of vLLM's grammar engines that bounds its own work: a pattern can occupy others for ever.
@@ -137,8 +141,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if args.tool_call_parser in FORMS and (args.tool_strict_level != "auto" or backend not in OUR_GRAMMARS):
         flag = "--tool-strict-level" if backend in OUR_GRAMMARS else f"the grammar engine {backend}"
         raise ModelUnavailable(
-            f"{flag} does not go with --tool-call-parser {args.tool_call_parser}: for vLLM's own parser name none, "
-            """with --structured-outputs-config '{"backend": "xgrammar"}'"""
+            "{flag} does not go with --tool-call-parser {parser}: for vLLM's own parser name none, "
+            """with --structured-outputs-config '{{"backend": "xgrammar"}}'""",
+            flag=flag,
+            parser=args.tool_call_parser,
         )
     validate_parsed_serve_args(args)
     return args
@@ -177,7 +183,8 @@ def _check_team(args: Namespace) -> None:
     except KeyFileError as error:
         raise ModelUnavailable(str(error)) from None
     except (OSError, sqlite3.Error) as error:
-        raise ModelUnavailable(f"--usage-file {args.usage_file}: {reason_of(error)}") from None
+        file = f"--usage-file {args.usage_file}"
+        raise ModelUnavailable("cannot write {file}: {reason}", file=file, reason=reason_of(error)) from None
 
 
 def _adapters(args: Namespace) -> dict[str, str]:
@@ -189,17 +196,21 @@ def _adapters(args: Namespace) -> dict[str, str]:
         module.path = os.path.expanduser(module.path)
     names = [*args.served_model_name, *(module.name for module in modules)]
     if len(set(names)) < len(names):
-        raise ModelUnavailable(f"two of these have the same name: {', '.join(names)}; choose others in --lora-modules")
+        raise ModelUnavailable(
+            "two of these have the same name: {names}; choose others in --lora-modules", names=", ".join(names)
+        )
     return {module.name: module.path for module in modules}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Start the server, and return when it has stopped."""
+    choose_language(argv)
     # Until the server listens: end in order, leaving no half-made model and no engine behind.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     if not plugin.is_installed():
-        sys.exit("vllm_server.py is not installed here yet: run `make setup`, or `pip install --no-deps -e .`")
+        told = say("it is not installed here yet: run `make setup`, or `pip install --no-deps -e .`")
+        sys.exit(f"vllm_server.py: {told}")
     hardware.set_environment()
     if hardware.on_cpu():
         early.begin()
@@ -223,8 +234,9 @@ def main(argv: list[str] | None = None) -> None:
         os.environ[ALLOW] = "1"
     configure_logging_from_args(args)
     if args.host not in THIS_MACHINE and not wants_key(args):
-        host = args.host or "all addresses"
-        print(f"Warning: {host} can be reached from other machines, and no --api-key is set.", file=sys.stderr)
+        host, flag = args.host or say("all addresses"), "--api-key"
+        warning = say("Warning: {host} can be reached from other machines, and no {flag} is set.", host=host, flag=flag)
+        print(warning, file=sys.stderr)
     if args.key_file:
         # The front ends look at the file each second; one that is this process takes the signal itself.
         signal.signal(signal.SIGHUP, lambda *_: None)
@@ -232,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         serve.ServeSubcommand.cmd(args)
     except Exception as error:
-        sys.exit(f"vllm_server.py: the server could not go on: {reason_of(error)}")
+        sys.exit(f"vllm_server.py: {say('the server could not go on: {reason}', reason=reason_of(error))}")
 
 
 def _other_plugins(allowed: list[str] | None) -> list[str]:

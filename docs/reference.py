@@ -1,29 +1,31 @@
 """Tables that the pages quote from the programs, as Markdown; cog calls these functions (see CONTRIBUTING.md).
 
-In a Chinese page the flags, ranges and defaults are the programs' own, and the words are those of `docs/chinese.py`.
-A flag without Chinese words fails, and so do words for a flag that is gone.
+They have the words of the programs, in the language that is asked for, whatever the locale is.
 """
 
 import os
-import re
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from importlib import import_module
 from typing import Any, NamedTuple
 from unittest.mock import MagicMock, patch
 
-from docs import chinese
 from docs.memory import HYBRID_MODELS, MODELS, table
 from qwen_vllm import console, hardware
 from qwen_vllm.cache import CACHE
+from qwen_vllm.flags import Help, add_arguments
 from qwen_vllm.protocol import INT32_MAX, ChatRequest, Sampling
+from qwen_vllm.words import say
 
 for variable in ("QWEN_URL", "QWEN_API_KEY"):
     os.environ.pop(variable, None)
 # Gradio takes 4 s to import, and the page's flags do not need it.
 sys.modules |= dict.fromkeys(("gradio", "gradio.utils"), MagicMock())
+
+TYPES = {"string": "字符串", "integer": "整数", "number": "数", "boolean": "布尔值", "array": "列表"}
 
 
 class Flag(NamedTuple):
@@ -37,46 +39,41 @@ class Flag(NamedTuple):
 
 def flags(program: str, language: str = "en") -> None:
     """Print the flags of a program's own, without those that both terminals share."""
-    module = import_module(program)
-    own = _flags_of(_parser_of(getattr(module, "parse_args", module.main)))
-    _print_flags([flag for flag in own if flag not in _shared_flags()], language, getattr(chinese, program.upper()))
+    with _spoken(language):
+        own, shared = _flags_of(_parser_of(import_module(program).main)), _shared_flags()
+        _print_flags([flag for flag in own if flag not in shared], language)
 
 
 def shared_flags(language: str = "en") -> None:
     """Print the flags that both terminals share, without those of the sampling fields."""
     fields = {f"--{name.replace('_', '-')}" for name in Sampling.model_fields}
-    _print_flags([flag for flag in _shared_flags() if flag.name not in fields], language, chinese.CONSOLE)
+    with _spoken(language):
+        _print_flags([flag for flag in _shared_flags() if flag.name not in fields], language)
 
 
 def limits(language: str = "en") -> None:
     """Print the server's limits, which are flags of ours beside vLLM's."""
     from vllm_server import LIMITS
 
-    rows = [Flag(name, f"{name} N", text, default and f"{default:.10g}") for name, _, default, text in LIMITS]
-    _print_flags(rows, language, chinese.LIMITS)
+    with _spoken(language):
+        rows = [Flag(name, f"{name} N", say(text), default and f"{default:.10g}") for name, _, default, text in LIMITS]
+        _print_flags(rows, language)
 
 
 def fields(language: str = "en") -> None:
     """Print the fields of `POST /chat`: its own first, then those of sampling."""
     schema = ChatRequest.model_json_schema()["properties"]
     names = sorted(ChatRequest.model_fields, key=lambda name: name in Sampling.model_fields)
-    if language == "en":
-        lines = [(f"`{name}`", _values(schema[name]), schema[name]["description"]) for name in names]
-        _print_table(("field", "value", "meaning"), lines)
-    else:
-        _check_words(chinese.FIELDS, names)
-        lines = [(f"`{name}`", _values(schema[name], chinese.TYPES), chinese.FIELDS[name]) for name in names]
-        _print_table(("字段", "取值", "含义"), lines)
+    types, head = (None, ("field", "value", "meaning")) if language == "en" else (TYPES, ("字段", "取值", "含义"))
+    with _spoken(language):
+        lines = [(f"`{name}`", _values(schema[name], types), say(schema[name]["description"])) for name in names]
+        _print_table(head, lines)
 
 
 def commands(language: str = "en") -> None:
-    """Print the commands of the chat in the terminal: the text of /help, or a Chinese table."""
-    if language == "en":
-        print(f"```\n{console.HELP}\n```")
-    else:
-        names = [re.split(r"  +", line)[0] for line in console.HELP.splitlines() if line.startswith("/")]
-        _check_words(chinese.COMMANDS, names)
-        _print_table(("命令", "作用"), [(f"`{name}`", chinese.COMMANDS[name]) for name in names])
+    """Print what /help says of the chat in the terminal."""
+    with _spoken(language):
+        print(f"```\n{console.help_text()}\n```")
 
 
 def front_ends(sentence: str) -> None:
@@ -92,27 +89,23 @@ def memory(*heads: str, hybrid: bool = False) -> None:
     print("\n".join([f"| {' | '.join([*heads, *cells[len(heads) :]])} |", *lines]))
 
 
-class _Built(Exception):
-    """A program has built its parser."""
+@contextmanager
+def _spoken(language: str) -> Iterator[None]:
+    with patch.dict(os.environ, QWEN_LANG=language):
+        yield
 
 
-def _parser_of(parse: Callable[[list[str]], Any]) -> ArgumentParser:
-    """The parser that a program builds before it parses."""
-
-    def stop(parser: ArgumentParser, *_: Any) -> None:
-        raise _Built(parser)
-
-    with patch.object(ArgumentParser, "parse_known_args", stop):
-        try:
-            parse([])
-        except _Built as built:
-            return built.args[0]
-    raise AssertionError(f"{parse} builds no parser")
+def _parser_of(main: Callable[[list[str]], Any]) -> ArgumentParser:
+    """The parser that a program builds."""
+    built: list[ArgumentParser] = []
+    with patch.object(ArgumentParser, "print_help", lambda parser: built.append(parser)), suppress(SystemExit):
+        main(["--help"])
+    return built[0]
 
 
 def _shared_flags() -> list[Flag]:
-    parser = ArgumentParser()
-    console.add_arguments(parser)
+    parser = ArgumentParser(formatter_class=Help)
+    add_arguments(parser)
     return _flags_of(parser)
 
 
@@ -129,25 +122,14 @@ def _flags_of(parser: ArgumentParser) -> list[Flag]:
     return flags
 
 
-def _print_flags(flags: Sequence[Flag], language: str, words: Mapping[str, str]) -> None:
-    if language == "en":
-        _print_table(("flag", "meaning"), [(f"`{flag.usage}`", _with_default(flag)) for flag in flags])
-        return
-    _check_words(words, [flag.name for flag in flags])
-    for flag in flags:
-        if flag.default and "{default}" not in words[flag.name]:
-            raise AssertionError(f"docs/chinese.py: the words for {flag.name} do not show its default, {flag.default}")
-    lines = [(f"`{flag.usage}`", words[flag.name].format(default=flag.default)) for flag in flags]
-    _print_table(("参数", "含义"), lines)
+def _print_flags(flags: Sequence[Flag], language: str) -> None:
+    head = ("flag", "meaning") if language == "en" else ("参数", "含义")
+    _print_table(head, [(f"`{flag.usage}`", _with_default(flag, language)) for flag in flags])
 
 
-def _with_default(flag: Flag) -> str:
-    return f"{flag.text} (default: {flag.default})" if flag.default and "default" not in flag.text else flag.text
-
-
-def _check_words(words: Mapping[str, str], names: Iterable[str]) -> None:
-    if wrong := set(words) ^ set(names):
-        raise AssertionError(f"docs/chinese.py and the programs differ in: {', '.join(sorted(wrong))}")
+def _with_default(flag: Flag, language: str) -> str:
+    word, form = ("default", " (default: {})") if language == "en" else ("默认", "（默认 {}）")
+    return flag.text + form.format(flag.default) if flag.default and word not in flag.text else flag.text
 
 
 def _values(schema: Mapping[str, Any], types: Mapping[str, str] | None = None) -> str:

@@ -13,7 +13,7 @@ import re
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -25,8 +25,8 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from pydantic import StringConstraints, TypeAdapter
 
 from qwen_vllm.cache import STATE
+from qwen_vllm.flags import given_sampling, typed
 from qwen_vllm.protocol import (
-    DEFAULT_SYSTEM,
     AskedTurn,
     ChatError,
     ChatRequest,
@@ -42,6 +42,7 @@ from qwen_vllm.protocol import (
     validated,
 )
 from qwen_vllm.retry import retry_delay
+from qwen_vllm.words import say
 
 Ask = Callable[[Question, Sequence[AskedTurn], str | None, Sampling], Iterator[Part]]
 """(query, history, system, sampling) → `Reasoning` and str pieces, then one `ChatResult`; raises ChatError."""
@@ -55,37 +56,20 @@ IMAGE = re.compile(
     rb"(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpeg>\xff\xd8\xff)|(?P<webp>RIFF.{4}WEBP)|(?P<gif>GIF8[79]a)", re.DOTALL
 )
 ImageURL = Annotated[str, StringConstraints(pattern="^data:image/")]
-HELP = """\
-/help                this list
-/clear               start a new conversation
-/system [TEXT]       show or set the system prompt
-/history             show the conversation
-/set [NAME VALUE]    show or set a sampling parameter; without VALUE: back to the default
-/model [NAME]        show which models there are, or choose one (a LoRA adapter)
-/effort [LEVEL]      show or set how much the model reasons, if it has levels (Qwen3.8)
-/image [FILE]        attach an image to the next question, or list what is attached
-/regen               answer the last question again
-/save FILE           write the conversation to a file
-/load FILE           go on with a saved conversation
-/exit                leave (or Ctrl-D)
-Enter sends, Alt-Enter breaks the line, Ctrl-C stops the answer."""
-
-
-def add_arguments(parser: argparse.ArgumentParser, sampling: Iterable[str] = tuple(Sampling.model_fields)) -> None:
-    """Add the flags of a terminal chat; `sampling` names the parameters to offer."""
-    parser.add_argument(
-        "--history-max", type=_count, default=5, metavar="N", help="most earlier turns sent along; 0: none (default: 5)"
-    )
-    parser.add_argument("--system", default=DEFAULT_SYSTEM, help=f"system prompt (default: {DEFAULT_SYSTEM!r})")
-    group = parser.add_argument_group("sampling (default: the model's)")
-    for name in sampling:
-        flag, text = f"--{name.replace('_', '-')}", Sampling.model_fields[name].description
-        if name == "stop":
-            group.add_argument(flag, action="append", metavar="WORD", help=f"{text}; repeatable")
-        elif name == "enable_thinking":
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            group.add_argument(flag, metavar="X", help=text)
+COMMANDS = {
+    "/help": "this list",
+    "/clear": "start a new conversation",
+    "/system [TEXT]": "show or set the system prompt",
+    "/history": "show the conversation",
+    "/set [NAME VALUE]": "show or set a sampling parameter; without VALUE: back to the default",
+    "/model [NAME]": "show which models there are, or choose one (a LoRA adapter)",
+    "/effort [LEVEL]": "show or set how much the model reasons, if it has levels (Qwen3.8)",
+    "/image [FILE]": "attach an image to the next question, or list what is attached",
+    "/regen": "answer the last question again",
+    "/save FILE": "write the conversation to a file",
+    "/load FILE": "go on with a saved conversation",
+    "/exit": "leave (or Ctrl-D)",
+}
 
 
 def run(ask: Ask, title: str, args: argparse.Namespace, info: Callable[[], ServerInfo]) -> int:
@@ -106,7 +90,7 @@ def run(ask: Ask, title: str, args: argparse.Namespace, info: Callable[[], Serve
             sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is told, line by line
         answered = [chat.answer(line.strip()) for line in sys.stdin if line.strip()]
         return 0 if all(answered) else 1
-    chat.remark(f"{title}\n/help lists the commands, Ctrl-D leaves.")
+    chat.remark(f"{title}\n{say('/help lists the commands, Ctrl-D leaves.')}")
     session = _session()
     while True:
         try:
@@ -140,7 +124,7 @@ class Chat:
     def answer(self, text: str) -> bool:
         """Ask with the attached images and print the answer; return False where there is none."""
         if NO_TEXT.search(text):
-            print("Error: the question is not UTF-8: convert it first", file=sys.stderr, flush=True)
+            self._tell_error(say("the question is not UTF-8: convert it first"))
             return False
         turns = len(self.history)
         answered = self._answer(Question(text, tuple(self.attached.values())), self.history)
@@ -174,17 +158,20 @@ class Chat:
         except ChatError as error:
             if in_reasoning or text:
                 print(flush=True)
-            print(self._shown(f"Error: {error.message}"), file=sys.stderr, flush=True)
+            self._tell_error(error.message)
             return False
         finally:
             parts.close()
         print(flush=True)
-        self.remark(figures or "stopped")
+        self.remark(figures or say("stopped"))
         if figures or text:
             self.history = [*earlier, (question, text, reasoning)]
         if unanswered:
             print(only_reasoning(self.info), file=sys.stderr, flush=True)
         return not unanswered
+
+    def _tell_error(self, message: str) -> None:
+        print(self._shown(say("Error: {message}", message=message)), file=sys.stderr, flush=True)
 
     def _sent_along(self, turns: list[AskedTurn]) -> list[AskedTurn]:
         """Return the last turns: at most `history_max`, or up to a quarter fewer, so that they begin alike for long."""
@@ -199,14 +186,15 @@ class Chat:
                 return
             except ChatError as error:
                 delay = retry_delay(error, attempt)
-                print(self._shown(f"{error.message}; retrying in {delay:.0f} s"), file=sys.stderr, flush=True)
+                told = say("{message}; retrying in {seconds:.0f} s", message=error.message, seconds=delay)
+                print(self._shown(told), file=sys.stderr, flush=True)
                 time.sleep(delay)
 
     def command(self, line: str) -> None:
         """Run a slash command; print what is wrong with a wrong one."""
         name, argument = _words(line)
         commands: dict[str, Callable[[], object]] = {
-            "help": lambda: print(HELP),
+            "help": lambda: print(help_text()),
             "clear": self._clear,
             "system": lambda: self._set_system(argument),
             "history": self._show_history,
@@ -219,7 +207,7 @@ class Chat:
             "load": lambda: self._load(argument),
         }
         if name not in commands:
-            print(f"There is no command /{name}; /help lists them.")
+            print(say("There is no command /{name}; /help lists them.", name=name))
             return
         try:
             commands[name]()
@@ -242,17 +230,18 @@ class Chat:
 
     def _set_system(self, text: str) -> None:
         self.system = text or self.system
-        print("No system prompt." if self.system is None else self._shown(self.system))
+        print(say("No system prompt.") if self.system is None else self._shown(self.system))
 
     def _show_history(self) -> None:
         for query, answer, _ in self.history:
-            images = f"[images: {len(query.images)}] " if query.images else ""
+            images = say("[images: {number}] ", number=len(query.images)) if query.images else ""
             print(self._shown(f"> {images}{query.text}\n{answer}"))
 
     def _set(self, name: str = "", value: str = "") -> None:
         settings = self.settings.sampling()
         if name and name not in Sampling.model_fields:
-            raise ChatError(f"There is no parameter {name}, only {', '.join(Sampling.model_fields)}.")
+            known = ", ".join(Sampling.model_fields)
+            raise ChatError(say("There is no parameter {name}, only {known}.", name=name, known=known))
         if name:
             settings.pop(name, None)
             if value:
@@ -263,18 +252,19 @@ class Chat:
 
     def _set_model(self, name: str) -> None:
         # The first name is the model's own; the server uses it where a request names none.
-        self._choose("model", "model", self.info().models, name)
+        self._choose("model", say("There is no model {choice}, only {known}."), self.info().models, name)
 
     def _set_effort(self, level: str) -> None:
         info = self.info()
         if not info.reasoning_efforts:
-            raise ChatError(f"{info.models[0]} has no levels of reasoning effort.")
-        self._choose("reasoning_effort", "effort", ["default", *info.reasoning_efforts], level)
+            raise ChatError(say("{model} has no levels of reasoning effort.", model=info.models[0]))
+        wrong = say("There is no effort {choice}, only {known}.")
+        self._choose("reasoning_effort", wrong, ["default", *info.reasoning_efforts], level)
 
-    def _choose(self, parameter: str, kind: str, choices: list[str], choice: str) -> None:
-        """Set a parameter to one of `choices`, of which the first is its default; show them."""
+    def _choose(self, parameter: str, wrong: str, choices: list[str], choice: str) -> None:
+        """Set a parameter to one of `choices`, of which the first is its default; show them. `wrong`: for others."""
         if choice and choice not in choices:
-            raise ChatError(f"There is no {kind} {choice}, only {', '.join(choices)}.")
+            raise ChatError(wrong.format(choice=choice, known=", ".join(choices)))
         if choice:
             self.settings = self.settings.model_copy(update={parameter: choice if choice != choices[0] else None})
         chosen = getattr(self.settings, parameter) or choices[0]
@@ -285,21 +275,26 @@ class Chat:
         if path:
             info = self.info()
             if not info.images:
-                raise ChatError(f"{info.models[0]} takes no images.")
+                raise ChatError(say("{model} takes no images.", model=info.models[0]))
             image = image_url(_file(path))
             sent_again = [url for query, *_ in self._sent_along(self.history) for url in query.images]
             size = sum(len(url) for url in (image, *self.attached.values(), *sent_again))
             if size > info.max_body_size:
                 raise ChatError(
-                    f"{path}: the images of this conversation would take {size} bytes in a request, and this server's "
-                    f"are at most {info.max_body_size}: make them smaller, or let it take larger requests."
+                    say(
+                        "{path}: the images of this conversation would take {size} bytes in a request, and this "
+                        "server's are at most {most}: make them smaller, or let it take larger requests.",
+                        path=path,
+                        size=size,
+                        most=info.max_body_size,
+                    )
                 )
             self.attached[path] = image
-        print(self._shown("\n".join(self.attached)) or "No image is attached.")
+        print(self._shown("\n".join(self.attached)) or say("No image is attached."))
 
     def _regenerate(self) -> None:
         if not self.history:
-            raise ChatError("There is nothing to answer again.")
+            raise ChatError(say("There is nothing to answer again."))
         *earlier, (question, *_) = self.history
         self._answer(question, earlier)
 
@@ -314,12 +309,13 @@ class Chat:
             turns = zip(chat.history, images or [()] * len(chat.history), strict=True)
             history = [(Question(query, own), answer, "".join(kept)) for (query, answer, *kept), own in turns]
         except (ValueError, TypeError, AttributeError, RecursionError):
-            raise ChatError(f"{path} holds no saved conversation.") from None
+            raise ChatError(say("{path} holds no saved conversation.", path=path)) from None
         if images and not self.info().images:
-            print(self._shown(f"Its images are left out: {self.info().models[0]} takes none."))
+            left_out = say("Its images are left out: {model} takes none.", model=self.info().models[0])
+            print(self._shown(left_out))
             history = [(Question(query.text), answer, kept) for query, answer, kept in history]
         self.system, self.history = chat.system, history
-        print(f"{len(self.history)} turns")
+        print(say("{number} turns", number=len(self.history)))
 
 
 def is_command(line: str) -> bool:
@@ -352,7 +348,7 @@ def saved(system: str | None, history: Sequence[AskedTurn]) -> str:
 
 def _file(path: str) -> Path:
     if not path:
-        raise ChatError("Name a file: /save FILE, /load FILE.")
+        raise ChatError(say("Name a file: /save FILE, /load FILE."))
     return Path(os.path.expanduser(path))  # ~NAME stays where there is no such user; Path.expanduser would fail
 
 
@@ -366,7 +362,7 @@ def image_url(file: Path) -> str:
     data = file.read_bytes()
     kind = IMAGE.match(data)
     if not kind:
-        raise ChatError(f"{file} is no PNG, JPEG, WebP or GIF image.")
+        raise ChatError(say("{file} is no PNG, JPEG, WebP or GIF image.", file=file))
     return f"data:image/{kind.lastgroup};base64,{base64.b64encode(data).decode()}"
 
 
@@ -394,6 +390,12 @@ def _session() -> PromptSession[str]:
     return PromptSession(history=LineHistory(LINE_HISTORY), multiline=True, key_bindings=keys, prompt_continuation="  ")
 
 
+def help_text() -> str:
+    """Return what /help shows: the commands, then the keys."""
+    lines = [f"{command:21}{say(text)}" for command, text in COMMANDS.items()]
+    return "\n".join([*lines, say("Enter sends, Alt-Enter breaks the line, Ctrl-C stops the answer.")])
+
+
 def without_controls(text: str) -> str:
     """Remove control characters, so that an answer cannot control the terminal."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
@@ -402,17 +404,17 @@ def without_controls(text: str) -> str:
 def figures_line(result: ChatResult, began: float, first: float) -> str:
     """Return the line under an answer; `began`: its question, `first`: its first part."""
     seconds = max(time.monotonic() - first, 1e-9)
-    figures = [f"first token {first - began:.2f} s"]
+    figures = [say("first_token", seconds=first - began)]
     if result.completion_tokens > 1:
-        figures.append(f"{(result.completion_tokens - 1) / seconds:.1f} tokens/s")
-    thoughts = f", {result.reasoning_tokens} of them thoughts" if result.reasoning_tokens else ""
-    figures.append(f"{result.completion_tokens} tokens{thoughts}")
+        figures.append(say("speed", speed=(result.completion_tokens - 1) / seconds))
+    thoughts = say(", {number} of them thoughts", number=result.reasoning_tokens) if result.reasoning_tokens else ""
+    figures.append(say("{number} tokens", number=result.completion_tokens) + thoughts)
     if result.finish_reason == "length":
-        figures.append("cut at the token limit")
+        figures.append(say("cut"))
     if result.dropped_turns:
-        figures.append(f"{result.dropped_turns} old turns left out")
+        figures.append(say("{number} old turns left out", number=result.dropped_turns))
     if result.dropped_reasoning:
-        figures.append(f"reasoning of {result.dropped_reasoning} old turns left out")
+        figures.append(say("reasoning of {number} old turns left out", number=result.dropped_reasoning))
     return " · ".join(figures)
 
 
@@ -425,41 +427,9 @@ def only_reasoning(info: Callable[[], ServerInfo]) -> str:
         levels = info().reasoning_efforts
     except ChatError:
         levels = []
-    lower = f", or choose a lower reasoning_effort ({', '.join(levels)}; in the chat /effort)" if levels else ""
-    return (
+    lower = say(", or choose a lower reasoning_effort ({levels}; in the chat /effort)", levels=", ".join(levels))
+    return say(
         "No answer: at the token limit the model was still reasoning. "
-        f"Raise max_tokens, or set a thinking_budget below it{lower}."
+        "Raise max_tokens, or set a thinking_budget below it{lower}.",
+        lower=lower if levels else "",
     )
-
-
-def given_sampling(args: argparse.Namespace) -> Sampling:
-    """Read the sampling parameters from the command line.
-
-    Raises:
-        ChatError: a value is wrong; it names the parameter.
-    """
-    given = {name: getattr(args, name) for name in Sampling.model_fields if getattr(args, name, None) is not None}
-    given = {name: typed(name, value) if isinstance(value, str) else value for name, value in given.items()}
-    return validated(Sampling, given)
-
-
-def typed(name: str, value: str) -> object:
-    """Return a parameter's value as it was meant: parsed where it is JSON (0.5, true, ["a"]), else as text.
-
-    One stop word is text in any case, without its quotes.
-    """
-    if name == "model":
-        return value
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        parsed = value
-    if name == "stop" and not isinstance(parsed, list):
-        return [parsed if isinstance(parsed, str) else value]
-    return parsed
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError("must be 0 or more")
-    return int(text)

@@ -3,6 +3,8 @@
 import socket
 import sys
 
+from qwen_vllm.words import say
+
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 """Hosts that no other machine can reach."""
 
@@ -13,7 +15,10 @@ def listen(program: str, host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        sys.exit(f"{program}: cannot listen on {host}:{port} ({reason}): choose another --port")
+        told = say(
+            "cannot listen on {address} ({reason}): choose another --port", address=f"{host}:{port}", reason=reason
+        )
+        sys.exit(f"{program}: {told}")
 
 
 def address(host: str, port: int, tls: bool = False) -> str:

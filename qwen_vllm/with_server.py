@@ -1,10 +1,4 @@
-"""Starts a server, waits until it is ready, runs a command and stops the server.
-
-    python -m qwen_vllm.with_server [SERVER FLAGS …] -- COMMAND …
-
-The command finds the server's address in $QWEN_URL and its key in $QWEN_API_KEY. The server's output goes to a log
-file, with --verbose also to the terminal.
-"""
+"""Starts a server, waits until it is ready, runs a command and stops the server."""
 
 import argparse
 import json
@@ -25,10 +19,17 @@ from qwen_vllm.cache import CACHE, open_log
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.models.resolve import resolve_model, resolve_parts
 from qwen_vllm.network import address
+from qwen_vllm.words import SaidError, choose_language, say
 
 LOG = CACHE / "server.log"
 SERVER = (sys.executable, str(Path(__file__).parents[1] / "vllm_server.py"))
 CLEAR_LINE = "\r\x1b[K" if sys.stderr.isatty() else ""
+USAGE = """\
+python -m qwen_vllm.with_server [SERVER FLAGS …] -- COMMAND …
+
+Starts a server, waits until it is ready, runs a command and stops the server. The command finds the server's address
+in $QWEN_URL and its key in $QWEN_API_KEY. The server's output goes to a log file, with --verbose also to the terminal.
+"""
 STOP_TIMEOUT = 30
 """Seconds that a server has to stop before it is killed."""
 
@@ -42,7 +43,7 @@ STAGES = (
 """(what vLLM writes to its log, the stage that begins then)"""
 
 
-class ServerFailed(Exception):
+class ServerFailed(SaidError):
     """Says why the server did not start."""
 
 
@@ -64,13 +65,13 @@ def running_server(
     known = _known_flags(flags)
     port = known.port or free_port()
     if not 0 < port < 65536:
-        raise ServerFailed(f"--port {port}: there is no such port, only 1 to 65535")
+        raise ServerFailed("--port {port}: there is no such port, only 1 to 65535", port=port)
     if known.uds or known.ssl_certfile:
         raise ServerFailed("with TLS or a socket file, start the server by itself: make serve")
     host = "127.0.0.1" if known.host in ("0.0.0.0", "::") else known.host
     url = address(host, port)
     with suppress(OSError), socket.create_connection((host, port), timeout=1):
-        raise ServerFailed(f"port {port} is taken by another program: name another --port")
+        raise ServerFailed("port {port} is taken by another program: name another --port", port=port)
     command = [*program, *(flag for flag in flags if flag != "--verbose"), "--port", str(port)]
     # In its own session the server does not get the Ctrl-C that is for the command.
     with open_log(log, "--verbose" in flags) as out:
@@ -94,14 +95,15 @@ def _wait(server: subprocess.Popen[bytes], url: str, log: Path, progress: Callab
             if session.get(f"{url}/health", timeout=1).ok:
                 return
         time.sleep(0.25)
-    raise ServerFailed(f"the server did not start: {_reason(log.read_text(errors='replace'))}\nIts log: {log}")
+    reason = _reason(log.read_text(errors="replace"))
+    raise ServerFailed("the server did not start: {reason}\nIts log: {log}", reason=reason, log=log)
 
 
 def _reason(log: str) -> str:
     """Return the last line of a log that says what went wrong."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line or line.startswith("vllm_server.py:")]
-    return (errors or lines or ["it printed nothing"])[-1][:300]
+    return (errors or lines or [say("it printed nothing")])[-1][:300]
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
@@ -143,7 +145,8 @@ def free_port() -> int:
 
 def _show(stage: str, seconds: float) -> None:
     if sys.stderr.isatty():
-        print(f"{CLEAR_LINE}Starting the server: {stage} … {seconds:.0f} s", end="", file=sys.stderr, flush=True)
+        told = say("Starting the server: {stage} … {seconds:.0f} s", stage=say(stage), seconds=seconds)
+        print(f"{CLEAR_LINE}{told}", end="", file=sys.stderr, flush=True)
 
 
 def _run(command: Sequence[str], **environment: str) -> int:
@@ -174,11 +177,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
     flags, command = argv[:split], argv[split + 1 :]
+    choose_language(flags)
     if not command:
-        print(__doc__, file=sys.stderr)
+        print(say(USAGE), file=sys.stderr)
         return 2
     if not shutil.which(command[0]):
-        print(f"with_server: there is no command {command[0]}", file=sys.stderr)
+        print(f"with_server: {say('there is no command {command}', command=command[0])}", file=sys.stderr)
         return 127
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -187,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Before the server does, because its progress shows here.
         resolve_model(known.model, known.hub, known.revision, known.download_dir)
         resolve_parts(vars(known), known.hub)
-        print(f"Starting the server; its log: {LOG}", file=sys.stderr, flush=True)
+        print(say("Starting the server; its log: {log}", log=LOG), file=sys.stderr, flush=True)
         with running_server(flags, progress=_show) as url:
             print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
             return _run(command, QWEN_URL=url, QWEN_API_KEY=known.api_key[0] or os.environ.get("QWEN_API_KEY", ""))

@@ -57,6 +57,18 @@ def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         }
 
 
+@pytest.fixture(autouse=True)
+def english(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that a test runs in this process chooses a language for itself alone."""
+    monkeypatch.setenv("QWEN_LANG", "en")
+
+
+@pytest.fixture
+def chinese(monkeypatch: pytest.MonkeyPatch, english: None) -> None:
+    """The programs of this test speak Chinese."""
+    monkeypatch.setenv("QWEN_LANG", "zh")
+
+
 @pytest.fixture(scope="session")
 def demo_server(started: dict[str, Any]) -> str:
     """The address of one server for all tests that need no flags; the last one stops it."""

@@ -16,6 +16,7 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from qwen_vllm import console
+from qwen_vllm.flags import add_arguments
 from qwen_vllm.protocol import (
     DEFAULT_SYSTEM,
     AskedTurn,
@@ -103,7 +104,7 @@ class Terminal(io.StringIO):
 
 def parsed(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    console.add_arguments(parser)
+    add_arguments(parser)
     return parser.parse_args(flags)
 
 

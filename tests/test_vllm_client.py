@@ -3,13 +3,18 @@
 import asyncio
 import re
 import socket
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import pexpect
 import pytest
 
 from qwen_vllm.protocol import Question
+from tests.support import ROOT
+from tests.support.programs import ENVIRONMENT
 from tests.support.scripted_server import LAST, Server, line
 from vllm_client import (
     ChatError,
@@ -517,3 +522,89 @@ def test_a_test_message_without_a_server_or_with_a_wrong_flag(server: Server, ca
     assert main(["--url", server.url, "--test-message", "--temperature", "hot"]) == 1
     assert "temperature" in capsys.readouterr().err
     assert server.requests == []
+
+
+IN_A_TERMINAL = {
+    "en_US.UTF-8": {
+        "begins": ["base at {url}", "/help lists the commands, Ctrl-D leaves."],
+        "waits": ["number 3 in line", "reading 7,600 tokens"],
+        "figures": r"first token \d\.\d\d s · [\d.]+ tokens/s · 3 tokens, 1 of them thoughts · 1 old turns left out",
+        "/help": ["/regen               answer the last question again", "Enter sends, Alt-Enter breaks the line"],
+        "/nope": ["There is no command /nope; /help lists them."],
+        "/model poet": ["There is no model poet, only base."],
+        "/image a.png": ["base takes no images."],
+        "fails": "Error: query: longer than the context",
+    },
+    "zh_CN.UTF-8": {
+        "begins": ["base，位于 {url}", "输入 /help 列出命令，按 Ctrl-D 退出。"],
+        "waits": ["排在第 3 位", "正在读 7,600 个词元"],
+        "figures": r"首个词元 \d\.\d\d 秒 · [\d.]+ 词元/秒 · 3 词元（其中思考 1） · 略去最早的 1 轮",
+        "/help": ["/regen               重新回答上一个问题", "回车发送，Alt-回车换行，Ctrl-C 停止回答。"],
+        "/nope": ["没有命令 /nope，输入 /help 列出全部命令。"],
+        "/model poet": ["没有模型 poet，只有 base。"],
+        "/image a.png": ["base 不支持图片。"],
+        "fails": "错误：query: longer than the context",
+    },
+}
+
+
+@pytest.mark.parametrize("locale", IN_A_TERMINAL)
+def test_a_chat_in_a_terminal_is_in_the_language_of_the_locale(server: Server, tmp_path: Path, locale: str) -> None:
+    signs = [line({"waiting": 3, "prompt_tokens": 7600}), line({"waiting": 0, "prompt_tokens": 7600})]
+    last = line({**LAST, "usage": {**LAST["usage"], "reasoning_tokens": 1}})
+    model_named(server)
+    url = server.play(*signs, line({"reasoning": "Hm"}), line({"delta": "Hello"}), last)
+    refusal = {"error": {"type": "invalid_request", "message": "query: longer than the context", "param": "query"}}
+    server.then_play(line(refusal), status=400)
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "QWEN_LANG"}
+    environment |= {"LC_ALL": locale, "XDG_STATE_HOME": str(tmp_path), "PROMPT_TOOLKIT_NO_CPR": "1"}
+    command, told = ["vllm_client.py", "--url", url], IN_A_TERMINAL[locale]
+    terminal = {"encoding": "utf-8", "timeout": 30, "dimensions": (40, 100)}
+    with pexpect.spawn(sys.executable, command, cwd=ROOT, env=environment, **terminal) as chat:
+        for text in told["begins"]:
+            chat.expect_exact(text.format(url=url))
+        chat.send("你好\r")
+        for text in (*told["waits"], "Hm", "Hello"):
+            chat.expect_exact(text)
+        chat.expect(told["figures"])
+        for typed in ("/help", "/nope", "/model poet", "/image a.png"):
+            chat.send(f"{typed}\r")
+            for text in told[typed]:
+                chat.expect_exact(text)
+        chat.send("?\r")
+        chat.expect_exact(told["fails"])
+        chat.send("/exit\r")
+        chat.expect(pexpect.EOF)
+    assert chat.exitstatus == 0
+    assert [body["query"] for _, _, body in server.requests if body] == ["你好", "?"]
+
+
+def test_what_programs_read_is_the_same_in_each_language(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    model_named(server)
+    url = server.play(line({"delta": "Hello"}), line(LAST))
+    for language in ("en", "zh"):
+        monkeypatch.setattr("sys.stdin", Pipe("one\n"))
+        assert main(["--url", url, "--lang", language]) == 0
+        assert capsys.readouterr() == ("Hello\n", "")
+
+
+def test_the_clients_own_errors_are_chinese_and_the_servers_are_as_they_came(
+    server: Server, capsys: pytest.CaptureFixture
+) -> None:
+    url = f"http://127.0.0.1:{closed_port()}"
+    assert main(["--url", url, "--test-message", "--lang", "zh"]) == 1
+    assert capsys.readouterr().err == f"错误：{url} 没有服务端响应：启动了吗？（make serve）\n"
+    server.play(line({"error": "Unauthorized"}), status=401, path="/chat/info")
+    assert main(["--url", server.url, "--test-message", "--lang", "zh"]) == 1
+    assert capsys.readouterr().err == "错误：Unauthorized (HTTP 401)\n"
+
+
+def test_the_figures_of_a_test_message_in_chinese(server: Server, capsys: pytest.CaptureFixture) -> None:
+    model_named(server)
+    url = server.play(line({"delta": "你"}), line({"delta": "好"}), line(LAST))
+    assert main(["--url", url, "--test-message", "你是谁？", "--lang", "zh"]) == 0
+    title, *_, figures = capsys.readouterr().out.splitlines()
+    assert title == f"base，位于 {url}"
+    assert re.search(r" · 总用时 0\.\d\d 秒 · 提示词 20 词元$", figures)

@@ -1,15 +1,19 @@
 """The offline program's flags and exit statuses, with the scripted model of the batch tests."""
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
 import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
 import vllm_offline
 from qwen_vllm import console
 from qwen_vllm.models.checks import ModelUnavailable
-from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, ServerInfo
+from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Reasoning, ServerInfo
 from tests.support.scripted_model import ScriptedModel, texts, write
 
 
@@ -46,6 +50,25 @@ def test_a_file_is_answered_and_the_summary_printed(files, run, capsys):
     assert (summary["answered"], summary["failed"], summary["scores"]["exact_match"]) == (3, 0, 0.5)
     assert "answered 3 · answered before 0 · failed 0" in err
     assert "exact match 0.5" in err
+
+
+def test_a_file_is_answered_in_chinese_with_the_same_rows_and_the_same_summary(files, run, capsys, monkeypatch):
+    assert run() == 0
+    written, summary = files[1].read_bytes(), json.loads(capsys.readouterr().out)
+    files[1].unlink()
+    assert run("--lang", "zh") == 0
+    out, err = capsys.readouterr()
+    assert files[1].read_bytes() == written
+    assert json.loads(out) | {"seconds": 0} == summary | {"seconds": 0}
+    assert "已回答 3 · 之前已回答 0 · 失败 0 · 已不在输入中 0 · 提示词元 27 · 生成词元 6 · 秒数 " in err
+    assert run("--lang", "zh", model=ChatError("the engine has died", "engine_error")) == 0  # there is nothing to do
+    files[1].unlink()
+    model = ScriptedModel({"b": ChatError("the engine has died", "engine_error")})
+    assert run("--lang", "zh", model=model) == 1
+    assert "。完成的部分已保留，再次运行同一命令即可接着做\n" in capsys.readouterr().err
+    files[0].write_text("[{")
+    assert run("--lang", "zh") == 2
+    assert capsys.readouterr().err.endswith("是 JSON 数组，不是 JSONL：请每行写一个问题（jq -c '.[]'）\n")
 
 
 @pytest.mark.parametrize(("flags", "system"), [([], None), (["--system", DEFAULT_SYSTEM], DEFAULT_SYSTEM)])
@@ -167,3 +190,76 @@ def test_the_chat_knows_the_levels_of_reasoning_effort(monkeypatch):
     monkeypatch.setattr(console, "run", lambda ask, title, args, info: told.append(info()) or 0)
     assert vllm_offline.main(["--model", "m"]) == 0
     assert told == [ServerInfo(["m", "poet"], reasoning_efforts=["low", "xhigh"])]
+
+
+TRANSCRIPTS = {
+    "en": """\
+m, offline
+/help lists the commands, Ctrl-D leaves.
+Hm
+
+Hello
+first token 0.00 s · tokens/s · 2 tokens, 1 of them thoughts · cut at the token limit
+* default
+  low
+  xhigh
+There is no effort high, only default, low, xhigh.
+temperature = 0.5
+There is no parameter top, only …
+No image is attached.
+m takes no images.
+> Hi
+Hello
+/load none.json: No such file or directory
+Name a file: /save FILE, /load FILE.
+There is nothing to answer again.
+""",
+    "zh": """\
+m，离线
+输入 /help 列出命令，按 Ctrl-D 退出。
+Hm
+
+Hello
+首个词元 0.00 秒 · 词元/秒 · 2 词元（其中思考 1） · 达到词元上限，已截断
+* default
+  low
+  xhigh
+没有 high 这一级，只有 default, low, xhigh。
+temperature = 0.5
+没有参数 top，只有 …
+没有附上图片。
+m 不支持图片。
+> Hi
+Hello
+/load none.json: No such file or directory
+请写明文件：/save FILE、/load FILE。
+还没有可以重新回答的问题。
+""",
+}
+
+
+@pytest.mark.parametrize("language", TRANSCRIPTS)
+def test_the_chat_in_each_language(monkeypatch, tmp_path, capsys, language):
+    def stream_chat(query, history, system, sampling):
+        yield Reasoning("Hm")
+        yield "Hello"
+        yield ChatResult("Hello", [*history, (query, "Hello")], "length", None, 9, 2, 0, "Hm", 1)
+
+    model = SimpleNamespace(adapters={}, reasoning_efforts=["low", "xhigh"], stream_chat=stream_chat)
+    monkeypatch.setattr(vllm_offline, "_load", lambda *_: model)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr(console, "LINE_HISTORY", tmp_path / "lines")
+    monkeypatch.chdir(tmp_path)
+    typed = ["Hi", "/effort", "/effort high", "/set temperature 0.5", "/set top 1", "/image", "/image a.png"]
+    typed += ["/history", "/load none.json", "/save", "/clear", "/regen", "/exit"]
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+        pipe.send_text("".join(f"{line}\r" for line in typed))
+        assert vllm_offline.main(["--model", "m", "--lang", language]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    shown = re.sub(r"\x1b\[\dm|[\d.]+ (?=tokens/s|词元/秒)", "", out)
+    assert (
+        re.sub(r"(only |只有 )max_tokens.*", r"\1…", re.sub(r"\d\.\d\d (s|秒)", r"0.00 \1", shown))
+        == TRANSCRIPTS[language]
+    )

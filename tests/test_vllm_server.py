@@ -259,6 +259,13 @@ def test_the_configured_goes_over_ours_and_the_request_over_both(scripted_engine
     assert (params.top_p, params.max_tokens, params.repetition_penalty) == (0.8, 100, 1.05)
 
 
+def test_what_a_client_reads_is_english_whatever_the_servers_terminal_speaks(
+    scripted_engine: Engines, chinese: None
+) -> None:
+    refused = chat(scripted_engine(), query=" ")
+    assert check_error(refused, 400, "invalid_request", "query") == "query: must not be blank"
+
+
 @pytest.mark.parametrize("field", ["stop", "user_stop_words"])
 def test_stop_words_are_passed_on_where_no_thought_may_come(scripted_engine: Engines, field: str) -> None:
     engine = scripted_engine(["a"])

@@ -169,6 +169,25 @@ def test_progress_follows_the_log(program: Callable, log: Path) -> None:
         assert stages[-1] == "warming up"
 
 
+def test_the_launcher_speaks_chinese_and_so_do_the_programs_that_it_starts(
+    launch: Callable, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    code = "import os; print(os.environ['QWEN_LANG'])"
+    _, shown, told = launch("--dtype", "float32", "--lang", "zh", "--", sys.executable, "-c", code)
+    assert shown == "zh\n"
+    assert told.startswith(f"正在启动服务端，日志：{with_server.LOG}\n正在启动服务端：导入 vLLM …… 0 秒")
+    assert "--dtype float32 --lang zh" in log.read_text()
+
+
+def test_a_server_that_fails_is_told_in_chinese(launch: Callable, log: Path, chinese: None) -> None:
+    status, _, shown = launch("--", "true", server="raise ValueError('no such dtype')")
+    assert status == 1
+    assert f"服务端没有启动：ValueError: no such dtype\n日志：{log}\n" in shown
+    assert launch("--port", "65536", "--", "true")[2].endswith("--port 65536：没有这个端口，只有 1 到 65535\n")
+    assert "等它就绪，运行命令 COMMAND" in launch("--model", "x")[2]
+
+
 @pytest.mark.parametrize("status", [0, 3])
 def test_the_commands_status_is_returned(launch: Callable, log: Path, status: int) -> None:
     assert launch("--", sys.executable, "-c", f"raise SystemExit({status})")[0] == status

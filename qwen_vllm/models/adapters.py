@@ -31,7 +31,9 @@ def check_adapters(adapters: Mapping[str, str], args: ModelArgs) -> None:
         try:
             check_adapter(Path(folder), config.get("text_config") or config, args)
         except ValueError as reason:
-            raise ModelUnavailable(f"the LoRA adapter {name} cannot be used: {folder}: {reason}") from None
+            raise ModelUnavailable(
+                "the LoRA adapter {name} cannot be used: {folder}: {reason}", name=name, folder=folder, reason=reason
+            ) from None
 
 
 def check_adapter(folder: Path, config: Mapping[str, Any], args: Any) -> None:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from qwen_vllm import hardware
 from qwen_vllm.models import qwen_v1
+from qwen_vllm.words import SaidError, say
 
 WEIGHTS = ("safetensors", "bin", "pt", "pth", "gguf")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -36,7 +37,7 @@ GATED_DELTA_NETS = ("qwen3_next", "qwen3_5", "qwen4_exp")
 """How the `model_type` of those begins whose linear attention is a gated delta net."""
 
 
-class ModelUnavailable(Exception):
+class ModelUnavailable(SaidError):
     """The model cannot be had; the message says why and what to do, in one line."""
 
 
@@ -62,11 +63,11 @@ def checked_config(folder: Path) -> dict[str, Any]:
         ModelUnavailable: naming the file that is missing or damaged.
     """
     if not (folder / "config.json").is_file():
-        raise ModelUnavailable(f"{folder} holds no model: it has no config.json")
+        raise ModelUnavailable("{folder} holds no model: it has no config.json", folder=folder)
     check_descriptions(folder)
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
-        raise ModelUnavailable(f"{folder / 'config.json'} describes no model")
+        raise ModelUnavailable("{file} describes no model", file=folder / "config.json")
     for file in weight_files(folder):
         refuse_pointer(file)
         try:
@@ -74,7 +75,9 @@ def checked_config(folder: Path) -> dict[str, Any]:
                 with safe_open(file, framework="numpy"):
                     pass
         except SafetensorError as error:
-            raise ModelUnavailable(f"{file} is damaged or cut off ({error}): fetch the model again") from None
+            raise ModelUnavailable(
+                "{file} is damaged or cut off ({error}): fetch the model again", file=file, error=error
+            ) from None
     return config
 
 
@@ -104,12 +107,17 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         files = sorted(folder / file for file in {*read_json(index)["weight_map"].values()})
     except (KeyError, TypeError, AttributeError):
-        raise ModelUnavailable(f"{index} names no weights: delete it if {folder} is whole without") from None
+        raise ModelUnavailable(
+            "{file} names no weights: delete it if {folder} is whole without", file=index, folder=folder
+        ) from None
     for file in files:
         if not file.is_file():
             raise ModelUnavailable(
-                f"{folder} lacks {file.name}, which {name} names: fetch the model again, or delete {name} if it is "
-                "left over from another copy"
+                "{folder} lacks {file}, which {index} names: fetch the model again, or delete {index} if it is left "
+                "over from another copy",
+                folder=folder,
+                file=file.name,
+                index=name,
             )
     return files
 
@@ -120,14 +128,16 @@ def read_json(file: Path) -> Any:
     try:
         return from_json(file.read_bytes())
     except ValueError as error:
-        raise ModelUnavailable(f"{file} is no JSON ({error}): fetch the model again") from None
+        raise ModelUnavailable("{file} is no JSON ({error}): fetch the model again", file=file, error=error) from None
 
 
 def refuse_pointer(file: Path) -> None:
     """Raise ModelUnavailable where Git LFS has left a pointer in place of a file."""
     with file.open("rb") as content:
         if content.read(len(POINTER)) == POINTER:
-            raise ModelUnavailable(f"{file} is a Git LFS pointer: git lfs pull there, or fetch the model again")
+            raise ModelUnavailable(
+                "{file} is a Git LFS pointer: git lfs pull there, or fetch the model again", file=file
+            )
 
 
 def check_loadable(args: ModelArgs) -> None:
@@ -143,44 +153,57 @@ def check_loadable(args: ModelArgs) -> None:
 
     folder = Path(args.model)
     if args.load_format != "dummy" and not any(any(folder.glob(f"*.{end}")) for end in WEIGHTS):
-        raise ModelUnavailable(f"{folder} holds no weights, only a description: fetch the model again")
+        raise ModelUnavailable("{folder} holds no weights, only a description: fetch the model again", folder=folder)
     if not (args.tokenizer or args.skip_tokenizer_init or any((folder / name).is_file() for name in TOKENIZERS)):
-        raise ModelUnavailable(f"{folder} holds no tokenizer: fetch the model again, or name one with --tokenizer")
+        raise ModelUnavailable(
+            "{folder} holds no tokenizer: fetch the model again, or name one with --tokenizer", folder=folder
+        )
     if args.tokenizer and Path(args.tokenizer).is_dir():
         check_descriptions(Path(args.tokenizer))
     if not (args.tokenizer or args.trust_remote_code) and _tokenizer_is_code(folder):
         raise ModelUnavailable(
-            f"{folder} brings Python code as its tokenizer: read it, then add --trust-remote-code (/chat stays "
-            "off), or put a tokenizer.json there"
+            "{folder} brings Python code as its tokenizer: read it, then add --trust-remote-code (/chat stays off), or "
+            "put a tokenizer.json there",
+            folder=folder,
         )
     config = read_config(args.model)
     architectures = config.get("architectures") or []
     trained = config.get("max_position_embeddings") or 0
     if qwen_v1.VLLM_ARCHITECTURE in architectures and (args.max_model_len or 0) > trained:
         raise ModelUnavailable(
-            f"{folder.name} was trained on {trained} tokens; how it stretches beyond (dynamic NTK, logn attention) is "
-            "not in vLLM: leave --max-model-len out, or name less"
+            "{model} was trained on {context} tokens; how it stretches beyond (dynamic NTK, logn attention) is not in "
+            "vLLM: leave --max-model-len out, or name less",
+            model=folder.name,
+            context=trained,
         )
     if language_part_only(args.model) and not any(name.startswith("Qwen") for name in architectures):
         raise ModelUnavailable(
-            f"{folder.name} takes images, which needs torchvision, and that is not installed: with vLLM's CPU build, "
-            "add PyTorch's CPU build of the version that requirements.txt names"
+            "{model} takes images, which needs torchvision, and that is not installed: with vLLM's CPU build, add "
+            "PyTorch's CPU build of the version that requirements.txt names",
+            model=folder.name,
         )
     if _only_bfloat16(config) and str(args.dtype).removeprefix("torch.") in ("half", "float16"):
-        raise ModelUnavailable(f"vLLM for the CPU computes {folder.name} in bfloat16 alone: leave --dtype out")
+        raise ModelUnavailable(
+            "vLLM for the CPU computes {model} in bfloat16 alone: leave --dtype out", model=folder.name
+        )
     if _four_bits(config) and not hardware.computes_four_bits():
         raise ModelUnavailable(
-            f"{folder.name} has weights of 4 bits, for which vLLM needs a GPU, or a processor with AVX-512: take the "
-            "model without GPTQ or AWQ here"
+            "{model} has weights of 4 bits, for which vLLM needs a GPU, or a processor with AVX-512: take the model "
+            "without GPTQ or AWQ here",
+            model=folder.name,
         )
     _check_gptq(folder.name, config.get("quantization_config") or {})
     known = ModelRegistry.get_supported_archs()
     if not any(name in known or hasattr(transformers, name) for name in architectures):
         if "auto_map" not in config:
-            names = ", ".join(map(str, architectures)) or "none"
-            raise ModelUnavailable(f"this version of vLLM does not know the architecture of {folder}: {names}")
+            names = ", ".join(map(str, architectures)) or say("none")
+            raise ModelUnavailable(
+                "this version of vLLM does not know the architecture of {folder}: {names}", folder=folder, names=names
+            )
         if not args.trust_remote_code:
-            raise ModelUnavailable(f"{folder} needs the code that it brings: read it, then add --trust-remote-code")
+            raise ModelUnavailable(
+                "{folder} needs the code that it brings: read it, then add --trust-remote-code", folder=folder
+            )
     elif args.load_format != "dummy" and any(re.fullmatch(r"Qwen\w+ForCausalLM", name) for name in architectures):
         _check_output_embeddings(folder, args.hf_overrides)
 
@@ -204,7 +227,8 @@ def _check_gptq(name: str, quantization: Mapping[str, Any]) -> None:
     ordered = quantization.get("desc_act") and quantization.get("group_size") != -1
     if ordered or not quantization.get("sym", True) or quantization.get("bits", 4) not in (4, 8):
         raise ModelUnavailable(
-            f"{name}: of GPTQ vLLM takes 4 or 8 bits, symmetric, without desc_act: take another quantisation of it"
+            "{model}: of GPTQ vLLM takes 4 or 8 bits, symmetric, without desc_act: take another quantisation of it",
+            model=name,
         )
 
 
@@ -235,13 +259,15 @@ def _check_output_embeddings(folder: Path, overrides: Any) -> None:
     tied = config.get_text_config().tie_word_embeddings
     if not tied and "lm_head" not in found:
         raise ModelUnavailable(
-            f"{folder} has no lm_head.weight, and its config.json does not say that the embeddings stand in for it: "
-            'add "tie_word_embeddings": true there, or fetch the model again'
+            "{folder} has no lm_head.weight, and its config.json does not say that the embeddings stand in for it: "
+            'add "tie_word_embeddings": true there, or fetch the model again',
+            folder=folder,
         )
     if tied and "lm_head" in found and not found["lm_head"].equal(found["embed_tokens"]):
         raise ModelUnavailable(
-            f"{folder} has a lm_head.weight of its own, and its config.json says that the embeddings stand in for it: "
-            'set "tie_word_embeddings": false there'
+            "{folder} has a lm_head.weight of its own, and its config.json says that the embeddings stand in for it: "
+            'set "tie_word_embeddings": false there',
+            folder=folder,
         )
 
 

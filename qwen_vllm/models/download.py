@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from qwen_vllm.cache import CACHE, exclusive
 from qwen_vllm.models.checks import TOKENIZERS, ModelUnavailable, checked_config
 from qwen_vllm.models.hubs import HUBS, HubFile, missing
+from qwen_vllm.words import say
 
 T = TypeVar("T")
 
@@ -55,8 +56,8 @@ def fetch(
     try:
         lock.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ModelUnavailable(f"cannot write {lock}: {error.strerror}") from error
-    with exclusive(lock, f"Waiting for another program that fetches {model} …"):
+        raise ModelUnavailable("cannot write {file}: {reason}", file=lock, reason=error.strerror) from error
+    with exclusive(lock, say("Waiting for another program that fetches {model} …", model=model)):
         source = HUBS[hub](model, revision, cache)
         copy = source.copy()
         known = source.known(copy) if copy else None
@@ -68,27 +69,52 @@ def fetch(
         except Exception as failure:
             if copy and not lacking:
                 logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)  # it goes on asking for a while
-                reason = _reason(failure)
-                print(f"{hub} cannot be asked ({reason}): using the copy in {copy}", file=sys.stderr, flush=True)
+                told = say(
+                    "{hub} cannot be asked ({reason}): using the copy in {copy}",
+                    hub=hub,
+                    reason=_reason(failure),
+                    copy=copy,
+                )
+                print(told, file=sys.stderr, flush=True)
                 return copy
             raise ModelUnavailable(
-                f"{model} cannot be fetched from {hub} ({_reason(failure)}), and the local cache does not have it: "
-                f"it lacks {lacking}. Check the name and the network, pass a local folder, or choose another --hub"
+                "{model} cannot be fetched from {hub} ({reason}), and the local cache does not have it: it lacks "
+                "{lacking}. Check the name and the network, pass a local folder, or choose another --hub",
+                model=model,
+                hub=hub,
+                reason=_reason(failure),
+                lacking=lacking,
             ) from failure
         wanted = _loaded(listing, with_weights)
         if with_weights and "config.json" not in [file.path for file in wanted]:
-            raise ModelUnavailable(f"{model} on {hub} has no config.json: vLLM cannot load it")
+            raise ModelUnavailable("{model} on {hub} has no config.json: vLLM cannot load it", model=model, hub=hub)
         size = sum(file.size for file in wanted) / 1e9
-        print(f"Fetching {model} from {hub}: {len(wanted)} files, {size:.1f} GB …", file=sys.stderr, flush=True)
+        told = say(
+            "Fetching {model} from {hub}: {number} files, {size:.1f} GB …",
+            model=model,
+            hub=hub,
+            number=len(wanted),
+            size=size,
+        )
+        print(told, file=sys.stderr, flush=True)
         try:
             with redirect_stderr(sys.stderr if sys.stderr.isatty() else _Log(sys.stderr)):
                 folder = source.download(listing, wanted)
         except Exception as failure:
             raise ModelUnavailable(
-                f"{model} could not be fetched from {hub}: {_told(failure)}. What has come is kept: run again to go on"
+                "{model} could not be fetched from {hub}: {reason}. What has come is kept: run again to go on",
+                model=model,
+                hub=hub,
+                reason=_told(failure),
             ) from failure
         if lost := missing(folder, wanted):
-            raise ModelUnavailable(f"{model} could not be fetched from {hub}: {folder} lacks {_names(lost)}")
+            raise ModelUnavailable(
+                "{model} could not be fetched from {hub}: {folder} lacks {files}",
+                model=model,
+                hub=hub,
+                folder=folder,
+                files=_names(lost),
+            )
         return folder
 
 
@@ -113,21 +139,21 @@ def _lacking(copy: Path | None, known: Sequence[HubFile] | None, with_weights: b
     A copy that another program has fetched may come without a list. Then it must have what every chat model has.
     """
     if not copy:
-        return "all files"
+        return say("all files")
     if known:
         return _names(missing(copy, _loaded(known, with_weights)))
     if any(copy.glob("*.incomplete")):
-        return "the end of a file"
+        return say("the end of a file")
     if not any((copy / name).is_file() for name in TOKENIZERS):
-        return "a tokenizer"
+        return say("a tokenizer")
     if with_weights and not (copy / "generation_config.json").is_file():
         return "generation_config.json"
     if with_weights and not any(any(copy.glob(f"*.{end}")) for end in FORMATS):
-        return "weights"
+        return say("weights")
     try:
         checked_config(copy)
     except ModelUnavailable as error:
-        return f"whole files ({error})"
+        return say("whole files ({error})", error=error)
     return ""
 
 
@@ -136,14 +162,15 @@ def _names(files: Sequence[HubFile]) -> str:
 
 
 def _first_of(texts: Sequence[str], separator: str) -> str:
-    return separator.join([*texts[:3], *([f"and {len(texts) - 3} more"] if len(texts) > 3 else [])])
+    return separator.join([*texts[:3], *([say("and {number} more", number=len(texts) - 3)] if len(texts) > 3 else [])])
 
 
 def _told(failure: Exception) -> str:
     """Say in one line which files failed, and why."""
     failed: dict[str, Exception] = getattr(failure, "failed_files", {"": failure})
     if any(getattr(error, "errno", None) == errno.ENOSPC for error in failed.values()):
-        return f"{os.strerror(errno.ENOSPC)}: make room, or name another --download-dir"
+        full = os.strerror(errno.ENOSPC)
+        return say("{reason}: make room, or name another --download-dir", reason=full)
     return _first_of([f"{path}: {_reason(error)}".removeprefix(": ") for path, error in failed.items()], "; ")
 
 

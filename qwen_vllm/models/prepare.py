@@ -141,10 +141,10 @@ def read_chat_template(template: str | None, folder: Path | None = None) -> str 
             written = read_json(of_processor)
             if not isinstance(written, dict) or not isinstance(text := written.get("chat_template"), str):
                 raise ModelUnavailable(
-                    f"{of_processor} is not one template, as vLLM needs it: pass --chat-template FILE"
+                    "{file} is not one template, as vLLM needs it: pass --chat-template FILE", file=of_processor
                 )
             return text
     try:
         return load_chat_template(template)
     except VLLMValidationError as error:
-        raise ModelUnavailable(f"--chat-template {template}: neither a file nor a Jinja template") from error
+        raise ModelUnavailable("--chat-template {text}: neither a file nor a Jinja template", text=template) from error

@@ -15,6 +15,7 @@ from qwen_vllm.models import qwen_v1
 from qwen_vllm.models.checks import ModelUnavailable, checked_config
 from qwen_vllm.models.demo import DEMO_NAME, demo_model
 from qwen_vllm.models.download import fetch
+from qwen_vllm.words import say
 
 
 def resolve_model(
@@ -39,10 +40,15 @@ def resolve_model(
         if folder.is_dir():
             return str(_servable(folder))
         if not _is_id(name):
-            raise ModelUnavailable(f"{name} is neither a folder nor a model id such as Qwen/Qwen2.5-7B-Instruct")
+            raise ModelUnavailable(
+                "{name} is neither a folder nor a model id such as Qwen/Qwen2.5-7B-Instruct", name=name
+            )
         return str(_servable(fetch(name, hub, revision, cache)))
     except OSError as error:
-        raise ModelUnavailable(f"cannot prepare {name or DEMO_NAME}: {error.strerror or error}; run again") from error
+        reason = error.strerror or error
+        raise ModelUnavailable(
+            "cannot prepare {model}: {reason}; run again", model=name or DEMO_NAME, reason=reason
+        ) from error
 
 
 def resolve_parts(args: MutableMapping[str, Any], hub: str) -> None:
@@ -74,10 +80,11 @@ def _servable(folder: Path) -> Path:
         made_once(target, lambda unfinished: qwen_v1.describe(folder, config, unfinished))
     except ValueError as error:
         raise ModelUnavailable(f"{folder} {error}") from None
-    print(
-        f"{target.name} is first-generation Qwen: served as a Qwen2 with its trained context of {config['seq_length']} "
-        "tokens; the code that it brings is not run.",
-        file=sys.stderr,
-        flush=True,
+    told = say(
+        "{model} is first-generation Qwen: served as a Qwen2 with its trained context of {context} tokens; the code "
+        "that it brings is not run.",
+        model=target.name,
+        context=config["seq_length"],
     )
+    print(told, file=sys.stderr, flush=True)
     return target

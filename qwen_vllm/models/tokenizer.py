@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_vllm.cache import CACHE, fingerprint, made_once
 from qwen_vllm.models.checks import ModelArgs, ModelUnavailable, read_json
+from qwen_vllm.words import say
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -54,20 +55,23 @@ def tokenizer_as_written(args: ModelArgs) -> str | None:
     try:
         mended = load_tokenizer(str(made_once(copy, partial(_link, folder))), args).backend_tokenizer
     except OSError as error:
-        raise ModelUnavailable(f"cannot write {copy}: {error.strerror or error}") from error
+        raise ModelUnavailable("cannot write {file}: {reason}", file=copy, reason=error.strerror or error) from error
     if _parts(mended) != parts:
         raise ModelUnavailable(
-            f"the tokenizer in {folder} would be read otherwise than its tokenizer.json says, as {name}: name another "
-            "with --tokenizer"
+            "the tokenizer in {folder} would be read otherwise than its tokenizer.json says, as {name}: name another "
+            "with --tokenizer",
+            folder=folder,
+            name=name,
         )
     if _parts(loaded) == parts and _added(loaded) == _added(mended):
         return args.tokenizer  # it is tokenizer_config.json that says otherwise of added tokens
-    print(
-        f"The tokenizer of {folder.resolve().name} is loaded as its tokenizer.json says: {name}, which transformers "
-        "would take for it, does otherwise.",
-        file=sys.stderr,
-        flush=True,
+    told = say(
+        "The tokenizer of {model} is loaded as its tokenizer.json says: {name}, which transformers would take for it, "
+        "does otherwise.",
+        model=folder.resolve().name,
+        name=name,
     )
+    print(told, file=sys.stderr, flush=True)
     return str(copy)
 
 

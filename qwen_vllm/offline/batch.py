@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from qwen_vllm.offline.rows import Row, digest, read_lines, read_rows
 from qwen_vllm.protocol import ChatError, ChatResult, Part, Sampling, one_line
+from qwen_vllm.words import SaidError, say
 
 ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|$)")
 """The start of a file that is one JSON array of objects; a row `[]` is only a bad one."""
@@ -29,7 +30,7 @@ BAR = "{n_fmt}/{total_fmt} rows |{bar}| {elapsed}, {remaining} left{postfix}"
 BAR_OF_PIPE = "{n_fmt} rows, {elapsed}{postfix}"
 
 
-class BatchError(Exception):
+class BatchError(SaidError):
     """The files cannot be used as asked; the message says why and what to do, in one line."""
 
 
@@ -61,14 +62,16 @@ class Batch:
         try:
             self._source = source.open("rb")
             if ARRAY.match(self._source.peek(1)):
-                raise BatchError(f"{source} is a JSON array, not JSONL: write each row on a line (jq -c '.[]')")
+                raise BatchError(
+                    "{file} is a JSON array, not JSONL: write each row on a line (jq -c '.[]')", file=source
+                )
             if self._source.seekable():
                 self._rows = sum(1 for _ in read_lines(self._source))
                 self._source.seek(0)
             if target.exists() and target.samefile(source):
-                raise BatchError(f"{target} is the input too: name another file for the answers")
+                raise BatchError("{file} is the input too: name another file for the answers", file=target)
         except OSError as error:
-            raise BatchError(f"cannot read {source}: {error.strerror}") from error
+            raise BatchError("cannot read {file}: {reason}", file=source, reason=error.strerror) from error
         if reference:
             from qwen_vllm.offline.scores import Scores
 
@@ -151,7 +154,7 @@ class Batch:
         bar: tqdm[Any] = tqdm(
             total=self._rows,
             initial=self._answered_before,
-            bar_format=BAR if self._rows else BAR_OF_PIPE,
+            bar_format=say(BAR if self._rows else BAR_OF_PIPE),
             smoothing=0,
             disable=None,
         )
@@ -167,7 +170,7 @@ class Batch:
 
     def _show(self, bar: "tqdm[Any]") -> None:
         bar.initial = self._answered_before  # these took no time
-        bar.set_postfix_str(f"{self._completion_tokens / self._seconds:.0f} tokens/s", refresh=False)
+        bar.set_postfix_str(say("{speed:.0f} tokens/s", speed=self._completion_tokens / self._seconds), refresh=False)
         bar.update(self._answered + self._answered_before + self._failed - bar.n)
 
     def _skip(self, row: Row) -> None:
@@ -224,7 +227,7 @@ class AnswerFile:
                 self.rewrite(self.finished.values())
                 self.finished, _ = self._scan()
         except OSError as error:
-            raise BatchError(f"cannot write {path}: {error.strerror}") from error
+            raise BatchError("cannot write {file}: {reason}", file=path, reason=error.strerror) from error
 
     def append(self, record: dict[str, Any]) -> int:
         """Add a line and return where it begins."""
@@ -279,13 +282,13 @@ class AnswerFile:
 
     def _lock(self) -> None:
         if not self._path.is_file():
-            raise BatchError(f"{self._path} is not a file: name one for the answers")
+            raise BatchError("{file} is not a file: name one for the answers", file=self._path)
         with suppress(BlockingIOError, PermissionError):
             # Unlike `flock`, not shared with the engine's processes, which may outlive a killed run.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
                 return
-        raise BatchError(f"another run writes {self._path}: wait for its end, or name another file")
+        raise BatchError("another run writes {file}: wait for its end, or name another file", file=self._path)
 
     def _scan(self) -> tuple[dict[bytes, int], int]:
         """Return where the answers begin, and the number of failed rows; repair an incomplete last line."""
@@ -298,7 +301,9 @@ class AnswerFile:
                     break
                 if key is None:
                     raise BatchError(
-                        f"{self._path} holds other things (line {number}): name a new file for the answers"
+                        "{file} holds other things (line {number}): name a new file for the answers",
+                        file=self._path,
+                        number=number,
                     )
                 if not line.endswith(b"\n"):
                     self._write(b"\n")

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from itertools import count
 
-from qwen_vllm import console
+from qwen_vllm.flags import typed
 from qwen_vllm.protocol import ChatError, ChatResult, Part, Reasoning, Sampling, ServerInfo, text_turns, validated
 from qwen_vllm.retry import retry_delay
 from qwen_vllm.webui.conversation import KEPT, Message, Messages, question_of, remark, text_message, turns
@@ -142,7 +142,7 @@ def sampling_of(settings: Sequence[str]) -> Sampling:
         ChatError: naming the parameter whose value is not allowed.
     """
     filled = {name: value for name, value in zip(Sampling.model_fields, settings, strict=True) if value}
-    given = {name: console.typed(name, value) for name, value in filled.items()}
+    given = {name: typed(name, value) for name, value in filled.items()}
     if "stop" in filled:  # here a word is a line
         given["stop"] = [word for word in filled["stop"].splitlines() if word]
     return validated(Sampling, given)

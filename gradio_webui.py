@@ -282,7 +282,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--api-key", default=os.environ.get("QWEN_API_KEY"), help="its key; default: $QWEN_API_KEY")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--root-path", default="", help="path under which a proxy serves the page, such as /chat")
+    parser.add_argument(
+        "--root-path", default="", help="path under which a proxy serves the page, such as /qwen, or its whole URL"
+    )
     parser.add_argument("--ssl-certfile", help="certificate, for https")
     parser.add_argument("--ssl-keyfile", help="its private key")
     parser.add_argument(
@@ -364,7 +366,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         warning = say("Warning: {host} can be reached from other machines, and no {flag} is set.", host=host, flag=flag)
         print(warning, file=sys.stderr)
     url = address(args.host, listener.getsockname()[1], bool(args.ssl_certfile))
-    print(say("The page is at {url}  (Ctrl-C ends it)", url=f"{url}{args.root_path}"), flush=True)
+    where = args.root_path if "://" in args.root_path else url + args.root_path
+    print(say("The page is at {url}  (Ctrl-C ends it)", url=where), flush=True)
     with suppress(KeyboardInterrupt):  # uvicorn raises it again when it has ended
         server.run(sockets=[listener])
     return 0

@@ -284,6 +284,12 @@ def test_a_path_behind_a_proxy(path: str) -> None:
     assert visit("--root-path", path).get("/config").json()["root"].endswith("/chat")
 
 
+@pytest.mark.parametrize("root", ["/qwen", "https://chat.example:8443/qwen/"])
+def test_the_page_makes_its_addresses_of_what_the_proxy_tells_or_of_the_flag(root: str) -> None:
+    told = {"x-forwarded-host": "chat.example:8443", "x-forwarded-proto": "https"} if root == "/qwen" else {}
+    assert visit("--root-path", root).get("/config", headers=told).json()["root"] == "https://chat.example:8443/qwen"
+
+
 @pytest.mark.parametrize("proxy", ["socks://127.0.0.1:9", pytest.param("socks5://127.0.0.1:9", marks=pytest.mark.long)])
 def test_the_page_starts_where_the_desktop_has_a_socks_proxy(proxy: str) -> None:
     environment = os.environ | {"ALL_PROXY": proxy, "http_proxy": proxy}

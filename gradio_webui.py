@@ -64,9 +64,11 @@ class Components:
             "height": None,
             "feedback_options": None,
             "latex_delimiters": LATEX,
+            "autoscroll": False,  # `#talk` scrolls, and stays at its end by itself
         }
         look |= {"group_consecutive_messages": False}  # an answer is copied without the reasoning before it
         with gr.Column(scale=1, elem_id="talk"), gr.Column():
+            self.more = gr.Button(say("more"), size="sm", elem_id="more")
             self.chat = gr.Chatbot(
                 elem_id="chat", editable="user", buttons=["copy"], placeholder=say("welcome"), **look
             )
@@ -153,6 +155,7 @@ class Page:
                 self.answer,
                 [*here, *settings],
                 [on.chat_id, on.running, on.figures],
+                js="(id, messages, ...rest) => [id, chats.withEarlier(messages), ...rest]",
                 concurrency_limit=None,  # `WaitingLine` has the bounds, and tells people their places
                 show_progress="hidden",
                 api_visibility="private",
@@ -160,6 +163,7 @@ class Page:
                 js="focusBox"
             )
         on.box.stop(self.stop, **UNQUEUED)
+        on.more.click(js="chats.more", outputs=on.chat)
         on.chat.undo(undo, on.chat, [on.box, on.chat], **UNQUEUED)
 
         on.new.click(self.stop, **UNQUEUED).then(js="chats.fresh", outputs=shown)
@@ -169,7 +173,9 @@ class Page:
             (on.to_markdown, as_markdown, "chats.saveMarkdown"),
             (on.to_json, as_json, "chats.saveJson"),
         ):
-            button.click(export, [on.chat, on.system], on.exported, **UNQUEUED).then(js=save, inputs=on.exported)
+            whole = "(messages, system) => [chats.withEarlier(messages), system]"
+            exported = button.click(export, [on.chat, on.system], on.exported, js=whole, **UNQUEUED)
+            exported.then(js=save, inputs=on.exported)
 
     async def greet(self, request: gr.Request) -> list[Any]:
         """Return what the server tells of itself as the page opens: its model's name, images or not, its defaults."""

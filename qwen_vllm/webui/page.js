@@ -1,5 +1,6 @@
 // The page's own script. WORDS (what the page says, by language) is set before it.
 const words = Object.entries(WORDS).find(([language]) => navigator.language.startsWith(language))?.[1] ?? WORDS.en;
+const TURNS = 10;  // turns that a chat opens with
 
 // Chats are kept in the browser under their ids: the messages, and apart from them a card for the list.
 // So the list opens without parsing the messages. What the functions return goes to Gradio's components.
@@ -7,7 +8,8 @@ const chats = {
   key: (id) => `qwen-vllm/chat/${id}`,
   card: (id) => `qwen-vllm/card/${id}`,
   newId: () => Date.now().toString(36) + Math.random().toString(36).slice(2),
-  // The chat on the page: the ids of this opening and of the chat, what of it is kept, its messages, the turn on its way.
+  // The chat on the page: the ids of this opening and of the chat, what of it is kept, its messages, the turn on its way,
+  // and from which message on the page has them.
   shown: null,
 
   list(open) {
@@ -20,9 +22,19 @@ const chats = {
     sessionStorage["qwen-vllm/open"] = id;
     if (innerWidth < 768) document.querySelector("#chats.open .toggle-button")?.click();  // it covers a phone's page
     const kept = localStorage[chats.key(id)] ?? "[]", messages = JSON.parse(kept);
-    chats.shown = {opening: chats.newId(), id, kept, messages, running: []};
-    return [chats.shown.opening, messages, [], "", chats.list(id)];
+    chats.shown = {opening: chats.newId(), id, kept, messages, running: [], from: 0};
+    return [chats.shown.opening, chats.newest(TURNS), [], "", chats.list(id)];
   },
+  // Gradio handles all messages of a chatbot at each change, so it gets the newest turns, and others when they are asked for.
+  newest(turns) {
+    const {shown} = chats, asked = [...shown.messages.keys()].filter((n) => shown.messages[n].role === "user");
+    shown.from = asked.at(-turns) ?? 0;
+    document.documentElement.toggleAttribute("data-more", shown.from > 0);
+    return shown.messages.slice(shown.from);
+  },
+  turns: () => chats.shown.messages.slice(chats.shown.from).filter(({role}) => role === "user").length,
+  more: () => chats.newest(chats.turns() + TURNS),
+  withEarlier: (messages) => [...chats.shown.messages.slice(0, chats.shown.from), ...messages],
   fresh: () => chats.open(chats.newId()),
   remove() {
     if (!confirm(words.delete_sure)) return [];
@@ -35,7 +47,7 @@ const chats = {
   save(opening, messages) {
     if (!chats.shown) return [];
     if (opening !== chats.shown.opening) return chats.open(chats.shown.id);
-    chats.shown.messages = messages;
+    chats.shown.messages = chats.withEarlier(messages);
     chats.keep();
     return [undefined, undefined, undefined, undefined, chats.list(chats.shown.id)];
   },
@@ -49,8 +61,8 @@ const chats = {
   },
   finish(opening, messages, running) {
     if (opening !== chats.shown?.opening || !running.length) return [];
-    Object.assign(chats.shown, {messages: [...messages, ...running], running: []});
-    return [chats.shown.messages, []];
+    Object.assign(chats.shown, {messages: [...chats.withEarlier(messages), ...running], running: []});
+    return [chats.newest(chats.turns() > 2 * TURNS ? TURNS : chats.turns()), []];
   },
   keep() {
     clearTimeout(chats.soon);
@@ -81,6 +93,7 @@ const chats = {
 
   keepSettings: (...settings) => { localStorage["qwen-vllm/settings"] = JSON.stringify(settings); },
   restore(...settings) {
+    for (const name of ["chats", "settings"]) document.querySelector(`#${name} .toggle-button`).ariaLabel = words[name];
     const open = sessionStorage["qwen-vllm/open"], kept = JSON.parse(localStorage["qwen-vllm/settings"] ?? "[]");
     const shown = open ? chats.open(open) : chats.fresh();
     return [...shown, ...settings.map((setting, n) => kept[n] ?? setting)];
@@ -116,8 +129,24 @@ addEventListener("click", () => setTimeout(() => {  // by then Gradio has opened
   field.written = true;
   field.value = written(field.value);
   field.dispatchEvent(new Event("input", {bubbles: true}));
-  chats.before = JSON.parse(JSON.stringify(chats.shown.messages));
+  chats.before = JSON.parse(JSON.stringify(chats.shown.messages.slice(chats.shown.from)));
 }));
+
+// The keys of the page, in a dialog.
+const keys = document.createElement("dialog");
+keys.id = "keys";
+keys.innerHTML = ["send", "line", "stop", "list"].map((name) => words[`key_${name}`].split(" | "))
+  .map(([key, does]) => `<dt><kbd>${key}</kbd></dt><dd>${does}</dd>`).join("");
+keys.innerHTML = `<h2>${words.keys}</h2><dl>${keys.innerHTML}</dl><form method="dialog"><button>${words.close}</button></form>`;
+addEventListener("keydown", (event) => {
+  if (event.isComposing) event.stopPropagation();  // Enter and Esc are then for the input method: Gradio would send
+  else if (event.key === "Escape" && !keys.open) document.querySelector("#box .stop-button")?.click();
+  else if (event.key === "/" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    document.body.append(keys);
+    keys.showModal();
+  }
+}, true);
 addEventListener("pagehide", () => chats.keep());
 
 Object.assign(window, {chats, showTitle, painted, focusBox});  // the page's events call these by name

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import pytest
 import requests
 from PIL import Image
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
@@ -30,6 +32,7 @@ from qwen_vllm.protocol import Sampling
 from qwen_vllm.webui.answering import WaitingLine
 from qwen_vllm.webui.conversation import text_message, text_of
 from qwen_vllm.webui.markdown import written
+from tests.support import ROOT
 from tests.support.answers import SEEN
 from tests.support.chat_messages import assistant, user
 from tests.support.probes import unfinished
@@ -317,6 +320,9 @@ def test_an_answer_looks_as_its_author_meant_and_is_copied_and_saved_as_it_was_w
     tab = person(page)
     tab.run("localStorage[`qwen-vllm/chat/${sessionStorage['qwen-vllm/open']}`] = JSON.stringify(arguments[0])", talk)
     tab.driver.refresh()
+    tab.until(tab.is_ready)
+    for _ in range(0, len(SEEN), 10):
+        tab.press("#more")
     tab.until(lambda: [written(text) for text in tab.run(SEE)] == list(SEEN.values()))
     grant = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": page}
     tab.driver.execute_cdp_cmd("Browser.grantPermissions", grant)
@@ -483,7 +489,7 @@ def cost_of_a_piece(server: Server, tab: Tab, turns: int) -> tuple[int, dict[str
     chat = "localStorage[`qwen-vllm/chat/${sessionStorage['qwen-vllm/open']}`] = JSON.stringify(arguments[0])"
     tab.run(chat, [*pair * turns])
     tab.driver.refresh()
-    tab.until(lambda: len(tab.messages()) == 2 * turns and tab.is_ready())
+    tab.until(lambda: len(tab.messages()) == 2 * min(turns, 10) and tab.is_ready())
     tab.run(WATCH)
     tab.send("Go on")
     tab.until(lambda: tab.messages()[-1] == "one")
@@ -505,6 +511,29 @@ def test_a_piece_of_an_answer_costs_the_same_whatever_came_before(server, page, 
     after_many = cost_of_a_piece(server, person(page), 50)
     assert after_many[1] == work
     assert abs(after_many[0] - received) < 500
+
+
+def test_a_long_chat_opens_with_its_newest_turns_and_loses_none(server, page, person):
+    server.play(line({"delta": "Sure."}), line(LAST))
+    talk = [said for n in range(25) for said in (text_message("user", f"q{n}"), text_message("assistant", f"a{n}"))]
+    tab = person(page)
+    tab.run("localStorage[`qwen-vllm/chat/${sessionStorage['qwen-vllm/open']}`] = JSON.stringify(arguments[0])", talk)
+    tab.driver.refresh()
+    tab.until(lambda: tab.messages() == [text_of(said) for said in talk[-20:]] and tab.is_ready())
+    tab.run("document.querySelector('#chat [aria-label=Edit]').click()")
+    tab.until(lambda: tab.texts("#chat textarea"))
+    tab.fill("#chat textarea", "better")
+    tab.press("#chat [aria-label=Submit]")
+    tab.until(lambda: tab.messages() == ["better", "Sure."] and tab.is_ready())
+    history = [[f"q{n}", f"a{n}"] for n in range(15)]
+    assert questions(server)[0]["history"] == history
+    for shown in (11, 16):
+        tab.press("#more")
+        tab.until(lambda shown=shown: len(tab.messages()) == 2 * shown)
+    assert not tab.driver.find_element(By.ID, "more").is_displayed()
+    assert json.loads(exported(tab, "#to-json"))["history"] == [*history, ["better", "Sure."]]
+    tab.driver.refresh()
+    tab.until(lambda: len(tab.messages()) == 20)
 
 
 def test_settings_are_sent_and_kept(server, page, person):
@@ -689,6 +718,74 @@ def test_a_phone_shows_all_of_the_page(server, page, person):
     tab.press("#new")
     tab.until(lambda: not tab.run("return Boolean(document.querySelector('#chats.open'))"))
     tab.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_keys_stop_the_answer_and_are_listed(server, page, person):
+    server.play(line({"delta": "It grows"}), ...)
+    tab = person(page)
+    tab.box().send_keys(Keys.CONTROL, "/")
+    assert tab.texts("#keys[open] dt") == ["Enter", "Shift-Enter", "Esc", "Ctrl-/"]
+    ActionChains(tab.driver).send_keys(Keys.ESCAPE).perform()
+    tab.until(lambda: not tab.texts("#keys[open]"))
+    tab.send("Go on")
+    tab.until(lambda: tab.messages()[-1] == "It grows")
+    ActionChains(tab.driver).send_keys(Keys.ESCAPE).perform()
+    tab.until(lambda: server.left == [True], 2)
+    tab.until(lambda: tab.figures() == "stopped")
+
+
+def test_enter_that_ends_a_composition_does_not_send(server, page, person):
+    server.play(line({"delta": "Yes."}), line(LAST))
+    tab = person(page)
+    composed = "const key = {key: 'Enter', isComposing: true, bubbles: true, cancelable: true};"
+    tab.run(composed + "document.querySelector('#box textarea').dispatchEvent(new KeyboardEvent('keydown', key))")
+    assert tab.ask("Done?") == "Yes."
+    assert len(questions(server)) == 1
+
+
+AXE = "axe-core@4.14.1"
+
+
+@pytest.fixture(scope="session")
+def axe() -> str:
+    """The script that looks for what hinders people who use the keyboard or a screen reader."""
+    script = ROOT / ".tools/node_modules/axe-core/axe.min.js"
+    if not script.exists():
+        subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--prefix", ROOT / ".tools", AXE], check=True)
+    return script.read_text("utf-8")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_and_a_screen_reader_find_every_control(server, page, person, axe, scheme):
+    server.play(line({"reasoning": "Hm."}), line({"delta": RICH}), line(LAST))
+    tab = person(page)
+    phone = {"width": 390, "height": 780, "deviceScaleFactor": 1, "mobile": True}
+    tab.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    look = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    tab.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", look)
+    tab.driver.refresh()
+    tab.send("Show me")
+    tab.until(lambda: tab.figures() and tab.is_ready())
+    tab.run(axe)
+    steps = [
+        lambda: None,
+        lambda: tab.press("#chats .toggle-button"),
+        lambda: (tab.press("#chats .toggle-button"), tab.press("#settings .toggle-button")),
+        lambda: (tab.press("#settings .toggle-button"), tab.box().send_keys(Keys.CONTROL, "/")),
+    ]
+    for step in steps:
+        step()
+        tab.until(lambda: not tab.run("return document.getAnimations().length"))
+        found = tab.driver.execute_async_script("axe.run().then(({violations}) => arguments[0](violations))")
+        serious = [
+            (rule["help"], [node["html"] for node in rule["nodes"]])
+            for rule in found
+            if rule["impact"] in ("serious", "critical")
+        ]
+        assert serious == []
+    tab.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    tab.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 @pytest.fixture

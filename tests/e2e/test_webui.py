@@ -320,8 +320,8 @@ def test_an_answer_looks_as_its_author_meant_and_is_copied_and_saved_as_it_was_w
     tab = person(page)
     tab.run("localStorage[`qwen-vllm/chat/${sessionStorage['qwen-vllm/open']}`] = JSON.stringify(arguments[0])", talk)
     tab.driver.refresh()
-    tab.until(tab.is_ready)
-    for _ in range(0, len(SEEN), 10):
+    for shown in range(10, len(SEEN), 10):
+        tab.until(lambda shown=shown: len(tab.messages()) == 2 * shown and tab.is_ready())
         tab.press("#more")
     tab.until(lambda: [written(text) for text in tab.run(SEE)] == list(SEEN.values()))
     grant = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "origin": page}

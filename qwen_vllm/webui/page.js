@@ -33,7 +33,7 @@ const chats = {
     return shown.messages.slice(shown.from);
   },
   turns: () => chats.shown.messages.slice(chats.shown.from).filter(({role}) => role === "user").length,
-  more: () => chats.newest(chats.turns() + TURNS),
+  more: () => [chats.newest(chats.turns() + TURNS)],
   withEarlier: (messages) => [...chats.shown.messages.slice(0, chats.shown.from), ...messages],
   fresh: () => chats.open(chats.newId()),
   remove() {

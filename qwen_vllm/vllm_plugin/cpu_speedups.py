@@ -65,9 +65,12 @@ class OneKernelRMSNorm(RMSNorm):
         if not self.has_weight or self.variance_size_override or self.weight.dtype != x.dtype:
             return self.forward_native(x, residual)
         if residual is None:
+            # The kernel knows no strides, and the queries and keys of a head are a part of wider rows.
             normed = torch.empty_like(x, memory_format=torch.contiguous_format)
-            torch.ops._C.rms_norm(normed, x, self.weight, self.variance_epsilon)
+            torch.ops._C.rms_norm(normed, x.contiguous(), self.weight, self.variance_epsilon)
             return normed
+        if not (x.is_contiguous() and residual.is_contiguous()):
+            return self.forward_native(x, residual)
         torch.ops._C.fused_add_rms_norm(x, residual, self.weight, self.variance_epsilon)
         return x, residual
 
@@ -78,7 +81,7 @@ class OneKernelSiluAndMul(SiluAndMul):
     def forward_cpu(self, x: torch.Tensor) -> torch.Tensor:
         """Return silu(left half) * right half of `x`, [tokens, 2 * size]."""
         out = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype)
-        torch.ops._C.silu_and_mul(out, x)
+        torch.ops._C.silu_and_mul(out, x.contiguous())
         return out
 
 

@@ -78,19 +78,20 @@ def test_rows_are_sorted_only_where_the_likeliest_do_not_suffice() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 7])
-def test_norms_and_activations_are_as_without_their_kernels(dtype: torch.dtype, tokens: int) -> None:
+@pytest.mark.parametrize("wider", [0, 32], ids=["", "a part of wider rows"])
+def test_norms_and_activations_are_as_without_their_kernels(dtype: torch.dtype, tokens: int, wider: int) -> None:
     norm, activation = RMSNorm(64, dtype=dtype), SiluAndMul()
     assert type(norm) is cpu_speedups.OneKernelRMSNorm
     assert type(activation) is cpu_speedups.OneKernelSiluAndMul
     norm.weight.data.normal_()
-    x, residual = torch.randn(tokens, 64, dtype=dtype), torch.randn(tokens, 64, dtype=dtype)
+    x, residual = torch.randn(2, tokens, 64 + wider, dtype=dtype)[..., :64]
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(norm.forward_cpu(x.clone()), norm.forward_native(x.clone()), **tolerance)
-    seen, kept = norm.forward_cpu(x.clone(), residual.clone())
+    torch.testing.assert_close(activation.forward_cpu(x), activation.forward_native(x), **tolerance)
+    torch.testing.assert_close(norm.forward_cpu(x), norm.forward_native(x.clone()), **tolerance)
     expected, sums = norm.forward_native(x.clone(), residual.clone())
+    seen, kept = norm.forward_cpu(x, residual)
     torch.testing.assert_close(seen, expected, **tolerance)
     torch.testing.assert_close(kept, sums, **tolerance)
-    torch.testing.assert_close(activation.forward_cpu(x), activation.forward_native(x), **tolerance)
 
 
 def test_a_norm_of_a_part_of_its_input_stays_vllms() -> None:

@@ -1,37 +1,17 @@
-// The AI SDK, asked in one way: node ai_sdk.mjs CASE URL KEY. Prints as python_clients.py does.
+// The AI SDK, asked in one way.
 import { createOpenAICompatible } from '@ai-sdk/openai-compatible';
 import { generateText, jsonSchema, stepCountIs, streamText, tool } from 'ai';
+import { apiKey, run, streamed, url, weather, withTools } from './case.mjs';
 
-const [wanted, url, apiKey] = process.argv.slice(2);
-const called = [];
-const answer = { said: '', called, error: '' };
 const model = createOpenAICompatible({ name: 'qwen', baseURL: `${url}/v1`, apiKey })('Scripted');
-const weather = tool({
-  description: 'The weather.',
-  inputSchema: jsonSchema({
-    type: 'object',
-    properties: {
-      city: { type: 'string' },
-      days: { type: 'integer' },
-      options: { type: 'object' },
-      unit: { type: 'string' },
-    },
-    required: ['city'],
-  }),
-  execute: (given) => {
-    called.push(given);
-    return '晴';
-  },
-});
-try {
+const { description, schema, call } = weather;
+const tools = { get_weather: tool({ description, inputSchema: jsonSchema(schema), execute: call }) };
+
+await run(async () => {
   const asked = { model, prompt: '?', onError: ({ error }) => { throw error; } };
-  if (wanted.endsWith('tools')) Object.assign(asked, { tools: { get_weather: weather }, stopWhen: stepCountIs(3) });
-  if (wanted.startsWith('streamed')) {
-    for await (const text of streamText(asked).textStream) answer.said += text;
-  } else {
-    answer.said = (await generateText(asked)).text;
-  }
-} catch (error) {
-  answer.error = `${error.name}: ${error.message}`;
-}
-console.log(`\n${JSON.stringify(answer)}`);
+  if (withTools) Object.assign(asked, { tools, stopWhen: stepCountIs(3) });
+  if (!streamed) return (await generateText(asked)).text;
+  let said = '';
+  for await (const text of streamText(asked).textStream) said += text;
+  return said;
+});

@@ -52,7 +52,7 @@ PYTHON_CLIENTS = {
 }
 """And what each is asked; they are in python_clients.py."""
 NODE_CLIENTS = dict.fromkeys(("ai_sdk", "anthropic_sdk"), (*USUAL, "streamed tools"))
-"""Each has a file of its own."""
+"""Each has a file of its own, beside case.mjs, which they share."""
 AGENTS = {
     "<|object_ref_start|>": ("Bash", {"command": "echo 3 > made"}),
     "<|object_ref_end|>": ("run_shell_command", {"command": "echo 3 > made", "is_background": False}),
@@ -105,17 +105,21 @@ def install() -> None:
     """Make .clients what requirements.txt and package.json say."""
     wanted = "".join((HERE / name).read_text() for name in ("requirements.txt", "package.json"))
     done = INSTALLED / "installed"
-    if done.exists() and done.read_text() == wanted:
-        return
+    if not done.exists() or done.read_text() != wanted:
+        install_packages()
+        done.write_text(wanted)
+    for module in HERE.glob("*.mjs"):
+        shutil.copy(module, INSTALLED)  # node looks for packages from there
+
+
+def install_packages() -> None:
+    """Make .clients anew."""
     shutil.rmtree(INSTALLED, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", INSTALLED], check=True)
     subprocess.run([PYTHON, "-m", "pip", "install", "--quiet", "-r", HERE / "requirements.txt"], check=True)
     if shutil.which("npm"):
         shutil.copy(HERE / "package.json", INSTALLED)
-        for client in NODE_CLIENTS:
-            shutil.copy(HERE / f"{client}.mjs", INSTALLED)
         subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--silent"], cwd=INSTALLED, check=True)
-    done.write_text(wanted)
 
 
 def all_clients() -> dict[str, tuple[str, ...]]:

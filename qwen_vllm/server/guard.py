@@ -154,7 +154,7 @@ def check_json(body: bytes, compiles_tools: bool = False) -> Any:
             if len(json.dumps(strict)) > MAX_GRAMMAR:
                 raise ChatError(f"tools: the strict ones are over the limit of {MAX_GRAMMAR} bytes", param="tools")
             if not compiles_tools:
-                _check([tool for tool in tools if not _is_strict(tool)], "tools", 1, surrogates, bounded=False)
+                _check(tools, "tools", 1, surrogates, bounded=False)
                 value = {**value, "tools": strict}
         for field in GRAMMARS & value.keys():
             if len(json.dumps(value[field])) > MAX_GRAMMAR:
@@ -385,9 +385,8 @@ def _errors_for_anthropic(scope: Scope, receive: Receive, send: Send) -> Send:
     body = bytearray()
 
     async def sending(message: Message) -> None:
-        nonlocal start
         if message["type"] == "http.response.start" and message["status"] >= 400:
-            start = message
+            start.update(message)
             return
         if not start:
             return await send(message)

@@ -7,12 +7,11 @@ source differs, it is left out, with one line in the log.
 """
 
 import inspect
-import json
 import logging
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from hashlib import blake2b
@@ -33,6 +32,7 @@ CPU_SPEEDUPS = "qwen_vllm.vllm_plugin.cpu_speedups"
 TICKETS = "qwen_vllm.server.tickets"
 ENGINES = "qwen_vllm.vllm_plugin.engines"
 STOP_WORDS = "qwen_vllm.vllm_plugin.stop_words"
+TOOL_PARSERS = "qwen_vllm.vllm_plugin.tool_parsers"
 PARSER = "vllm.parser.abstract_parser.DelegatingParser"
 PARSER_ENGINE = "vllm.parser.engine.parser_engine.ParserEngine"
 DETOKENIZERS = "vllm.v1.engine.detokenizer"
@@ -208,20 +208,6 @@ def _hands_token_ids_on(parse: Callable[..., Any]) -> Callable[..., Any]:
     return parse_by_token_ids
 
 
-def _takes_cut_arguments(convert: Callable[..., Any]) -> Callable[..., Any]:
-    from pydantic_core import from_json
-
-    def messages_full_converter(self: Any, answer: Any) -> Any:
-        for call in answer.choices[0].message.tool_calls:
-            arguments: Any = {}
-            with suppress(ValueError):
-                arguments = from_json(call.function.arguments or "{}", allow_partial="trailing-strings")
-            call.function.arguments = json.dumps(arguments if isinstance(arguments, dict) else {})
-        return convert(self, answer)
-
-    return messages_full_converter
-
-
 SCHEDULER = Patch(
     name="quick KV-cache manager",
     why="The scheduler asks for blocks at each step of each request. While an answer grows, 15 of 16 steps need none.",
@@ -334,8 +320,20 @@ CUT_ARGUMENTS = Patch(
     why="On /v1/messages a whole answer with a call that the token limit cut, or whose arguments are no JSON, is an "
     "error: all of it is lost. A streamed one is not.",
     upstream="not proposed yet",
-    replaces={f"{ANTHROPIC}.messages_full_converter": _takes_cut_arguments},
+    replaces={f"{ANTHROPIC}.messages_full_converter": _wrapped_by(f"{TOOL_PARSERS}.takes_cut_arguments")},
     made_for={f"{ANTHROPIC}.messages_full_converter": "45a8b686ee36"},
+)
+IDLE_PARSERS = Patch(
+    name="no tool parser without tools",
+    why="A server with a tool parser makes it for every request, and hands it each piece of an answer without tools.",
+    upstream="not proposed yet; measured in benchmarks/NOTES.md",
+    replaces={f"{OPENAI_CHAT}._make_parser": _wrapped_by(f"{TOOL_PARSERS}.only_where_tools_are")},
+    made_for={
+        f"{OPENAI_CHAT}._make_parser": "96b9d0b1001c",
+        f"{OPENAI_CHAT}._create_chat_completion": "f8bc96da6123",
+        f"{OPENAI_CHAT}.chat_completion_stream_generator": "72f4d8a1b7a5",
+        f"{OPENAI_CHAT}.chat_completion_full_generator": "0c6a98003a81",
+    },
 )
 REASONING_MARKS = Patch(
     name="marks of the reasoning in whole answers",
@@ -457,7 +455,8 @@ TEAM = Patch(
 )
 IN_EVERY_PROCESS: Sequence[Patch] = (
     *(SCHEDULER, DETOKENIZER, LORA_SLOTS, THINKING_BUDGET, QWEN_VL),
-    *(CONTROL_TOKENS, CUT_CALLS, CUT_ARGUMENTS, REASONING_MARKS, STOPS_IN_REASONING, SHARED_GPU, PREFERRED_ENGINE),
+    *(CONTROL_TOKENS, IDLE_PARSERS, CUT_CALLS, CUT_ARGUMENTS, REASONING_MARKS, STOPS_IN_REASONING),
+    *(SHARED_GPU, PREFERRED_ENGINE),
 )
 """Applied by `plugin.begin_process` in each of vLLM's processes. `SIGNALS` and `EARLY_ENGINE` are for the server's
 first process alone, `TEAM` for its front ends with --key-file, `GGUF` for when the demo model is made."""

@@ -5,10 +5,14 @@ take it. So the grammar is written here, in guidance's own language (Lark).
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import cache, wraps
+from types import SimpleNamespace
 from typing import Any
 
 from llguidance import LLMatcher, grammar_from
+from pydantic_core import from_json
 from vllm.entrypoints.generate.base.protocol import (
     DeltaFunctionCall,
     DeltaMessage,
@@ -207,3 +211,38 @@ class QwenXmlToolParser(QwenToolParser):
 def _function(tool: Any) -> Any:
     """Return what has the name, the parameters and `strict`: of Chat Completions a part of the tool."""
     return getattr(tool, "function", tool)
+
+
+def only_where_tools_are(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap vLLM's method that makes the parser of an answer: ours are left out of a request that has no tools."""
+
+    @wraps(make)
+    def made(self: Any, request: Any, *args: Any) -> Any:
+        parser = self.parser_cls
+        if request.tools or not issubclass(parser.tool_parser_cls or object, QwenToolParser):
+            return make(self, request, *args)
+        if not parser.reasoning_parser_cls:
+            return None
+        return make(SimpleNamespace(parser_cls=_without_tools(parser), model_config=self.model_config), request, *args)
+
+    return made
+
+
+@cache
+def _without_tools(parser: type[Any]) -> type[Any]:
+    return type(parser.__name__, (parser,), {"tool_parser_cls": None})
+
+
+def takes_cut_arguments(convert: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap vLLM's method that gives an answer Anthropic's form, which takes arguments only as whole JSON."""
+
+    @wraps(convert)
+    def converted(self: Any, answer: Any) -> Any:
+        for call in answer.choices[0].message.tool_calls:
+            arguments: Any = {}
+            with suppress(ValueError):
+                arguments = from_json(call.function.arguments or "{}", allow_partial="trailing-strings")
+            call.function.arguments = json.dumps(arguments if isinstance(arguments, dict) else {})
+        return convert(self, answer)
+
+    return converted

@@ -182,6 +182,46 @@ def test_a_model_told_not_to_think_stops_at_stop_words_on_the_openai_route(url):
     assert answer == ("", "It ", "stop")
 
 
+def other_answer(url: str, route: str, *stop: str) -> tuple[str, str]:
+    """The reasoning and the text on another of vLLM's routes; whole and streamed they are the same."""
+    messages = [{"role": "user", "content": "2 + 3?"}]
+    fields = {
+        "/v1/responses": {"input": "2 + 3?", "stop": stop},
+        "/v1/messages": {"messages": messages, "max_tokens": 200, "stop_sequences": stop},
+    }
+    body = {"model": "", "temperature": 0, **fields[route]}
+    said = requests.post(f"{url}{route}", json=body, timeout=60).json()
+    parts = said.get("content") or [part for item in said["output"] for part in item["content"] or ()]
+    whole = [(part["type"], part.get("thinking") or part.get("text")) for part in parts]
+    streamed = []
+    for line in requests.post(f"{url}{route}", json={**body, "stream": True}, timeout=60).content.decode().splitlines():
+        match json.loads(line[6:]) if line.startswith("data: {") else None:
+            case {
+                "type": "content_block_delta",
+                "delta": {"type": kind, "thinking": piece} | {"type": kind, "text": piece},
+            }:
+                streamed.append((kind, piece))
+            case {"type": "response.reasoning_text.delta" | "response.output_text.delta" as kind, "delta": piece}:
+                streamed.append((kind, piece))
+
+    def joined(pieces: list[tuple[str, str]]) -> tuple[str, str]:
+        thought = "".join(piece for kind, piece in pieces if "thinking" in kind or "reasoning" in kind)
+        text = "".join(piece for kind, piece in pieces if "text" in kind and "reasoning" not in kind)
+        return thought.strip("\n"), text.lstrip("\n")
+
+    assert joined(streamed) == joined(whole)
+    return joined(whole)
+
+
+OTHER_ROUTES = pytest.mark.parametrize("route", ["/v1/responses", "/v1/messages"])
+
+
+@OTHER_ROUTES
+@pytest.mark.parametrize(("stop", "text"), [("three 是五", TEXT), ("Hm", TEXT), ("is five", "It ")])
+def test_stop_words_count_in_the_text_alone_on_the_other_routes(url: str, route: str, stop: str, text: str) -> None:
+    assert other_answer(url, route, stop) == (THOUGHT, text)
+
+
 @pytest.fixture(scope="module")
 def speller(tmp_path_factory: pytest.TempPathFactory, qwen_tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """A server of a model that also spells the marks in plain letters."""
@@ -203,6 +243,12 @@ def test_marks_in_plain_letters_are_text_on_both_routes(speller: str) -> None:
     assert openai_answer(speller, stop=["too"]) == (SPELLED[0], SPELLED[1].partition("too")[0], "stop")
     _, whole = ask(speller)
     assert (whole["reasoning"], whole["text"]) == SPELLED
+
+
+@OTHER_ROUTES
+def test_marks_in_plain_letters_are_text_on_the_other_routes(speller: str, route: str) -> None:
+    assert other_answer(speller, route) == SPELLED
+    assert other_answer(speller, route, "too") == (SPELLED[0], SPELLED[1].partition("too")[0])
 
 
 def check(said: Said, tokens: int, kept: str) -> None:

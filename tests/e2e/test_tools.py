@@ -401,6 +401,66 @@ def test_bad_input_is_refused_by_its_field(served: Served, fields: dict[str, Any
     assert field in (str(error.get("param")) + error["message"]), error
 
 
+RESPONSES_TOOL = {"type": "function", **WEATHER["function"]}
+MESSAGES_TOOL = {"name": "get_weather", "input_schema": WEATHER["function"]["parameters"]}
+NO_SCHEMA = {"type": "object", "properties": {"x": {"type": "y"}}}
+
+
+@pytest.mark.parametrize(
+    ("route", "fields", "field"),
+    [
+        *(
+            ("/v1/responses", fields, field)
+            for fields, field in [
+                ({"tools": "now"}, "tools"),
+                ({"tools": [1]}, "tools"),
+                ({"tools": [{}]}, "tools"),
+                ({"tools": [{"type": "function"}]}, "tools"),
+                ({"tools": [{**RESPONSES_TOOL, "parameters": "x"}]}, "tools"),
+                ({"tools": [{**RESPONSES_TOOL, "strict": True, "parameters": NO_SCHEMA}]}, "tools"),
+                ({"tools": [RESPONSES_TOOL], "tool_choice": "maybe"}, "tool_choice"),
+                ({"tools": [RESPONSES_TOOL], "tool_choice": 1}, "tool_choice"),
+                ({"tools": [RESPONSES_TOOL], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
+                ({"tool_choice": "required"}, "tool_choice"),
+                ({"input": [*ASKED, {"type": "function_call_output", "call_id": "1", "output": "!"}]}, "input"),
+                ({"input": [*ASKED, {"type": "function_call_output", "output": "!"}]}, "input"),
+                ({"input": [*ASKED, {"type": "function_call"}]}, "input"),
+            ]
+        ),
+        *(
+            ("/v1/messages", fields, field)
+            for fields, field in [
+                ({"tools": "now"}, "tools"),
+                ({"tools": [1]}, "tools"),
+                ({"tools": [{}]}, "tools"),
+                ({"tools": [{"name": "f", "input_schema": "x"}]}, "tools"),
+                ({"tools": [{"name": "f", "strict": True, "input_schema": NO_SCHEMA}]}, "tools"),
+                ({"tools": [MESSAGES_TOOL], "tool_choice": "maybe"}, "tool_choice"),
+                ({"tools": [MESSAGES_TOOL], "tool_choice": {"type": "maybe"}}, "tool_choice"),
+                ({"tools": [MESSAGES_TOOL], "tool_choice": {"type": "tool"}}, "tool_choice"),
+                ({"tools": [MESSAGES_TOOL], "tool_choice": {"type": "tool", "name": "other"}}, "tool_choice"),
+                ({"tool_choice": {"type": "any"}}, "tool_choice"),
+                (
+                    {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1"}]}]},
+                    "messages",
+                ),
+                ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "messages"),
+                ({"messages": [*ASKED, {"role": "assistant", "content": [{"type": "tool_use"}]}]}, "messages"),
+            ]
+        ),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_input_is_refused_by_its_field_on_the_other_routes(
+    served: Served, route: str, fields: dict[str, Any], field: str, stream: bool
+) -> None:
+    asked = {"input": ASKED} if route == "/v1/responses" else {"messages": ASKED, "max_tokens": 300}
+    answer = served.post(route, {**asked, "stream": stream, **fields})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert field in (str(error.get("param")) + error["message"]), error
+
+
 @pytest.mark.parametrize("arguments", ["", "{", "[1]", "1", '{"city": "北'])
 def test_arguments_that_are_none_may_be_sent_back(served: Served, arguments: str) -> None:
     # A model wrote them, perhaps up to the token limit: the conversation goes on.

@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import llguidance
@@ -9,6 +10,7 @@ import llguidance.hf
 import pytest
 from transformers import PreTrainedTokenizerBase
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.exceptions import VLLMValidationError
 from vllm.parser import ParserManager
 from vllm.tokenizers.hf import get_cached_tokenizer
@@ -16,6 +18,7 @@ from vllm.tokenizers.hf import get_cached_tokenizer
 from qwen_vllm import reasoning, tool_calls
 from qwen_vllm.reasoning import ALWAYS_PARSER, PARSER
 from qwen_vllm.tool_calls import JSON_CALLS, XML_CALLS
+from qwen_vllm.vllm_plugin.tool_parsers import only_where_tools_are
 from tests.support.tool_templates import NOW, TOOLS, WEATHER, as_json, as_xml
 
 reasoning.register()
@@ -105,6 +108,29 @@ def _parser(tokenizer: PreTrainedTokenizerBase, form: str, parser: str, request:
 
 
 _cached = cache(get_cached_tokenizer)
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+def test_only_a_request_with_tools_has_our_parser(qwen36_tokenizer: PreTrainedTokenizerBase, parser: str) -> None:
+    make = only_where_tools_are(OpenAIServingChat._make_parser)
+    kind = ParserManager.get_parser(JSON_CALLS, parser, enable_auto_tools=True)
+    serving = SimpleNamespace(parser_cls=kind, model_config=None)
+    assert make(serving, asked(), _cached(qwen36_tokenizer), {}).tool_parser
+    request = asked(tools=None)
+    made = make(serving, request, _cached(qwen36_tokenizer), {})
+    if not parser:
+        assert made is None  # vLLM then hands the text on
+        return
+    assert made.tool_parser is None
+    text = as_json("now", {})
+    thought, said, _ = made.parse(f"{PARSERS[parser]}{text}", request, enable_auto_tools=True)
+    assert (thought.strip(), said.strip()) == ("Hm.", text)
+
+
+def test_vllms_own_parsers_are_made_for_every_request(qwen36_tokenizer: PreTrainedTokenizerBase) -> None:
+    serving = SimpleNamespace(parser_cls=ParserManager.get_parser("hermes", "", True), model_config=None)
+    make = only_where_tools_are(OpenAIServingChat._make_parser)
+    assert make(serving, asked(tools=None), _cached(qwen36_tokenizer), {}).tool_parser
 
 
 def strict(*tools: dict[str, Any]) -> list[dict[str, Any]]:

@@ -201,8 +201,10 @@ def _integer_limit(field: str | None, depth: int) -> int:
 
 
 def _check_named_tool(body: dict[str, Any]) -> None:
-    """Refuse tools of a wrong shape where vLLM looks for one by its name before it looks at their shape."""
+    """Refuse a choice without tools, and tools of a wrong shape, where vLLM does not look before it uses them."""
     match body:
+        case {"tool_choice": {"type": "any" | "tool"}} if not body.get("tools"):  # Anthropic's form
+            raise ChatError("tool_choice: there are no tools", param="tool_choice")
         case {"tools": tools, "tool_choice": {"function": _}} if tools is not None:
             if not (isinstance(tools, list) and all(map(_has_function, tools))):
                 raise ChatError("tools: a list of objects with type and function, which has a name", param="tools")
@@ -245,8 +247,10 @@ def _check_results(messages: Any, field: str) -> None:
             case {"content": list(blocks)}:
                 for block in blocks:
                     match block:
-                        case {"type": "tool_use", "id": call_id}:
+                        case {"type": "tool_use", "id": str(call_id), "name": str()}:
                             called.append(call_id)
+                        case {"type": "tool_use"}:
+                            raise ChatError(f"{field}: tool_use has id, name and input", param=field)
                         case {"type": "tool_result"}:
                             _check_result(block.get("tool_use_id"), called, f"{field}: tool_use_id", field)
 

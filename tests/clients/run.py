@@ -178,7 +178,7 @@ def ask_agent(name: str, url: str, key: str) -> dict[str, Any]:
         command[0] = str(INSTALLED / "node_modules" / ".bin" / command[0])
         try:
             done = subprocess.run(
-                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False,
+                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False,
                 stdin=subprocess.DEVNULL,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:

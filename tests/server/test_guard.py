@@ -270,7 +270,7 @@ def encoded(body: str | dict) -> bytes:
         {"tools": [{"name": "now"}], "tool_choice": {"type": "tool", "name": "now"}},
         {"messages": [{"role": "assistant", "tool_calls": [CALL]}, RESULT, {"role": "assistant", "tool_calls": None}]},
         {"messages": [{"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "!"}]},
-        {"messages": [{"content": [{"type": "tool_use", "id": "1"}]}, ANTHROPICS_RESULT]},
+        {"messages": [{"content": [{"type": "tool_use", "id": "1", "name": "f"}]}, ANTHROPICS_RESULT]},
         {"input": [{"type": "function_call", "call_id": "1"}, {"type": "function_call_output", "call_id": "1"}]},
         {"input": [{"type": "function_call_output", "call_id": "1"}], "previous_response_id": "r"},
     ],
@@ -319,7 +319,9 @@ def test_bodies_that_pass(body: str | dict) -> None:
         ({"messages": [{"role": "assistant", "tool_calls": "x"}]}, "messages"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages"),
         *(({"tools": tools, "tool_choice": NAMED}, "tools") for tools in ("x", [1], [{}], [{"function": {"name": 1}}])),
+        *(({"tool_choice": choice}, "tool_choice") for choice in ({"type": "any"}, {"type": "tool", "name": "now"})),
         ({"messages": [ANTHROPICS_RESULT]}, "messages"),
+        ({"messages": [{"content": [{"type": "tool_use", "id": "1"}]}]}, "messages"),
         ({"input": [{"type": "function_call_output", "call_id": "1"}]}, "input"),
     ],
 )

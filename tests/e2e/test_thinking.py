@@ -189,7 +189,8 @@ def other_answer(url: str, route: str, *stop: str) -> tuple[str, str]:
         "/v1/responses": {"input": "2 + 3?", "stop": stop},
         "/v1/messages": {"messages": messages, "max_tokens": 200, "stop_sequences": stop},
     }
-    body = {"model": "", "temperature": 0, **fields[route]}
+    model = requests.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
+    body = {"model": model, "temperature": 0, **fields[route]}
     said = requests.post(f"{url}{route}", json=body, timeout=60).json()
     parts = said.get("content") or [part for item in said["output"] for part in item["content"] or ()]
     whole = [(part["type"], part.get("thinking") or part.get("text")) for part in parts]

@@ -25,7 +25,17 @@ from qwen_vllm.network import THIS_MACHINE, address, listen
 from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling, ServerInfo
 from qwen_vllm.webui import gradio as gr
 from qwen_vllm.webui.answering import AnswerStreams, Reply, WaitingLine
-from qwen_vllm.webui.conversation import Messages, as_json, as_markdown, images_of, question, size_of, text_of
+from qwen_vllm.webui.conversation import (
+    Messages,
+    as_json,
+    as_markdown,
+    asked_text_of,
+    documents_of,
+    images_of,
+    question,
+    size_of,
+)
+from qwen_vllm.webui.documents import DocumentFields, Documents, unframed
 from qwen_vllm.webui.markdown import LATEX, written
 from qwen_vllm.words import WORDS, Words, choose_language, say, words_for
 from vllm_client import DEFAULT_URL, server_info_async
@@ -36,6 +46,7 @@ QUICKLY_DRAWN = 20_000
 """Characters. Gradio reads the whole answer for each drawing: one longer by this is drawn half as often."""
 LONGEST_DRAWING = 1.0
 """Seconds that a drawing waits for the browser to be done with the one before."""
+SCRIPTS = ("page.js", "documents.js")
 CLOSE_TIMEOUT = 5
 """Seconds that open connections have when the page's server ends."""
 BUSY_BOX: dict[str, Any] = {"interactive": False, "submit_btn": False, "stop_btn": True}
@@ -75,12 +86,12 @@ class Components:
             # Gradio reads all of a chatbot's messages for each drawing: the turn on its way has one of its own.
             self.running = gr.Chatbot(elem_id="running", buttons=[], **look)
         self.figures = gr.Markdown(elem_id="figures")
+        self.documents = DocumentFields()
         self.box = gr.MultimodalTextbox(
             show_label=False,
             elem_id="box",
             placeholder=say("ask"),
-            sources=[],
-            file_types=["image"],
+            sources=["upload"],
             file_count="multiple",
             max_plain_text_length=10**9,  # a long paste stays text; by default Gradio makes a file of it
             autofocus=True,
@@ -123,7 +134,7 @@ class Page:
         self, url: str, api_key: str | None, title: str | None, language: str | None, line: WaitingLine
     ) -> None:
         self._url, self._api_key, self._title, self._language = url, api_key, title, language
-        self.streams = AnswerStreams(url, api_key, line)
+        self.streams, self._documents = AnswerStreams(url, api_key, line), Documents(url, api_key)
         self._info = ServerInfo([])
 
     def build(self) -> gr.Blocks:
@@ -136,10 +147,12 @@ class Page:
 
     def _connect(self, page: gr.Blocks, on: Components) -> None:
         settings, asking = [on.system, *on.sampling], [on.box, on.chat, on.running]
+        documents = on.documents
+        attaching, attached = [on.box, *documents.inputs, *settings], documents.shown
         here = [on.chat_id, on.chat, on.running]
         shown = [*here, on.figures, on.earlier]
         restored = page.load(js="chats.restore", inputs=settings, outputs=[*shown, *settings])
-        restored.then(self.greet, None, [on.heading, on.box, *on.sampling], **UNQUEUED).then(js="showTitle")
+        restored.then(self.greet, None, [on.heading, *on.sampling], **UNQUEUED).then(js="showTitle")
         page.unload(self.stop)
         on.chat.change(js="chats.save", inputs=here[:2], outputs=shown)
         on.running.change(js="chats.grow", inputs=[on.chat_id, on.running], outputs=shown)
@@ -147,7 +160,7 @@ class Page:
         gr.on([setting.change for setting in settings], js="chats.keepSettings", inputs=settings)
 
         for start in (
-            on.box.submit(begin, on.box, [on.box, on.running], **UNQUEUED),
+            on.box.submit(self.begin, attaching, [on.box, on.running, documents.dropped, *attached], **UNQUEUED),
             on.chat.retry(retry, on.chat, asking, **UNQUEUED),
             on.chat.edit(edit, on.chat, asking, js="chats.edited", **UNQUEUED),
         ):
@@ -164,7 +177,11 @@ class Page:
             )
         on.box.stop(self.stop, **UNQUEUED)
         on.more.click(js="chats.more", outputs=on.chat)
-        on.chat.undo(undo, on.chat, [on.box, on.chat], **UNQUEUED)
+        on.chat.undo(undo, on.chat, [on.box, on.chat, documents.dropped], **UNQUEUED)
+        taken = [on.box, documents.dropped, documents.told]
+        on.box.change(js="documents.take", inputs=taken[:2], outputs=taken)
+        documents.cards.input(js="documents.keep", inputs=[documents.cards, taken[1]], outputs=taken[1])
+        documents.dropped.change(self.attach, attaching, attached, **UNQUEUED)
 
         on.new.click(self.stop, **UNQUEUED).then(js="chats.fresh", outputs=shown)
         on.earlier.input(self.stop, **UNQUEUED).then(js="chats.open", inputs=on.earlier, outputs=shown)
@@ -187,8 +204,41 @@ class Page:
         title = self._title or next(iter(info.models), "Chat")
         words = self._words(request)
         fields = [_offered(name, info, words) if info.models else gr.skip() for name in Sampling.model_fields]
-        box = gr.update(sources=["upload"] if info.images else [])
-        return [f"<h1>{html.escape(title)}</h1>", box, *fields]
+        return [f"<h1{' data-images' * info.images}>{html.escape(title)}</h1>", *fields]
+
+    async def attach(
+        self,
+        asked: dict[str, Any],
+        dropped: str,
+        known: str,
+        agreed: bool,
+        request: gr.Request,
+        system: str,
+        *settings: str,
+    ) -> list[Any]:
+        """Read the documents that were dropped, and show them."""
+        attached = await self._documents.attached(dropped, known, asked["text"], system, settings, self._info)
+        return attached.updates(self._words(request))
+
+    async def begin(
+        self,
+        asked: dict[str, Any],
+        dropped: str,
+        known: str,
+        agreed: bool,
+        request: gr.Request,
+        system: str,
+        *settings: str,
+    ) -> list[Any]:
+        """Move the question and its documents into the turn that begins, unless they do not fit, or are not read."""
+        words = self._words(request)
+        attached = await self._documents.attached(dropped, known, asked["text"], system, settings, self._info)
+        if attached.is_news or not (attached.fits or agreed):
+            hint = "" if attached.fits else words["documents_unsent"]
+            return [gr.skip(), gr.skip(), gr.skip(), *attached.updates(words, agreed, hint)]
+        texts = await self._documents.texts(attached, words)
+        turn = question(asked["files"], asked["text"], texts)
+        return [gr.update(value=None, **BUSY_BOX), turn, "[]", *attached.nothing(words)]
 
     async def answer(
         self,
@@ -233,26 +283,23 @@ class Page:
         self.streams.drawn(str(request.session_hash))
 
 
-def begin(asked: dict[str, Any]) -> tuple[Any, Messages]:
-    """Move the question from the box into the turn that begins."""
-    return gr.update(value=None, **BUSY_BOX), question(asked["files"], asked["text"])
-
-
 def retry(messages: Messages, data: gr.RetryData) -> tuple[Any, Messages, Messages]:
     """Begin a turn with the question that is to be answered again; cut the conversation before it."""
     return gr.update(**BUSY_BOX), messages[: data.index], [messages[data.index]]
 
 
 def edit(messages: Messages, data: gr.EditData) -> tuple[Any, Messages, Messages]:
-    """Begin a turn with the edited question, which keeps its images; cut the conversation before it."""
-    edited = question(images_of(messages[data.index]), written(data.value))
+    """Begin a turn with the edited question, which keeps its images and documents; cut the conversation before it."""
+    asked = messages[data.index]
+    edited = question(images_of(asked), written(data.value), documents_of(asked))
     return gr.update(**BUSY_BOX), messages[: data.index] if edited else messages, edited
 
 
-def undo(messages: Messages, data: gr.UndoData) -> tuple[Any, Messages]:
-    """Move the last question back into the box; drop its answer."""
+def undo(messages: Messages, data: gr.UndoData) -> tuple[Any, Messages, str]:
+    """Move the last question back into the box, with what was attached to it; drop its answer."""
     asked = messages[data.index]
-    return gr.update(value={"text": text_of(asked), "files": images_of(asked)}), messages[: data.index]
+    box = gr.update(value={"text": asked_text_of(asked), "files": images_of(asked)})
+    return box, messages[: data.index], unframed(asked)
 
 
 def ready() -> Any:
@@ -321,7 +368,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def build_app(page: Page, args: argparse.Namespace) -> FastAPI:
     """Return the page as an ASGI application."""
-    style, script = (files("qwen_vllm.webui").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
+    folder = files("qwen_vllm.webui")
+    style, *scripts = (folder.joinpath(name).read_text("utf-8") for name in ("page.css", *SCRIPTS))
+    script = "\n".join(scripts)
     words = words_for(args.lang)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(LocalOnly)

@@ -38,7 +38,7 @@ from qwen_vllm.protocol import (
 from qwen_vllm.words import choose_language, say
 
 __all__ = ["ChatError", "ChatResult", "Reasoning", "Sampling", "ServerInfo", "server_info", "server_info_async"]
-__all__ += ["stream_chat", "stream_chat_async", "stream_messages", "stream_messages_async"]
+__all__ += ["count_tokens_async", "stream_chat", "stream_chat_async", "stream_messages", "stream_messages_async"]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 Timeout = tuple[float, float]
@@ -135,6 +135,15 @@ def server_info(url: str, api_key: str | None = None) -> ServerInfo:
 async def server_info_async(url: str, api_key: str | None = None) -> ServerInfo:
     """Do what `server_info` does, on asyncio."""
     return await _Server(url, api_key, INFO_TIMEOUT).info_async()
+
+
+async def count_tokens_async(url: str, text: str, api_key: str | None = None) -> int:
+    """Ask the server at `url` how many tokens a text has.
+
+    Raises:
+        ChatError: as in `stream_chat`.
+    """
+    return await _Server(url, api_key, INFO_TIMEOUT).count_async(text)
 
 
 def openai_messages(query: Question, history: Sequence[AskedTurn], system: str | None) -> list[dict[str, Any]]:
@@ -314,6 +323,15 @@ class _Server:
         with self._chat_errors():
             async with self._client() as client:
                 return _info_in(await client.get(f"{self.url}/chat/info"))
+
+    async def count_async(self, text: str) -> int:
+        body = {"prompt": text, "add_special_tokens": False}
+        with self._chat_errors():
+            async with self._client() as client:
+                response = await client.post(f"{self.url}/tokenize", json=body)
+            if response.status_code != 200:
+                raise _refusal(response)
+            return int(json.loads(response.content)["count"])
 
     def _session(self) -> requests.Session:
         session = requests.Session()

@@ -19,6 +19,8 @@ Messages = list[Message]
 
 REMARK = "no-answer"
 """The `id` in the metadata of a remark."""
+DOCUMENT = "<details><summary>"
+"""How a document begins in a question."""
 KEPT = "kept"
 """The `id` in the metadata of reasoning that goes along with later questions: the chat template reads it."""
 
@@ -28,9 +30,10 @@ def text_message(role: str, text: str, **metadata: str) -> Message:
     return {"role": role, "content": [{"type": "text", "text": shown(text)}], "metadata": metadata or None}
 
 
-def question(images: Sequence[str], text: str) -> Messages:
-    """Return a question as a message, or nothing where there is no image and no text."""
+def question(images: Sequence[str], text: str, documents: Sequence[str] = ()) -> Messages:
+    """Return a question as a message, or nothing where it is empty. A document is a text that begins with DOCUMENT."""
     content: list[dict[str, Any]] = [{"path": path} for path in images]  # Gradio makes a file part of each
+    content += [{"type": "text", "text": document} for document in documents]
     content += text_message("user", text)["content"] if text.strip() else []
     return [{"role": "user", "content": content}] if content else []
 
@@ -50,8 +53,22 @@ def is_folded(message: Message) -> bool:
 
 
 def text_of(message: Message) -> str:
-    """Return a message's text as it was written, without its images."""
-    return written("".join(part["text"] for part in message["content"] if part["type"] == "text"))
+    """Return a message's text as it was written, with its documents and without its images."""
+    return "\n\n".join(written(part["text"]) for part in message["content"] if part["type"] == "text")
+
+
+def asked_text_of(message: Message) -> str:
+    """Return what a person wrote, without documents."""
+    return text_of({"content": [part for part in message["content"] if not _is_document(part)]})
+
+
+def documents_of(message: Message) -> list[str]:
+    """Return a question's documents, as the page shows them."""
+    return [part["text"] for part in message["content"] if _is_document(part)]
+
+
+def _is_document(part: dict[str, Any]) -> bool:
+    return part.get("text", "").startswith(DOCUMENT)  # in what a person writes, `shown` breaks this up
 
 
 def size_of(messages: Messages) -> int:
@@ -91,12 +108,16 @@ def question_of(message: Message) -> Question:
 
 
 def _image(path: str) -> str | None:
-    """Read an uploaded image. The browser names the path: it must not lead out of the folder of uploads."""
-    file, kind = Path(path), mimetypes.guess_type(path)[0] or ""
-    uploads = Path(get_upload_folder()).resolve()
-    if not (file.resolve().is_relative_to(uploads) and file.is_file() and kind.startswith("image/")):
+    file, kind = uploaded(path), mimetypes.guess_type(path)[0] or ""
+    if not (file and kind.startswith("image/")):
         return None
     return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+def uploaded(path: str) -> Path | None:
+    """Return an uploaded file. The browser names the path: it must not lead out of the folder of uploads."""
+    file, uploads = Path(path), Path(get_upload_folder()).resolve()
+    return file if file.resolve().is_relative_to(uploads) and file.is_file() else None
 
 
 def as_json(messages: Messages, system: str) -> str:

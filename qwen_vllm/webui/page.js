@@ -74,7 +74,7 @@ const chats = {
     sessionStorage["qwen-vllm/open"] = shown.id;
     if (text === "[]") chats.forget(shown.id);
     else {
-      const question = written(JSON.parse(text)[0].content.map((part) => part.text ?? "").join(" ")).trim();
+      const question = written(JSON.parse(text)[0].content.map(documents.titled).join(" ")).trim();
       const card = {id: shown.id, title: question.slice(0, 60) || "🖼", saved: Date.now()};
       try {
         localStorage[chats.key(shown.id)] = text;
@@ -86,10 +86,10 @@ const chats = {
     }
     shown.kept = localStorage[chats.key(shown.id)] ?? "[]";
   },
-  images: (message) => message.content.filter((part) => part.type === "file"),
-  // Gradio drops the images of a question that is edited.
-  edited: (messages) => [messages.map((message, n) => chats.images(message).length ? message
-    : {...message, content: [...chats.images(chats.before[n]), ...message.content]})],
+  attached: (message) => message.content.filter((part) => part.type === "file" || documents.is(part)),
+  // Gradio drops the images and documents of a question that is edited.
+  edited: (messages) => [messages.map((message, n) => chats.attached(message).length ? message
+    : {...message, content: [...chats.attached(chats.before[n]), ...message.content]})],
 
   keepSettings: (...settings) => { localStorage["qwen-vllm/settings"] = JSON.stringify(settings); },
   restore(...settings) {

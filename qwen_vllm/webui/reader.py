@@ -1,7 +1,7 @@
 """Reads the text of one document: python reader.py FILE. It knows nothing of the page.
 
 The page runs it as a process of its own: a file that takes too long, or too much memory, ends that process alone.
-It prints the text, or with exit status 3 why there is none: a key of `words.json`.
+It prints the text, or with exit status UNREADABLE why there is none: a key of `words.json`.
 """
 
 import re
@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import docx
-import pypdfium2
 from charset_normalizer import from_bytes
-from docx.oxml.ns import qn
 
-MAX_BYTES = 20_000_000
+UNREADABLE = 3
+"""The exit status where there is no text."""
+MAX_BYTES = 16_000_000
 MAX_UNPACKED = 100_000_000
 """Bytes of a DOCX file's parts."""
 MAX_PAGES = 1000
@@ -38,6 +37,8 @@ LIMITS = {
 _BOMS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16"}
 _BOMS |= {b"\xfe\xff": "utf-16"}
 _OTHER_ENCODINGS = ["big5", "cp1252", "shift_jis", "euc_kr", "cp1251"]
+_W = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
+_SIGNS = {f"{_W}tab": "\t", f"{_W}br": "\n", f"{_W}cr": "\n"}
 _IMAGES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 _NO_TEXT = re.compile(r"[\0-\x08\x0b-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
 
@@ -74,6 +75,8 @@ def read(file: Path) -> str:
 
 
 def _pdf(data: bytes) -> str:
+    import pypdfium2  # the page imports this module, and needs no PDF library
+
     try:
         pdf = pypdfium2.PdfDocument(data)
         if len(pdf) > MAX_PAGES:
@@ -88,6 +91,8 @@ def _pdf(data: bytes) -> str:
 
 
 def _docx(file: Path) -> str:
+    import docx
+
     try:
         with zipfile.ZipFile(file) as parts:
             if "word/document.xml" not in parts.namelist():
@@ -97,27 +102,26 @@ def _docx(file: Path) -> str:
         return "\n".join(_blocks(docx.Document(str(file)).element.body))
     except Unreadable:
         raise
-    except Exception as error:  # the libraries for ZIP, XML and DOCX have an exception each for what is not as it should be
+    except Exception as error:  # the libraries for ZIP, XML and DOCX have many
         raise Unreadable("document_broken") from error
 
 
 def _blocks(element: Any) -> Iterator[str]:
     """Yield the paragraphs, and the rows of the tables as Markdown has them, in order; without deleted text."""
     for child in element:
-        if child.tag == qn("w:p"):
+        if child.tag == f"{_W}p":
             yield _line(child)
-        elif child.tag == qn("w:tbl"):
-            for row in child.iter(qn("w:tr")):
-                cells = [" ".join(map(_line, cell.iter(qn("w:p")))) for cell in row.iterchildren(qn("w:tc"))]
+        elif child.tag == f"{_W}tbl":
+            for row in child.iter(f"{_W}tr"):
+                cells = [" ".join(map(_line, cell.iter(f"{_W}p"))) for cell in row.iterchildren(f"{_W}tc")]
                 yield f"| {' | '.join(cells)} |"
         else:  # a content control, an insertion
             yield from _blocks(child)
 
 
 def _line(paragraph: Any) -> str:
-    signs = {qn("w:tab"): "\t", qn("w:br"): "\n", qn("w:cr"): "\n"}
     pieces = paragraph.xpath(".//w:r/*[not(ancestor::*[local-name()='Fallback'])]")
-    return "".join(piece.text or "" if piece.tag == qn("w:t") else signs.get(piece.tag, "") for piece in pieces)
+    return "".join(piece.text or "" if piece.tag == f"{_W}t" else _SIGNS.get(piece.tag, "") for piece in pieces)
 
 
 def _plain(data: bytes) -> str:
@@ -151,7 +155,7 @@ def main() -> int:
     try:
         text, status = read(Path(sys.argv[1])), 0
     except Unreadable as why:
-        text, status = str(why), 3
+        text, status = str(why), UNREADABLE
     sys.stdout.buffer.write(text.encode())
     return status
 

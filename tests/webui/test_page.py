@@ -16,7 +16,7 @@ import pytest
 import requests
 from fastapi.testclient import TestClient
 
-from gradio_webui import Page, PageServer, begin, main, parse_args
+from gradio_webui import Page, PageServer, main, parse_args
 from qwen_vllm.protocol import Sampling
 from qwen_vllm.webui.answering import WaitingLine
 from qwen_vllm.words import WORDS
@@ -143,9 +143,13 @@ def test_without_a_question_nothing_is_asked(server: Server, messages: list) -> 
     assert not server.requests
 
 
-def test_a_blank_question_stays_out_of_the_conversation() -> None:
-    assert begin({"text": " \n", "files": []})[1] == []
-    assert begin({"text": " hi ", "files": []})[1][-1]["content"] == user(" hi ")["content"]
+def test_a_blank_question_stays_out_of_the_conversation(server: Server) -> None:
+    def began(text: str) -> list:
+        asked = {"text": text, "files": []}
+        return asyncio.run(page_for(server).begin(asked, "[]", "[]", False, person(), "system", *UNSET))[1]
+
+    assert began(" \n") == []
+    assert began(" hi ")[-1]["content"] == user(" hi ")["content"]
 
 
 @pytest.mark.parametrize(("language", "words"), [("zh-CN,zh;q=0.9,en;q=0.8", "zh"), ("de", "en"), ("en,zh", "en")])

@@ -15,13 +15,23 @@ const documents = {
   titled: (part) => documents.is(part) ? `📄 ${part.text.slice(18, part.text.indexOf("</summary>"))}` : part.text ?? "",
 };
 
+// Gradio would tell in English alone which file is too large.
+const refuse = (event) => {
+  const large = [...(event.dataTransfer ?? event.target).files ?? []].find(({size}) => size > 20e6);
+  if (!large || !event.target.closest?.("#box")) return;
+  event.preventDefault();
+  event.stopImmediatePropagation();
+  alert(`${large.name}: ${words.document_large.replace("{megabytes}", 20)}`);
+};
+for (const kind of ["drop", "change"]) addEventListener(kind, refuse, true);
+
 // Gradio's box takes images alone from the clipboard: other files come to it as if they were dropped.
 addEventListener("paste", (event) => {
   const box = event.target.closest("#box"), dataTransfer = new DataTransfer();
   for (const file of event.clipboardData.files) if (!/^image\/(?!svg)/.test(file.type)) dataTransfer.items.add(file);
   if (!box || !dataTransfer.items.length) return;
   event.preventDefault();
-  box.querySelector("[role=group]").dispatchEvent(new DragEvent("drop", {dataTransfer, cancelable: true}));
+  event.target.dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true}));
 }, true);
 
 Object.assign(window, {documents});

@@ -16,7 +16,7 @@ from charset_normalizer import from_bytes
 
 UNREADABLE = 3
 """The exit status where there is no text."""
-MAX_BYTES = 16_000_000
+MAX_BYTES = 20_000_000
 MAX_UNPACKED = 100_000_000
 """Bytes of a DOCX file's parts."""
 MAX_PAGES = 1000

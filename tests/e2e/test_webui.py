@@ -35,6 +35,7 @@ from qwen_vllm.webui.markdown import written
 from tests.support import ROOT
 from tests.support.answers import SEEN
 from tests.support.chat_messages import assistant, user
+from tests.support.documents import pdf
 from tests.support.probes import unfinished
 from tests.support.programs import KEY
 from tests.support.scripted_server import LAST, Server, line, scripted
@@ -669,7 +670,6 @@ def pictured(server: Server) -> list[tuple[list[str], str]]:
 
 def test_images_are_taken_where_the_model_takes_them_and_stay_with_their_question(server, page, person, tmp_path):
     tab = person(page)
-    assert tab.run("return document.querySelectorAll('#box .upload-button').length") == 0
     server.play(line(INFO | {"images": True}), path="/chat/info")
     chunk = {"choices": [{"delta": {"content": "A dot."}, "finish_reason": "stop"}]}
     usage = {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 3}}
@@ -678,7 +678,7 @@ def test_images_are_taken_where_the_model_takes_them_and_stay_with_their_questio
     Image.new("RGB", (8, 8), "red").save(image)
     dots = ["data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()]
     tab.driver.refresh()
-    tab.until(lambda: tab.run("return document.querySelectorAll('#box .upload-button').length"))
+    tab.until(lambda: tab.run("return document.querySelector('#heading [data-images]')"))
     tab.driver.find_element(By.CSS_SELECTOR, "#box input[type=file]").send_keys(str(image))
     tab.until(lambda: tab.run("return document.querySelectorAll('#box .thumbnails img').length"))
     assert tab.ask("What is this?") == "A dot."
@@ -692,6 +692,115 @@ def test_images_are_taken_where_the_model_takes_them_and_stay_with_their_questio
     tab.box().send_keys(" And size?", Keys.ENTER)
     tab.until(lambda: len(pictured(server)) == 3)
     assert pictured(server) == [(dots, "What is this?"), (dots, "What colour?"), (dots, "What colour? And size?")]
+
+
+CARDS = "#cards label"
+DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+GIVE = """
+const [how, name, type, content] = arguments, files = new DataTransfer(), box = document.querySelector("#box textarea");
+files.items.add(new File([Uint8Array.from(atob(content), (byte) => byte.charCodeAt(0))], name, {type}));
+const event = how === "drop" ? new DragEvent("drop", {dataTransfer: files, bubbles: true, cancelable: true})
+  : new ClipboardEvent("paste", {clipboardData: files, bubbles: true, cancelable: true});
+box.dispatchEvent(event);"""
+
+
+def give(tab: Tab, how: str, name: str, content: bytes, kind: str = "text/plain") -> None:
+    """Drops or pastes a file."""
+    tab.run(GIVE, how, name, kind, base64.b64encode(content).decode())
+
+
+def test_documents_are_chosen_dropped_and_pasted_and_stay_with_their_question(server, page, person, tmp_path):
+    server.play(line({"count": 1240}), path="/tokenize")
+    server.play(line({"delta": "Both."}), line(LAST))
+    tab = person(page)
+    (tmp_path / "报告.md").write_text("# 营收 <|im_end|>\n<b>12 亿</b>")
+    tab.driver.find_element(By.CSS_SELECTOR, "#box input[type=file]").send_keys(str(tmp_path / "报告.md"))
+    tab.until(lambda: tab.texts(CARDS) == ["📄 报告.md · 1,240 tokens"])
+    give(tab, "drop", "b.csv", "姓名,城市\n张三,北京".encode("gb18030"))
+    tab.until(lambda: len(tab.texts(CARDS)) == 2)
+    give(tab, "paste", "c.pdf", pdf("Third"), "application/pdf")
+    cards = ["📄 报告.md · 1,240 tokens", "📄 b.csv · 1,240 tokens", "📄 c.pdf · 1,240 tokens"]
+    tab.until(lambda: tab.texts(CARDS) == cards)
+    tab.press("#cards label:nth-of-type(3) input")
+    tab.until(lambda: tab.texts(CARDS) == cards[:2])
+    assert tab.ask("What?") == "Both."
+    texts = {"报告.md": "# 营收 <|im_end|>\n<b>12 亿</b>", "b.csv": "姓名,城市\n张三,北京"}
+    frames = [f"<details><summary>{name}</summary>\n\n```\n{text}\n```\n\n</details>" for name, text in texts.items()]
+    asked = "\n\n".join([*frames, "What?"])
+    assert questions(server)[0]["query"] == asked
+    assert tab.messages() == ["报告.md", "b.csv", "What?", "Both."]
+    assert tab.texts(CARDS) == []
+    assert tab.earlier() == ["📄 报告.md 📄 b.csv What?"]
+    tab.driver.refresh()
+    tab.until(lambda: tab.messages() == ["报告.md", "b.csv", "What?", "Both."])
+    assert json.loads(exported(tab, "#to-json"))["history"] == [[asked, "Both."]]
+    tab.retry()
+    tab.until(lambda: len(questions(server)) == 2 and tab.is_ready() and tab.messages()[-1] == "Both.")
+    tab.run("[...document.querySelectorAll('#chat [aria-label=Edit]')].at(-1).click()")
+    tab.until(lambda: tab.texts("#chat textarea"))
+    tab.fill("#chat textarea", "And?")
+    tab.press("#chat [aria-label=Submit]")
+    tab.until(lambda: tab.messages() == ["报告.md", "b.csv", "And?", "Both."] and tab.is_ready())
+    tab.press("#chat [aria-label=Undo]")
+    tab.until(lambda: tab.texts(CARDS) == cards[:2])
+    tab.box().send_keys(" Now?", Keys.ENTER)
+    tab.until(lambda: len(questions(server)) == 4)
+    queries = [body["query"] for body in questions(server)]
+    assert queries == [asked, asked, asked.replace("What?", "And?"), asked.replace("What?", "And? Now?")]
+
+
+def test_a_document_that_does_not_fit_goes_along_in_part_only_where_the_person_agrees(server, page, person):
+    server.play(line({"count": 12400}), path="/tokenize")
+    server.then_play(line({"count": 6000}), path="/tokenize")
+    server.play(line({"delta": "Long."}), line(LAST))
+    tab = person(page)
+    give(tab, "drop", "long.txt", b"word " * 12400)
+    tab.until(lambda: "12,400 tokens, and the context has 8,192" in "".join(tab.texts("#cut")))
+    tab.box().send_keys("What?", Keys.ENTER)
+    tab.until(lambda: "Nothing was sent" in "".join(tab.texts("#told")))
+    assert (questions(server), tab.messages(), tab.box().get_attribute("value")) == ([], [], "What?")
+    tab.press("#cut input")
+    tab.box().send_keys(Keys.ENTER)
+    tab.until(lambda: tab.messages()[-1:] == ["Long."])
+    [asked] = questions(server)
+    assert "long.txt (the first 6,000 of 12,400 tokens)" in asked["query"]
+    assert 5900 < asked["query"].count("word") < 6100
+
+
+def test_a_file_without_text_is_told_in_the_persons_language_and_the_question_goes_on(server, page, person):
+    server.play(line({"count": 3}), path="/tokenize")
+    server.play(line({"delta": "Yes."}), line(LAST))
+    locked = pdf("x", encrypted=True)
+    for language, told in (("en", "locked.pdf: This file has a password."), ("zh-CN", "locked.pdf: 文件有密码。")):
+        tab = person(page, language)
+        give(tab, "drop", "locked.pdf", locked, "application/pdf")
+        tab.until(lambda told=told, tab=tab: told in "".join(tab.texts("#told")))
+        give(tab, "drop", "dot.png", base64.b64decode(DOT), "image/png")
+        tab.until(lambda tab=tab: "dot.png" in "".join(tab.texts("#told")))
+        assert tab.texts(CARDS) == []
+        assert tab.ask("Go on?") == "Yes."
+    assert [body["query"] for body in questions(server)] == ["Go on?", "Go on?"]
+
+
+def test_a_page_that_chromium_prints_is_read(server, page, person, tmp_path):
+    server.play(line({"count": 9}), path="/tokenize")
+    server.play(line({"delta": "Two."}), line(LAST))
+    tab = person(page)
+    text = "<p>第一季度营收</p><div style='columns: 2'><p>left one<p>left two<p>right one<p>right two</div>"
+    tab.driver.get(f"data:text/html;charset=utf-8,{text}")
+    printed = tab.driver.execute_cdp_cmd("Page.printToPDF", {})["data"]
+    tab.open(page)
+    give(tab, "drop", "printed.pdf", base64.b64decode(printed), "application/pdf")
+    tab.until(lambda: tab.texts(CARDS))
+    tab.ask("What?")
+    asked = questions(server)[0]["query"]
+    assert re.findall("第一季度营收|left one|left two|right one|right two", asked) == [
+        "第一季度营收",
+        "left one",
+        "left two",
+        "right one",
+        "right two",
+    ]
 
 
 def test_the_browser_knows_each_rule_of_the_style_sheet(server, page, person):

@@ -34,8 +34,9 @@ from qwen_vllm.webui.conversation import (
     images_of,
     question,
     size_of,
+    unframed,
 )
-from qwen_vllm.webui.documents import DocumentFields, Documents, unframed
+from qwen_vllm.webui.documents import DocumentFields, Documents
 from qwen_vllm.webui.markdown import LATEX, written
 from qwen_vllm.words import WORDS, Words, choose_language, say, words_for
 from vllm_client import DEFAULT_URL, server_info_async
@@ -238,7 +239,7 @@ class Page:
             return [gr.skip(), gr.skip(), gr.skip(), *attached.updates(words, agreed, hint)]
         texts = await self._documents.texts(attached, words)
         turn = question(asked["files"], asked["text"], texts)
-        return [gr.update(value=None, **BUSY_BOX), turn, "[]", *attached.nothing(words)]
+        return [gr.update(value=None, **BUSY_BOX), turn, "[]", *[gr.skip()] * 4]
 
     async def answer(
         self,

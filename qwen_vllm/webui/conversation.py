@@ -1,7 +1,9 @@
 """Converts a conversation: Gradio's messages, the turns that the server takes, files to save."""
 
 import base64
+import json
 import mimetypes
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,22 @@ def asked_text_of(message: Message) -> str:
 def documents_of(message: Message) -> list[str]:
     """Return a question's documents, as the page shows them."""
     return [part["text"] for part in message["content"] if _is_document(part)]
+
+
+def framed(name: str, text: str) -> str:
+    """Return a document as a part of a question: a folded block on the page, and Markdown to the model."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{DOCUMENT}{shown(name)}</summary>\n\n" + shown(f"{fence}\n{text}\n{fence}") + "\n\n</details>"
+
+
+def unframed(message: Message) -> str:
+    """Return a question's documents with their names as JSON, to be asked again."""
+    frame = re.compile(f"{DOCUMENT}(.*?)</summary>\n\n(`+)\n(.*)\n\\2\n\n</details>", re.DOTALL)
+    entries = []
+    for n, part in enumerate(documents_of(message)):
+        if found := frame.fullmatch(written(part)):
+            entries.append({"id": str(n), "name": found[1], "text": found[3]})
+    return json.dumps(entries)
 
 
 def _is_document(part: dict[str, Any]) -> bool:

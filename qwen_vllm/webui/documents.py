@@ -5,7 +5,6 @@ The browser holds them until the question is asked. The page's server keeps noth
 
 import asyncio
 import json
-import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from typing import Any
 from qwen_vllm.protocol import ChatError, Sampling, ServerInfo
 from qwen_vllm.webui import gradio as gr
 from qwen_vllm.webui import reader
-from qwen_vllm.webui.conversation import DOCUMENT, Message, documents_of, uploaded
-from qwen_vllm.webui.markdown import shown, written
+from qwen_vllm.webui.conversation import framed, uploaded
+from qwen_vllm.webui.markdown import shown
 from qwen_vllm.webui.reader import Unreadable
 from qwen_vllm.webui.words import Words
 from vllm_client import count_tokens_async
@@ -70,11 +69,6 @@ class Attached:
     def fits(self) -> bool:
         """Whether all of them fit into the context, beside the question and its answer."""
         return self.room is None or self.tokens <= self.room
-
-    @staticmethod
-    def nothing(words: Words) -> list[Any]:
-        """Return the updates for a question without documents."""
-        return Attached([], None, 0, False).updates(words)
 
     def updates(self, words: Words, agreed: bool = False, hint: str = "") -> list[Any]:
         """Return the updates of `DocumentFields.shown`; a `hint` comes last."""
@@ -178,19 +172,3 @@ class Documents:
 def estimate(text: str) -> int:
     """Return about how many tokens a text has: one for four bytes, so three for four Chinese characters."""
     return len(text.encode()) // 4 + 1
-
-
-def framed(name: str, text: str) -> str:
-    """Return a document as a part of a question: a folded block on the page, and Markdown to the model."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{DOCUMENT}{shown(name)}</summary>\n\n" + shown(f"{fence}\n{text}\n{fence}") + "\n\n</details>"
-
-
-def unframed(message: Message) -> str:
-    """Return a question's documents as `DocumentFields.dropped` holds them, to be asked again."""
-    frame = re.compile(f"{DOCUMENT}(.*?)</summary>\n\n(`+)\n(.*)\n\\2\n\n</details>", re.DOTALL)
-    entries = []
-    for n, part in enumerate(documents_of(message)):
-        if found := frame.fullmatch(written(part)):
-            entries.append({"id": str(n), "name": found[1], "text": found[3]})
-    return json.dumps(entries)

@@ -39,6 +39,7 @@ from tests.support.documents import pdf
 from tests.support.probes import unfinished
 from tests.support.programs import KEY
 from tests.support.scripted_server import LAST, Server, line, scripted
+from vllm_client import count_tokens_async
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -729,7 +730,7 @@ def test_documents_are_chosen_dropped_and_pasted_and_stay_with_their_question(se
     asked = "\n\n".join([*frames, "What?"])
     assert questions(server)[0]["query"] == asked
     assert tab.messages() == ["报告.md", "b.csv", "What?", "Both."]
-    assert tab.texts(CARDS) == []
+    tab.until(lambda: tab.texts(CARDS) == [])
     assert tab.earlier() == ["📄 报告.md 📄 b.csv What?"]
     tab.driver.refresh()
     tab.until(lambda: tab.messages() == ["报告.md", "b.csv", "What?", "Both."])
@@ -933,6 +934,11 @@ def test_the_real_server_answers_is_stopped_and_a_reload_keeps_the_chat(demo_ser
     tab.open(real_page)
     tab.press("#earlier label input")
     tab.until(lambda: tab.messages()[:2] == [FRANCE, "The capital of France is Paris."])
+
+
+def test_the_real_server_counts_the_tokens_of_a_text(demo_server):
+    texts = FRANCE, f"{FRANCE} {FRANCE}"
+    assert [asyncio.run(count_tokens_async(demo_server, text, KEY)) for text in texts] == [7, 14]
 
 
 def test_two_people_do_not_wait_for_each_other(demo_server, real_page, person):

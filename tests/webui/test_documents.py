@@ -14,8 +14,7 @@ from gradio_webui import Page
 from qwen_vllm.protocol import Sampling
 from qwen_vllm.webui import documents, reader
 from qwen_vllm.webui.answering import WaitingLine
-from qwen_vllm.webui.conversation import asked_text_of, documents_of, question, text_message, text_of
-from qwen_vllm.webui.documents import framed, unframed
+from qwen_vllm.webui.conversation import asked_text_of, documents_of, framed, question, text_message, text_of, unframed
 from qwen_vllm.webui.reader import Unreadable, read
 from qwen_vllm.webui.words import WORDS
 from tests.support.documents import pdf

@@ -234,7 +234,7 @@ class Page:
         """Move the question and its documents into the turn that begins, unless they do not fit, or are not read."""
         words = self._words(request)
         attached = await self._documents.attached(dropped, known, asked["text"], system, settings, self._info)
-        if attached.is_news or not (attached.fits or agreed):
+        if attached.is_news or not (attached.fits or (agreed and attached.room)):
             hint = "" if attached.fits else words["documents_unsent"]
             return [gr.skip(), gr.skip(), gr.skip(), *attached.updates(words, agreed, hint)]
         texts = await self._documents.texts(attached, words)

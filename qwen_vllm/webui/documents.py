@@ -5,7 +5,6 @@ The browser holds them until the question is asked. The page's server keeps noth
 
 import asyncio
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -76,7 +75,7 @@ class Attached:
         ids = [entry["id"] for entry in self.documents]
         failures = [entry for entry in self.entries if "failure" in entry]
         told = [f"⚠️ **{shown(entry['name'])}**: {words[entry['failure']].format(**LIMITS)}" for entry in failures]
-        cut = gr.update(value=agreed, visible=not self.fits)
+        cut = gr.update(value=agreed, visible=False)
         if not self.fits:
             numbers = {"tokens": self.tokens, "context": self.context, "room": self.room}
             cut = gr.update(value=agreed, visible=True, label=words["documents_cut"].format(**numbers))
@@ -155,12 +154,9 @@ class Documents:
                 with suppress(ProcessLookupError):
                     process.kill()
                 await process.wait()
-        match process.returncode:
-            case 0:
-                return output.decode()
-            case reader.UNREADABLE:
-                raise Unreadable(output.decode())
-        raise Unreadable("document_slow" if process.returncode == -signal.SIGXCPU else "document_broken")
+        if process.returncode:
+            raise Unreadable(output.decode() if process.returncode == reader.UNREADABLE else "document_broken")
+        return output.decode()
 
     async def _count(self, text: str) -> int:
         """Return the model server's count of a text's tokens; an estimate where it tells none."""

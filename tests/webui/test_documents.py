@@ -62,6 +62,7 @@ def word_file(path: Path) -> Path:
         ("café, déjà vu, größer", "cp1252"),
         ("日本語のテキストです。", "shift_jis"),
         ("# Title\n\n```python\n\tprint(1)\n```", "utf-8"),
+        ("BMW sold 1 car.\nA PDF begins with %PDF-1.7", "utf-8"),
     ],
 )
 def test_text_is_read_in_its_encoding(tmp_path: Path, content: str, encoding: str) -> None:

@@ -80,7 +80,12 @@ class Attached:
             numbers = {"tokens": self.tokens, "context": self.context, "room": self.room}
             cut = gr.update(value=agreed, visible=True, label=words["documents_cut"].format(**numbers))
         text = "\n\n".join([*told, hint] if hint else told)
-        return [json.dumps(self.entries), gr.update(choices=cards, value=ids, visible=bool(ids)), cut, text]
+        return [
+            json.dumps(self.entries, ensure_ascii=False),
+            gr.update(choices=cards, value=ids, visible=bool(ids)),
+            cut,
+            text,
+        ]
 
 
 class Documents:

@@ -36,9 +36,9 @@ class DocumentFields:
     def __init__(self) -> None:
         self.dropped = gr.Textbox("[]", visible="hidden")
         self.read = gr.Textbox("[]", visible="hidden")
-        with gr.Column(elem_id="documents"):
+        with gr.Column(scale=0, elem_id="documents"):
             self.cards = gr.CheckboxGroup([], show_label=False, container=False, visible=False, elem_id="cards")
-            self.cut = gr.Checkbox(visible=False, container=False, elem_id="cut")
+            self.cut = gr.Checkbox(label="-", visible=False, container=False, elem_id="cut")
             self.told = gr.Markdown(elem_id="told")
         self.inputs = [self.dropped, self.read, self.cut]
         self.shown = [self.read, self.cards, self.cut, self.told]

@@ -7,6 +7,7 @@ It prints the text, or with exit status UNREADABLE why there is none: a key of `
 import re
 import resource
 import sys
+import unicodedata
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ _OTHER_ENCODINGS = ["big5", "cp1252", "shift_jis", "euc_kr", "cp1251"]
 _W = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
 _SIGNS = {f"{_W}tab": "\t", f"{_W}br": "\n", f"{_W}cr": "\n"}
 _IMAGES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF87a", b"GIF89a")
+_RADICALS = re.compile("[\u2e80-\u2fdf]")
+"""Many a PDF has these for the characters that look like them: a font draws both alike."""
 _NO_TEXT = re.compile(r"[\0-\x08\x0b-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
 
 
@@ -65,6 +68,7 @@ def read(file: Path) -> str:
         raise Unreadable("image_refused")
     else:
         text = _plain(data)
+    text = _RADICALS.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text)
     text = _NO_TEXT.sub("", text.replace("\r\n", "\n").replace("\r", "\n")).strip("\n")
     if len(text) > MAX_CHARACTERS:
         raise Unreadable("document_long")

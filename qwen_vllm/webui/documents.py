@@ -17,7 +17,7 @@ from qwen_vllm.webui import reader
 from qwen_vllm.webui.conversation import framed, uploaded
 from qwen_vllm.webui.markdown import shown
 from qwen_vllm.webui.reader import Unreadable
-from qwen_vllm.webui.words import Words
+from qwen_vllm.words import Words
 from vllm_client import count_tokens_async
 
 Entry = dict[str, Any]

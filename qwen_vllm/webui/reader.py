@@ -1,7 +1,7 @@
 """Reads the text of one document: python reader.py FILE. It knows nothing of the page.
 
 The page runs it as a process of its own: a file that takes too long, or too much memory, ends that process alone.
-It prints the text, or with exit status UNREADABLE why there is none: a key of `words.json`.
+It prints the text, or with exit status UNREADABLE why there is none: a key of `qwen_vllm/words.json`.
 """
 
 import re
@@ -46,7 +46,7 @@ _NO_TEXT = re.compile(r"[\0-\x08\x0b-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
 
 
 class Unreadable(Exception):
-    """Says by a key of `words.json` why a document has no text."""
+    """Says by a key of `qwen_vllm/words.json` why a document has no text."""
 
 
 def read(file: Path) -> str:

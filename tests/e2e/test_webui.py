@@ -794,14 +794,8 @@ def test_a_page_that_chromium_prints_is_read(server, page, person, tmp_path):
     give(tab, "drop", "printed.pdf", base64.b64decode(printed), "application/pdf")
     tab.until(lambda: tab.texts(CARDS))
     tab.ask("What?")
-    asked = questions(server)[0]["query"]
-    assert re.findall("第一季度营收|left one|left two|right one|right two", asked) == [
-        "第一季度营收",
-        "left one",
-        "left two",
-        "right one",
-        "right two",
-    ]
+    asked = questions(server)[0]["query"].replace("\n", "")
+    assert "第一季度营收left oneleft tworight oneright two" in asked
 
 
 def test_the_browser_knows_each_rule_of_the_style_sheet(server, page, person):

@@ -16,7 +16,7 @@ from qwen_vllm.webui import documents, reader
 from qwen_vllm.webui.answering import WaitingLine
 from qwen_vllm.webui.conversation import asked_text_of, documents_of, framed, question, text_message, text_of, unframed
 from qwen_vllm.webui.reader import Unreadable, read
-from qwen_vllm.webui.words import WORDS
+from qwen_vllm.words import WORDS
 from tests.support.documents import pdf
 from tests.support.scripted_server import Server, line
 

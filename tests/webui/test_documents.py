@@ -77,6 +77,12 @@ def test_a_pdf_is_read_page_by_page(tmp_path: Path) -> None:
     assert read(file) == "第一页：营收\nsecond line\n\nPage two"
 
 
+def test_radicals_in_a_pdf_become_the_characters_that_they_look_like(tmp_path: Path) -> None:
+    file = tmp_path / "report.pdf"
+    file.write_bytes(pdf("\u2f00\u2f06 ①"))
+    assert read(file) == "一二 ①"
+
+
 def test_a_word_file_is_read_in_order_with_its_tables_and_its_insertions(tmp_path: Path) -> None:
     text = "合同\nPrice: 20 yuan\n| item | 项目 |\n| 1 | a\tb |\nEnd"
     assert read(word_file(tmp_path / "contract.docx")) == text

@@ -20,7 +20,7 @@ def end_with_head(args: Namespace) -> None:
 
     vLLM's engine would wait for its next work for ever. The server ends with its engine.
     """
-    head = socket.getaddrinfo(args.data_parallel_address or args.master_addr, None)[0][4][0]
+    head = str(socket.getaddrinfo(args.data_parallel_address or args.master_addr, None)[0][4][0])
 
     def watch() -> None:
         while not (ports := _ports(head)):

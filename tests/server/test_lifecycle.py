@@ -15,7 +15,6 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from qwen_vllm.server import lifecycle
 from qwen_vllm.server.lifecycle import IDLE, LATE, Lifecycle
 
-
 HERE = {"local_engines_only": False, "data_parallel_size": 2, "data_parallel_size_local": 2, "nnodes": 1}
 """vLLM's configuration of two engines on this machine."""
 

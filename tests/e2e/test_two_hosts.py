@@ -1,0 +1,167 @@
+"""Two machines, one of them cut off: engines on both, one model over both, a server on each. For root, with `ip`."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Semaphore
+
+import psutil
+import pytest
+import requests
+
+from qwen_vllm.protocol import ChatError, ChatResult, Sampling
+from qwen_vllm.with_server import SERVER, running_server
+from tests.support import ROOT
+from tests.support.demo import FRANCE, PARIS
+from tests.support.hosts import Host, two_hosts
+from tests.support.probes import gauge, server_process
+from vllm_client import stream_chat
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="needs root and ip: apt install iproute2"),
+]
+STALL = 10
+SMALL = f"--max-model-len 512 --kv-cache-memory-bytes 256M --stall-timeout {STALL}".split()
+ENGINES = """--data-parallel-size 2 --data-parallel-size-local 1 --data-parallel-address {head}
+    --data-parallel-rpc-port 13345"""
+PARTS = "--tensor-parallel-size 3 --nnodes 3 --master-addr {head}"
+SETUPS = {
+    "engines": ((f"{ENGINES} --api-server-count 1",), (f"{ENGINES} --data-parallel-start-rank 1 --headless",)),
+    "parts": ((f"{PARTS} --node-rank 0",), tuple(f"{PARTS} --node-rank {rank} --headless" for rank in (1, 2))),
+}
+"""The flags of what the first host runs, and of what the second one runs; the demo model has three groups of heads."""
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[Host, Host]]:
+    with two_hosts() as hosts:
+        yield hosts
+
+
+@contextmanager
+def programs(host: Host, head: Host, commands: tuple[str, ...], log: Path) -> Iterator[list[subprocess.Popen]]:
+    """Programs that the host runs for the head."""
+    with log.open("wb") as out:
+        started = [
+            subprocess.Popen(
+                [*host.runs, *SERVER, *SMALL, *command.format(head=head.address).split()],
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+            for command in commands
+        ]
+    try:
+        yield started
+    finally:
+        for program in started:
+            with suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)
+            program.wait()
+
+
+def server(host: Host, port: int, log: Path, *flags: str) -> contextmanager:
+    where = ("--host", host.address, "--port", str(port))
+    return running_server([*SMALL, *flags, *where], log, program=(*host.runs, *SERVER))
+
+
+def families() -> list[psutil.Process]:
+    """All that the two hosts run."""
+    return [process for process in psutil.process_iter() if process.environ().get("VLLM_HOST_IP", "")[:6] == "10.77."]
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for a program to listen."""
+    for _ in range(100):
+        with suppress(requests.ConnectionError):
+            if true():
+                return
+        time.sleep(0.2)
+    pytest.fail("nobody listens")
+
+
+def asked(url: str) -> str:
+    return requests.post(f"{url}/chat", json={"query": FRANCE, "temperature": 0}, timeout=60).json()["text"]
+
+
+def streams(pool: ThreadPoolExecutor, url: str, number: int) -> list[Future]:
+    """Long answers, each of which has begun: its last word is its finish reason or its error."""
+    begun = Semaphore(0)
+
+    def read(i: int) -> str:
+        answer = stream_chat(url, f"Write a long story about number {i}.", sampling=Sampling(max_tokens=450))
+        try:
+            while not isinstance(part := next(answer), ChatResult):
+                begun.release()
+        except ChatError as error:
+            return error.message
+        return part.finish_reason
+
+    answers = [pool.submit(read, i) for i in range(number)]
+    for _ in range(3 * number):
+        assert begun.acquire(timeout=60)
+    return answers
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_a_host_is_cut_off_and_comes_back(hosts: tuple[Host, Host], tmp_path: Path, setup: str) -> None:
+    head, other = hosts
+    (ours,), theirs = SETUPS[setup]
+    flags = ours.format(head=head.address).split()
+    with (
+        programs(other, head, theirs, tmp_path / "other") as computing,
+        server(head, 8000, tmp_path / "head", *flags) as url,
+        ThreadPoolExecutor() as pool,
+    ):
+        assert asked(url) == PARIS
+        answering, everything = server_process(url), families()
+        answers = streams(pool, url, 4)
+        assert setup != "engines" or gauge(url, "num_requests_running") == 4
+        other.cut_off()
+        for answer in answers:
+            assert "the engine has died" in answer.result(3 * STALL)
+        assert requests.get(f"{url}/ready", timeout=10).status_code == 503
+        assert answering.wait(3 * STALL) != 0
+        assert [program.wait(3 * STALL) for program in computing] == [1] * len(computing)
+        assert not psutil.wait_procs(everything, timeout=15)[1]
+    other.reconnect()
+    with (
+        programs(other, head, theirs, tmp_path / "other") as computing,
+        server(head, 8000, tmp_path / "head", *flags) as url,
+    ):
+        assert asked(url) == PARIS
+
+
+@pytest.mark.skipif(not shutil.which("haproxy"), reason="no HAProxy: apt install haproxy")
+def test_of_two_servers_behind_one_address_one_is_cut_off(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    here, other = hosts
+    settings = (ROOT / "deploy/haproxy.cfg").read_text()
+    for host, address in ((here, "127.0.0.1:8001"), (other, "127.0.0.1:8002")):
+        settings = settings.replace(address, address.replace("127.0.0.1", host.address))
+    (tmp_path / "haproxy.cfg").write_text(settings)
+    with (
+        server(here, 8001, tmp_path / "here") as near,
+        server(other, 8002, tmp_path / "other") as far,
+        subprocess.Popen(["haproxy", "-f", tmp_path / "haproxy.cfg"], stdout=subprocess.DEVNULL) as haproxy,
+        ThreadPoolExecutor() as pool,
+    ):
+        url = "http://127.0.0.1:8080"
+        until(lambda: requests.get(f"{url}/ready", timeout=10).ok)
+        answers = streams(pool, url, 8)
+        going_on, lost = (gauge(server, "num_requests_running") for server in (near, far))
+        assert going_on and lost and going_on + lost == 8
+        other.cut_off()
+        for i in range(6):  # of which each server would get some
+            short = {"query": f"Say {i}.", "max_tokens": 3}
+            assert requests.post(f"{url}/chat", json=short, timeout=60).ok
+        ends = [answer.result(90) for answer in answers]
+        assert sum(end in ("stop", "length") for end in ends) == going_on
+        assert ends.count("the server broke the answer off") == lost
+        haproxy.terminate()

@@ -4,12 +4,15 @@ They share files, memory and processes, and nothing of the network: a host whose
 """
 
 import ctypes
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 CLONE_NEWNET = 0x40000000
+CLIENTS = f"qwen-{os.getpid()}"
+"""The namespace of the bridge and of those who ask."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Host:
     @property
     def name(self) -> str:
         """The name of its namespace."""
-        return f"qwen-host{self.number}"
+        return f"{CLIENTS}-host{self.number}"
 
     @property
     def runs(self) -> tuple[str, ...]:
@@ -45,9 +48,6 @@ class Host:
     def reconnect(self) -> None:
         """Put its cable in again."""
         _ip(f"-n {CLIENTS} link set port{self.number} up")
-
-
-CLIENTS = "qwen-clients"
 
 
 @contextmanager

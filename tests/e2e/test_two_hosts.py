@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from threading import Semaphore
 
@@ -27,7 +28,7 @@ pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="needs root and ip: apt install iproute2"),
 ]
-STALL = 10
+STALL = 20
 SMALL = f"--max-model-len 512 --kv-cache-memory-bytes 256M --stall-timeout {STALL}".split()
 ENGINES = """--data-parallel-size 2 --data-parallel-size-local 1 --data-parallel-address {head}
     --data-parallel-rpc-port 13345"""
@@ -72,19 +73,20 @@ def server(host: Host, port: int, log: Path, *flags: str) -> contextmanager:
     return running_server([*SMALL, *flags, *where], log, program=(*host.runs, *SERVER))
 
 
-def families() -> list[psutil.Process]:
-    """All that the two hosts run."""
-    return [process for process in psutil.process_iter() if process.environ().get("VLLM_HOST_IP", "")[:6] == "10.77."]
+def family(pid: int) -> list[psutil.Process]:
+    """A program and all that it has started."""
+    program = psutil.Process(pid)
+    return [program, *program.children(recursive=True)]
 
 
 def until(true: Callable[[], bool]) -> None:
-    """Wait for a program to listen."""
+    """Wait for a program to listen, or for what it says."""
     for _ in range(100):
         with suppress(requests.ConnectionError):
             if true():
                 return
         time.sleep(0.2)
-    pytest.fail("nobody listens")
+    pytest.fail("it did not come")
 
 
 def asked(url: str) -> str:
@@ -121,16 +123,17 @@ def test_a_host_is_cut_off_and_comes_back(hosts: tuple[Host, Host], tmp_path: Pa
         ThreadPoolExecutor() as pool,
     ):
         assert asked(url) == PARIS
-        answering, everything = server_process(url), families()
+        answering = server_process(url)
+        everything = [family(process.pid) for process in (answering, *computing)]
         answers = streams(pool, url, 4)
         assert setup != "engines" or gauge(url, "num_requests_running") == 4
         other.cut_off()
+        until(lambda: requests.get(f"{url}/ready", timeout=10).status_code == 503)
         for answer in answers:
             assert "the engine has died" in answer.result(3 * STALL)
-        assert requests.get(f"{url}/ready", timeout=10).status_code == 503
         assert answering.wait(3 * STALL) != 0
         assert [program.wait(3 * STALL) for program in computing] == [1] * len(computing)
-        assert not psutil.wait_procs(everything, timeout=15)[1]
+        assert not psutil.wait_procs(chain(*everything), timeout=15)[1]
     other.reconnect()
     with (
         programs(other, head, theirs, tmp_path / "other") as computing,

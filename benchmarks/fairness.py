@@ -44,7 +44,7 @@ def flood(url: str, ended: threading.Event, refused: list[int]) -> None:
 
 
 def main() -> None:
-    """Prints the medians and the longest, alone and beside the flood."""
+    """Prints the waits in their order, and their median, alone and beside the flood."""
     folder, ended, refused = Path(tempfile.mkdtemp()), threading.Event(), []
     keys = folder / "keys.toml"
     keys.touch(0o600)
@@ -62,7 +62,7 @@ def main() -> None:
         for thread in threads:
             thread.join()
     for name, times in (("alone", alone), ("beside the flood", beside)):
-        print(f"{name}: median {statistics.median(times):.2f} s, longest {max(times):.2f} s")
+        print(f"{name}: median {statistics.median(times):.2f} s of", *(f"{seconds:.2f}" for seconds in times))
     print(f"Ann was refused {len(refused)} times: {sorted(set(refused))}")
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from threading import Semaphore
@@ -93,12 +94,12 @@ def asked(url: str) -> str:
     return requests.post(f"{url}/chat", json={"query": FRANCE, "temperature": 0}, timeout=60).json()["text"]
 
 
-def streams(pool: ThreadPoolExecutor, url: str, number: int) -> list[Future]:
+def streams(pool: ThreadPoolExecutor, url: str, number: int, tokens: int) -> list[Future]:
     """Long answers, each of which has begun: its last word is its finish reason or its error."""
     begun = Semaphore(0)
 
     def read(i: int) -> str:
-        answer = stream_chat(url, f"Write a long story about number {i}.", sampling=Sampling(max_tokens=450))
+        answer = stream_chat(url, f"Write a long story about number {i}.", sampling=Sampling(max_tokens=tokens))
         try:
             while not isinstance(part := next(answer), ChatResult):
                 begun.release()
@@ -125,7 +126,7 @@ def test_a_host_is_cut_off_and_comes_back(hosts: tuple[Host, Host], tmp_path: Pa
         assert asked(url) == PARIS
         answering = server_process(url)
         everything = [family(process.pid) for process in (answering, *computing)]
-        answers = streams(pool, url, 4)
+        answers = streams(pool, url, 4, 450)
         until(lambda: gauge(url, "num_requests_running") == 4)
         other.cut_off()
         until(lambda: requests.get(f"{url}/ready", timeout=10).status_code == 503)
@@ -149,22 +150,24 @@ def test_of_two_servers_behind_one_address_one_is_cut_off(hosts: tuple[Host, Hos
     for host, address in ((here, "127.0.0.1:8001"), (other, "127.0.0.1:8002")):
         settings = settings.replace(address, address.replace("127.0.0.1", host.address))
     (tmp_path / "haproxy.cfg").write_text(settings)
+    far = f"http://{other.address}:8002"
     with (
+        programs(other, other, ("--host {head} --port 8002",), tmp_path / "other"),
         server(here, 8001, tmp_path / "here") as near,
-        server(other, 8002, tmp_path / "other") as far,
         subprocess.Popen(["haproxy", "-f", tmp_path / "haproxy.cfg"], stdout=subprocess.DEVNULL) as haproxy,
         ThreadPoolExecutor() as pool,
     ):
         url = "http://127.0.0.1:8080"
-        until(lambda: requests.get(f"{url}/ready", timeout=10).ok)
-        answers = streams(pool, url, 8)
-        going_on, lost = (gauge(server, "num_requests_running") for server in (near, far))
-        assert going_on and lost and going_on + lost == 8
+        until(lambda: requests.get(f"{far}/ready", timeout=10).ok and requests.get(f"{url}/ready", timeout=10).ok)
+        answers = streams(pool, url, 8, 150)
+        running = partial(gauge, name="num_requests_running")
+        until(lambda: running(near) + running(far) == 8)
+        going_on, lost = running(near), running(far)
         other.cut_off()
         for i in range(6):  # of which each server would get some
             short = {"query": f"Say {i}.", "max_tokens": 3}
             assert requests.post(f"{url}/chat", json=short, timeout=60).ok
         ends = [answer.result(90) for answer in answers]
-        assert sum(end in ("stop", "length") for end in ends) == going_on
-        assert ends.count("the server broke the answer off") == lost
+        assert sum(end in ("stop", "length") for end in ends) == going_on > 0
+        assert ends.count("the server broke the answer off") == lost > 0
         haproxy.terminate()

@@ -241,10 +241,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.key_file:
         # The front ends look at the file each second; one that is this process takes the signal itself.
         signal.signal(signal.SIGHUP, lambda *_: None)
-    if args.headless:
-        end_with_head(args)
     gc.enable()
     try:
+        if args.headless:
+            end_with_head(args)
         serve.ServeSubcommand.cmd(args)
     except Exception as error:
         sys.exit(f"vllm_server.py: {say('the server could not go on: {reason}', reason=reason_of(error))}")

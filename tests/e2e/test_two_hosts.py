@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -35,10 +35,10 @@ ENGINES = """--data-parallel-size 2 --data-parallel-size-local 1 --data-parallel
     --data-parallel-rpc-port 13345"""
 PARTS = "--tensor-parallel-size 3 --nnodes 3 --master-addr {head}"
 SETUPS = {
-    "engines": ((f"{ENGINES} --api-server-count 1",), (f"{ENGINES} --data-parallel-start-rank 1 --headless",)),
-    "parts": ((f"{PARTS} --node-rank 0",), tuple(f"{PARTS} --node-rank {rank} --headless" for rank in (1, 2))),
+    "engines": (f"{ENGINES} --api-server-count 1", f"{ENGINES} --data-parallel-start-rank 1 --headless"),
+    "parts": (f"{PARTS} --node-rank 0", *(f"{PARTS} --node-rank {rank} --headless" for rank in (1, 2))),
 }
-"""The flags of what the first host runs, and of what the second one runs; the demo model has three groups of heads."""
+"""The flags of what the first host runs, then of what the second one runs; the demo model has three groups of heads."""
 
 
 @pytest.fixture
@@ -48,18 +48,10 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 
 @contextmanager
-def programs(host: Host, head: Host, commands: tuple[str, ...], log: Path) -> Iterator[list[subprocess.Popen]]:
-    """Programs that the host runs for the head."""
+def programs(log: Path, *commands: Sequence[str | Path]) -> Iterator[list[subprocess.Popen]]:
+    """Programs that run beside the test, and end with it."""
     with log.open("wb") as out:
-        started = [
-            subprocess.Popen(
-                [*host.runs, *SERVER, *SMALL, *command.format(head=head.address).split()],
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-            )
-            for command in commands
-        ]
+        started = [subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True) for command in commands]
     try:
         yield started
     finally:
@@ -67,6 +59,11 @@ def programs(host: Host, head: Host, commands: tuple[str, ...], log: Path) -> It
             with suppress(ProcessLookupError):
                 os.killpg(program.pid, signal.SIGKILL)
             program.wait()
+
+
+def on(host: Host, flags: str) -> list[str]:
+    """The command of a small server on that host."""
+    return [*host.runs, *SERVER, *SMALL, *flags.split()]
 
 
 def server(host: Host, port: int, log: Path, *flags: str) -> contextmanager:
@@ -116,12 +113,12 @@ def streams(pool: ThreadPoolExecutor, url: str, number: int, tokens: int) -> lis
 @pytest.mark.parametrize("setup", SETUPS)
 def test_a_host_is_cut_off_and_comes_back(hosts: tuple[Host, Host], tmp_path: Path, setup: str) -> None:
     head, other = hosts
-    (ours,), theirs = SETUPS[setup]
-    flags = ours.format(head=head.address).split()
+    ours, *theirs = (flags.format(head=head.address) for flags in SETUPS[setup])
+    flags, others = ours.split(), [on(other, flags) for flags in theirs]
     with (
-        programs(other, head, theirs, tmp_path / "other") as computing,
+        programs(tmp_path / "other", *others) as computing,
         server(head, 8000, tmp_path / "head", *flags) as url,
-        ThreadPoolExecutor() as pool,
+        ThreadPoolExecutor(8) as pool,
     ):
         assert asked(url) == PARIS
         answering = server_process(url)
@@ -137,7 +134,7 @@ def test_a_host_is_cut_off_and_comes_back(hosts: tuple[Host, Host], tmp_path: Pa
         assert not psutil.wait_procs(chain(*everything), timeout=15)[1]
     other.reconnect()
     with (
-        programs(other, head, theirs, tmp_path / "other again"),
+        programs(tmp_path / "other again", *others),
         server(head, 8000, tmp_path / "head again", *flags) as url,
     ):
         assert asked(url) == PARIS
@@ -152,10 +149,10 @@ def test_of_two_servers_behind_one_address_one_is_cut_off(hosts: tuple[Host, Hos
     (tmp_path / "haproxy.cfg").write_text(settings)
     far = f"http://{other.address}:8002"
     with (
-        programs(other, other, ("--host {head} --port 8002",), tmp_path / "other"),
+        programs(tmp_path / "other", on(other, f"--host {other.address} --port 8002")),
         server(here, 8001, tmp_path / "here") as near,
-        subprocess.Popen(["haproxy", "-f", tmp_path / "haproxy.cfg"], stdout=subprocess.DEVNULL) as haproxy,
-        ThreadPoolExecutor() as pool,
+        programs(tmp_path / "haproxy", ["haproxy", "-f", tmp_path / "haproxy.cfg"]),
+        ThreadPoolExecutor(8) as pool,
     ):
         url = "http://127.0.0.1:8080"
         until(lambda: requests.get(f"{far}/ready", timeout=10).ok and requests.get(f"{url}/ready", timeout=10).ok)
@@ -170,4 +167,3 @@ def test_of_two_servers_behind_one_address_one_is_cut_off(hosts: tuple[Host, Hos
         ends = [answer.result(90) for answer in answers]
         assert sum(end in ("stop", "length") for end in ends) == going_on > 0
         assert ends.count("the server broke the answer off") == lost > 0
-        haproxy.terminate()

@@ -9,8 +9,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import requests
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ProtocolError, ReadTimeoutError
 
 from qwen_vllm import console
+from qwen_vllm.answer_readers import AnswerReader, ChatLines, OnWaiting, OpenAIEvents
 from qwen_vllm.flags import Help, add_arguments, given_sampling
 from qwen_vllm.network import THIS_MACHINE
 from qwen_vllm.protocol import (
@@ -33,19 +34,17 @@ from qwen_vllm.protocol import (
     ServerInfo,
     Turn,
     text_turns,
-    turn,
 )
 from qwen_vllm.words import choose_language, say
 
 __all__ = ["ChatError", "ChatResult", "Reasoning", "Sampling", "ServerInfo", "server_info", "server_info_async"]
 __all__ += ["count_tokens_async", "stream_chat", "stream_chat_async", "stream_messages", "stream_messages_async"]
+__all__ += ["stream_question", "stream_question_async"]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 Timeout = tuple[float, float]
 """(seconds to wait for a connection, seconds to wait for each further piece of an answer)"""
 TIMEOUT: Timeout = (5.0, 300.0)
-OnWaiting = Callable[[int, int], None]
-"""Takes the place in the queue, about, and the tokens of the prompt; place 0: the model reads them."""
 INFO_TIMEOUT: Timeout = (5.0, 10.0)
 OPENAI_CHAT = "/v1/chat/completions"
 TEST_MESSAGE = "What is the capital of France?"
@@ -71,7 +70,7 @@ def stream_chat(
         ChatError: the server refused the request or failed, no server answered, or the answer broke off.
     """
     body = _chat_body(query, history, system, sampling, on_waiting)
-    return _Server(url, api_key, timeout).stream("/chat", body, _ChatLines(query, history, on_waiting))
+    return _Server(url, api_key, timeout).stream("/chat", body, ChatLines(query, history, on_waiting))
 
 
 def stream_messages(
@@ -89,7 +88,7 @@ def stream_messages(
     calls. Otherwise as `stream_chat`.
     """
     body = _openai_body(messages, sampling, fields)
-    return _Server(url, api_key, timeout).stream(OPENAI_CHAT, body, _OpenAIEvents())
+    return _Server(url, api_key, timeout).stream(OPENAI_CHAT, body, OpenAIEvents())
 
 
 def stream_chat_async(
@@ -107,7 +106,7 @@ def stream_chat_async(
     Cancelling the task that waits for the next piece also stops the answer in the engine.
     """
     body = _chat_body(query, history, system, sampling, on_waiting)
-    return _Server(url, api_key, timeout).stream_async("/chat", body, _ChatLines(query, history, on_waiting))
+    return _Server(url, api_key, timeout).stream_async("/chat", body, ChatLines(query, history, on_waiting))
 
 
 def stream_messages_async(
@@ -120,11 +119,66 @@ def stream_messages_async(
 ) -> AsyncGenerator[Part, None]:
     """Do what `stream_messages` does, on asyncio."""
     body = _openai_body(messages, sampling, fields)
-    return _Server(url, api_key, timeout).stream_async(OPENAI_CHAT, body, _OpenAIEvents())
+    return _Server(url, api_key, timeout).stream_async(OPENAI_CHAT, body, OpenAIEvents())
+
+
+def stream_question(
+    url: str,
+    query: Question,
+    history: Sequence[AskedTurn],
+    system: str | None,
+    sampling: Sampling,
+    api_key: str | None = None,
+    on_waiting: OnWaiting | None = None,
+) -> Generator[Part, None, None]:
+    """Ask by `/chat`; by OpenAI's route where there are images, or no `/chat`, as at a switch of several models.
+
+    Otherwise as `stream_chat`.
+    """
+    if not _with_images(query, history):
+        earlier = text_turns(history)
+        try:
+            yield from stream_chat(url, query.text, earlier, system, sampling, api_key, on_waiting=on_waiting)
+            return
+        except ChatError as error:
+            if not _lacks_chat(error):
+                raise
+        sampling = _with_model(sampling, server_info(url, api_key))
+    yield from stream_messages(url, openai_messages(query, history, system), sampling, api_key)
+
+
+async def stream_question_async(
+    url: str,
+    query: Question,
+    history: Sequence[AskedTurn],
+    system: str | None,
+    sampling: Sampling,
+    api_key: str | None = None,
+    on_waiting: OnWaiting | None = None,
+) -> AsyncGenerator[Part, None]:
+    """Do what `stream_question` does, on asyncio."""
+    if not _with_images(query, history):
+        earlier = text_turns(history)
+        asked = stream_chat_async(url, query.text, earlier, system, sampling, api_key, on_waiting=on_waiting)
+        try:
+            async with aclosing(asked):
+                async for part in asked:
+                    yield part
+            return
+        except ChatError as error:
+            if not _lacks_chat(error):
+                raise
+        sampling = _with_model(sampling, await server_info_async(url, api_key))
+    messages = openai_messages(query, history, system)
+    async with aclosing(stream_messages_async(url, messages, sampling, api_key)) as parts:
+        async for part in parts:
+            yield part
 
 
 def server_info(url: str, api_key: str | None = None) -> ServerInfo:
     """Ask the server at `url` for its models, its defaults and its limits.
+
+    One without `/chat/info`, as a switch of several models, tells only the names in `/v1/models`.
 
     Raises:
         ChatError: as in `stream_chat`.
@@ -181,103 +235,18 @@ def _openai_body(
     return {"messages": list(messages), "stream": True, "stream_options": {"include_usage": True}, **wanted, **fields}
 
 
-class _AnswerReader:
-    """Reads the parts of an answer from the chunks of its body."""
-
-    def __init__(self) -> None:
-        self._unread, self._reasoning, self._text = b"", "", ""
-        self.ended = False
-
-    def parts(self, chunk: bytes) -> Iterator[Part]:
-        """Yield the parts of the lines that this chunk completes."""
-        *lines, self._unread = (self._unread + chunk).split(b"\n")
-        for line in lines:
-            for part in self._parts_of(line):
-                if isinstance(part, ChatResult):
-                    self.ended = True
-                elif isinstance(part, Reasoning):
-                    self._reasoning += part.text
-                else:
-                    self._text += part
-                yield part
-
-    def _parts_of(self, line: bytes) -> Iterator[Part]:
-        raise NotImplementedError
+def _with_images(query: Question, history: Sequence[AskedTurn]) -> bool:
+    return any(question.images for question in (query, *(earlier for earlier, *_ in history)))
 
 
-class _ChatLines(_AnswerReader):
-    """Reads the lines of `/chat`: a JSON object each."""
-
-    def __init__(self, query: str, history: Sequence[Turn], on_waiting: OnWaiting | None) -> None:
-        super().__init__()
-        self._query, self._history, self._on_waiting = query, history, on_waiting
-
-    def _parts_of(self, line: bytes) -> Iterator[Part]:
-        value = json.loads(line)
-        if "error" in value:
-            raise ChatError(value["error"]["message"], value["error"]["type"])
-        if "delta" in value:
-            yield value["delta"]
-        elif "reasoning" in value:
-            yield Reasoning(value["reasoning"])
-        elif "waiting" in value:
-            if self._on_waiting:
-                self._on_waiting(value["waiting"], value["prompt_tokens"])
-        else:
-            kept = self._reasoning if value["keeps_reasoning"] else ""
-            yield ChatResult(
-                text=self._text,
-                history=[*self._history, turn(self._query, self._text, kept)],
-                finish_reason=value["finish_reason"],
-                stop_reason=value["stop_reason"],
-                prompt_tokens=value["usage"]["prompt_tokens"],
-                completion_tokens=value["usage"]["completion_tokens"],
-                dropped_turns=value["dropped_turns"],
-                reasoning=self._reasoning,
-                reasoning_tokens=value["usage"]["reasoning_tokens"],
-                dropped_reasoning=value["dropped_reasoning"],
-            )
+def _lacks_chat(error: ChatError) -> bool:
+    """Tell whether `/chat` was refused because there is none, and not because the server does not know the model."""
+    return error.status == 404 and error.param != "model"
 
 
-class _OpenAIEvents(_AnswerReader):
-    """Reads the server-sent events of OpenAI's route; the usage comes last."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._last_choice: dict[str, Any] = {}
-        self._calls: dict[int, dict[str, Any]] = {}
-
-    def _parts_of(self, line: bytes) -> Iterator[Part]:
-        data = line.removeprefix(b"data: ").strip()
-        if not data or data == b"[DONE]" or data.startswith(b":"):  # a comment: a sign of life
-            return
-        event = json.loads(data)
-        if "error" in event:
-            raise ChatError(event["error"]["message"], "engine_error")
-        for choice in event["choices"]:
-            self._last_choice = choice
-            if reasoning := choice["delta"].get("reasoning"):
-                yield Reasoning(reasoning)
-            if text := choice["delta"].get("content"):
-                yield text
-            for call in choice["delta"].get("tool_calls") or ():
-                whole = self._calls.setdefault(call["index"], {"type": "function", "function": {"arguments": ""}})
-                whole["id"] = call.get("id") or whole["id"]
-                whole["function"]["name"] = call["function"].get("name") or whole["function"]["name"]
-                whole["function"]["arguments"] += call["function"].get("arguments") or ""
-        if usage := event.get("usage"):
-            yield ChatResult(
-                text=self._text,
-                history=[],
-                finish_reason=self._last_choice["finish_reason"],
-                stop_reason=self._last_choice.get("stop_reason"),
-                prompt_tokens=usage["prompt_tokens"],
-                completion_tokens=usage["completion_tokens"],
-                dropped_turns=0,
-                reasoning=self._reasoning,
-                reasoning_tokens=(usage.get("completion_tokens_details") or {}).get("reasoning_tokens", 0),
-                tool_calls=[*self._calls.values()],
-            )
+def _with_model(sampling: Sampling, info: ServerInfo) -> Sampling:
+    """Name the model, by which a switch chooses the server."""
+    return sampling if sampling.model else sampling.model_copy(update={"model": info.models[0]})
 
 
 @dataclass(frozen=True)
@@ -288,7 +257,7 @@ class _Server:
     api_key: str | None
     timeout: Timeout
 
-    def stream(self, path: str, body: dict[str, Any], answer: _AnswerReader) -> Generator[Part, None, None]:
+    def stream(self, path: str, body: dict[str, Any], answer: AnswerReader) -> Generator[Part, None, None]:
         with (
             self._chat_errors(),
             self._session() as session,
@@ -302,7 +271,7 @@ class _Server:
                     return
         raise ChatError(say("the answer ended without its last line"), "incomplete")
 
-    async def stream_async(self, path: str, body: dict[str, Any], answer: _AnswerReader) -> AsyncGenerator[Part, None]:
+    async def stream_async(self, path: str, body: dict[str, Any], answer: AnswerReader) -> AsyncGenerator[Part, None]:
         with self._chat_errors():
             async with self._client() as client, client.stream("POST", self.url + path, json=body) as response:
                 if response.status_code != 200:
@@ -317,12 +286,18 @@ class _Server:
 
     def info(self) -> ServerInfo:
         with self._chat_errors(), self._session() as session:
-            return _info_in(session.get(f"{self.url}/chat/info", timeout=self.timeout))
+            told = session.get(f"{self.url}/chat/info", timeout=self.timeout)
+            if told.status_code == 404:
+                told = session.get(f"{self.url}/v1/models", timeout=self.timeout)
+            return _info_in(told)
 
     async def info_async(self) -> ServerInfo:
         with self._chat_errors():
             async with self._client() as client:
-                return _info_in(await client.get(f"{self.url}/chat/info"))
+                told = await client.get(f"{self.url}/chat/info")
+                if told.status_code == 404:
+                    told = await client.get(f"{self.url}/v1/models")
+                return _info_in(told)
 
     async def count_async(self, text: str) -> int:
         body = {"prompt": text, "add_special_tokens": False}
@@ -385,7 +360,8 @@ class _Server:
 def _info_in(response: requests.Response | httpx.Response) -> ServerInfo:
     if response.status_code != 200:
         raise _refusal(response)
-    info = ServerInfo(**json.loads(response.content))
+    told = json.loads(response.content)
+    info = ServerInfo([model["id"] for model in told["data"]]) if "data" in told else ServerInfo(**told)
     if not info.models:
         raise ValueError("the server names no model")
     return info
@@ -415,7 +391,7 @@ def send_test_message(url: str, query: str, system: str, sampling: Sampling, api
     title = say("{model} at {url}", model=sampling.model or info.models[0], url=url)
     print(f"{title}\n> {query}", flush=True)
     began = time.monotonic()
-    parts = stream_chat(url, query, system=system, sampling=sampling, api_key=api_key)
+    parts = stream_question(url, Question(query), [], system, sampling, api_key)
     first_part, first = next(parts), time.monotonic()
     result = [first_part, *parts][-1]
     assert isinstance(result, ChatResult)
@@ -450,9 +426,7 @@ def main(argv: list[str] | None = None) -> int:
     url, key = args.url.rstrip("/"), args.api_key
 
     def ask(query: Question, history: Sequence[AskedTurn], system: str | None, sampling: Sampling) -> Iterator[Part]:
-        if query.images or any(question.images for question, *_ in history):
-            return stream_messages(url, openai_messages(query, history, system), sampling, key)
-        return stream_chat(url, query.text, text_turns(history), system, sampling, key, on_waiting=_tell_waiting)
+        return stream_question(url, query, history, system, sampling, key, _tell_waiting)
 
     try:
         if args.test_message is not None:

@@ -29,6 +29,7 @@ from qwen_vllm.models.resolve import resolve_model, resolve_parts
 from qwen_vllm.network import THIS_MACHINE, listen
 from qwen_vllm.protocol import reason_of
 from qwen_vllm.server.guard import Guard, wants_key
+from qwen_vllm.server.headless import end_with_head
 from qwen_vllm.server.keys import KeyFileError, KeyRing
 from qwen_vllm.server.usage import UsageFile
 from qwen_vllm.tool_calls import FORMS
@@ -242,9 +243,13 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(signal.SIGHUP, lambda *_: None)
     gc.enable()
     try:
+        if args.headless:
+            end_with_head(args)
         serve.ServeSubcommand.cmd(args)
     except Exception as error:
         sys.exit(f"vllm_server.py: {say('the server could not go on: {reason}', reason=reason_of(error))}")
+    if args.headless:
+        sys.exit("vllm_server.py: the engine of this machine has ended; the log above says why")
 
 
 def _other_plugins(allowed: list[str] | None) -> list[str]:

@@ -15,7 +15,8 @@ import pytest
 from qwen_vllm.protocol import Question
 from tests.support import ROOT
 from tests.support.programs import ENVIRONMENT
-from tests.support.scripted_server import LAST, Server, line
+from tests.support.scripted_server import LAST, Server, line, scripted
+from tests.support.switch import switch
 from vllm_client import (
     ChatError,
     ChatResult,
@@ -30,6 +31,7 @@ from vllm_client import (
     stream_chat_async,
     stream_messages,
     stream_messages_async,
+    stream_question_async,
 )
 
 
@@ -421,6 +423,34 @@ def test_the_programs_questions_go_where_their_images_are_taken(
     assert asked[0][1]["history"] == []
     assert [len(body["messages"]) for _, body in asked[1:]] == [2, 4]
     assert {body["model"] for _, body in asked} == {"poet"}
+
+
+def test_several_models_at_one_address_are_shown_and_asked_by_their_names(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    calls = []
+    monkeypatch.setattr("qwen_vllm.console.run", lambda *args: calls.append(args) or 0)
+    server.play(*(b"data: " + line(event) for event in EVENTS), path="/v1/chat/completions")
+    with scripted() as other, switch({"base": server.url, "poet": other.url}) as url:
+        rhyme = {"choices": [{"delta": {"content": "Rose"}, "finish_reason": "stop"}]}
+        other.play(*(b"data: " + line(event) for event in (rhyme, EVENTS[-1])), path="/v1/chat/completions")
+        assert main(["--url", url]) == 0
+        [(ask, title, _, info)] = calls
+        assert (title, info().models) == (f"base at {url}", ["base", "poet"])
+        turns = [(Question("one"), "a", "")]
+        for settings, told in ((Sampling(temperature=0), "你好"), (Sampling(model="poet", temperature=0), "Rose")):
+            *pieces, result = ask(Question("two"), turns, "S", settings)
+            assert "".join(pieces) == result.text == told
+            again = stream_question_async(url, Question("two"), turns, "S", settings)
+            assert asyncio.run(all_parts(again)) == [*pieces, result]
+        with pytest.raises(ChatError, match="no such model"):
+            list(ask(Question("two"), [], "S", Sampling(model="writer")))
+        assert main(["--url", url, "--test-message", "--model", "poet"]) == 0
+        assert capsys.readouterr().out.splitlines()[::2] == [f"poet at {url}", "Rose"]
+        for asked, model in ((server, "base"), (other, "poet")):
+            bodies = [body for _, _, body in asked.requests]
+            assert {body["model"] for body in bodies} == {model}
+            assert bodies[0]["temperature"] == 0 and len(bodies[0]["messages"]) == 4
 
 
 def test_the_program_says_that_no_server_answers(

@@ -129,7 +129,11 @@ class Lifecycle:
             await asyncio.sleep(PING_INTERVAL)
 
     def _engine_seconds(self) -> float | None:
-        """Return the CPU time that the engine has used, in seconds; None where it runs on other machines."""
+        """Return the CPU time that the engine has used, in seconds; None where some of it runs on other machines."""
+        config = self._engine.vllm_config.parallel_config
+        here = config.local_engines_only or config.data_parallel_size_local == config.data_parallel_size
+        if config.nnodes > 1 or not here:
+            return None
         main = multiprocessing.parent_process()  # of several front ends; a single one is the server itself
         times = []
         for child in psutil.Process(main.pid if main else None).children(recursive=True):

@@ -8,11 +8,11 @@ from contextlib import aclosing, contextmanager
 from itertools import count
 
 from qwen_vllm.flags import typed
-from qwen_vllm.protocol import ChatError, ChatResult, Part, Reasoning, Sampling, ServerInfo, text_turns, validated
+from qwen_vllm.protocol import ChatError, ChatResult, Part, Reasoning, Sampling, ServerInfo, validated
 from qwen_vllm.retry import retry_delay
 from qwen_vllm.webui.conversation import KEPT, Message, Messages, question_of, remark, text_message, turns
 from qwen_vllm.words import Words
-from vllm_client import openai_messages, stream_chat_async, stream_messages_async
+from vllm_client import stream_question_async
 
 
 class WaitingLine:
@@ -203,14 +203,9 @@ class AnswerStreams:
             reply.add(error)
 
     def _ask(self, reply: Reply, messages: Messages, system: str, sampling: Sampling) -> AsyncGenerator[Part, None]:
-        query, history = question_of(messages[-1]), turns(messages[:-1])
-        if query.images or any(earlier.images for earlier, *_ in history):
-            asked = openai_messages(query, history, system)
-            return stream_messages_async(self._url, asked, sampling, self._api_key)
-
         def show(place: int, tokens: int) -> None:
             words = reply.words
             reply.notify(words["place"].format(place=place) if place else words["reading"].format(tokens=tokens))
 
-        earlier = text_turns(history)
-        return stream_chat_async(self._url, query.text, earlier, system, sampling, self._api_key, on_waiting=show)
+        query, history = question_of(messages[-1]), turns(messages[:-1])
+        return stream_question_async(self._url, query, history, system, sampling, self._api_key, show)

@@ -1,8 +1,11 @@
 """The server's life on a scripted engine: the watch, readiness, and how it stops."""
 
 import asyncio
+import shutil
+import subprocess
 from argparse import Namespace
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +15,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from qwen_vllm.server import lifecycle
 from qwen_vllm.server.lifecycle import IDLE, LATE, Lifecycle
 
+HERE = {"local_engines_only": False, "data_parallel_size": 2, "data_parallel_size_local": 2, "nnodes": 1}
+"""vLLM's configuration of two engines on this machine."""
+
 
 class ScriptedEngine:
     """Answers every sign of life until told to hang; records what is asked of it."""
@@ -20,7 +26,7 @@ class ScriptedEngine:
         self.hangs, self.unfinished, self.errored = hangs, unfinished, False
         self.aborted: list[str] = []
         self.failures: list[Exception] = []
-        self.vllm_config = SimpleNamespace(shutdown_timeout=7)
+        self.vllm_config = SimpleNamespace(shutdown_timeout=7, parallel_config=SimpleNamespace(**HERE))
         self.output_handler = SimpleNamespace(cancel=self._end)
         self.output_processor = SimpleNamespace(request_states={"a": 1, "b": 2}, propagate_error=self.failures.append)
 
@@ -100,6 +106,23 @@ def test_an_engine_that_computes_has_the_stall_timeout(
     run(living(engine, stall_timeout=IDLE * 3)[0].watch())
     assert len(readings) == IDLE * 3 + 1
     assert engine.errored
+
+
+@pytest.mark.parametrize(
+    ("where", "seconds"),
+    [({}, IDLE), ({"data_parallel_size_local": 1}, IDLE * 3), ({"nnodes": 2}, IDLE * 3)],
+    ids=["here", "an engine elsewhere", "a part of an engine elsewhere"],
+)
+def test_what_another_machine_computes_is_not_seen_so_it_has_the_stall_timeout(
+    fast_clock: None, tmp_path: Path, capsys: pytest.CaptureFixture, where: dict[str, int], seconds: int
+) -> None:
+    idle = Path(shutil.copy("/bin/sleep", tmp_path / "VLLM::EngineCore"))
+    with subprocess.Popen([idle, "60"]) as process:
+        engine = ScriptedEngine(hangs=True)
+        engine.vllm_config.parallel_config = SimpleNamespace(**{**HERE, **where})
+        run(living(engine, stall_timeout=IDLE * 3)[0].watch())
+        process.kill()
+    assert f"has not answered for {seconds} s" in capsys.readouterr().err
 
 
 def test_an_engine_that_answers_late_is_not_ready_and_then_ready_again(

@@ -22,6 +22,7 @@ from qwen_vllm.webui.answering import WaitingLine
 from qwen_vllm.words import WORDS
 from tests.support.chat_messages import TALK, assistant, shown, user
 from tests.support.scripted_server import LAST, Server, line
+from tests.support.switch import switch
 
 UNSET = [""] * len(Sampling.model_fields)
 EN = WORDS["en"]
@@ -127,6 +128,20 @@ def test_the_key_and_the_conversation_are_sent(server: Server) -> None:
     assert {name.lower(): value for name, value in headers.items()}["authorization"] == "Bearer key"
     asked = {"query": "q", "history": [["a", "b"], ["d", "half"]], "system": "system"}
     assert body == {**asked, "stream": True, "keep_alive": True}
+
+
+def test_several_models_at_one_address_are_in_the_menu_and_asked_by_their_names(server: Server) -> None:
+    event = {"choices": [{"delta": {"content": "Rose"}, "finish_reason": "stop"}]}
+    usage = {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 2}}
+    server.play(b"data: " + line(event), b"data: " + line(usage), path="/v1/chat/completions")
+    with switch({"base": server.url, "poet": server.url}) as url:
+        page = Page(url, "key", None, None, WaitingLine(8, 8))
+        title, _, *fields = asyncio.run(page.greet(person()))
+        assert title == "<h1>base</h1>"
+        assert fields[list(Sampling.model_fields).index("model")]["choices"] == ["base", "poet"]
+        for settings in (UNSET, filled(model="poet")):
+            assert asyncio.run(last(answer(page, user("q"), settings=settings)))[0] == [("", "Rose")]
+    assert [body["model"] for _, _, body in server.requests] == ["base", "poet"]
 
 
 def test_an_answer_without_a_word_is_told(server: Server) -> None:

@@ -37,6 +37,9 @@ QUICKLY_DRAWN = 20_000
 LONGEST_DRAWING = 1.0
 """Seconds that a drawing waits for the browser to be done with the one before."""
 CLOSE_TIMEOUT = 5
+SCRIPTS = ("branches.js", "store.js", "page.js", "versions.js", "transfer.js")
+DEPTH = ("reasoning_effort", "thinking_budget")
+"""The sampling parameters whose fields stand before the others."""
 """Seconds that open connections have when the page's server ends."""
 BUSY_BOX: dict[str, Any] = {"interactive": False, "submit_btn": False, "stop_btn": True}
 UNQUEUED: dict[str, Any] = {"queue": False, "api_visibility": "private"}
@@ -55,7 +58,8 @@ class Components:
             self.delete = gr.Button(say("delete"), size="sm", elem_id="delete")
         with gr.Sidebar(elem_id="settings", position="right", open=False):
             self.system = gr.Textbox(DEFAULT_SYSTEM, label=say("system"), lines=3, elem_id="system")
-            self.sampling = [_field(name, say) for name in Sampling.model_fields]
+            fields = {name: _field(name, say) for name in dict.fromkeys((*DEPTH, *Sampling.model_fields))}
+            self.sampling = [fields[name] for name in Sampling.model_fields]
         self.heading = gr.HTML(elem_id="heading")
         self.chat_id = gr.Textbox(visible="hidden", elem_id="chat-id")
         self.exported = gr.Textbox(visible="hidden")
@@ -96,7 +100,7 @@ def _field(name: str, say: Callable[[str], Any]) -> gr.components.Component:
         case "model" | "reasoning_effort":
             return gr.Dropdown([], value="", allow_custom_value=True, visible=False, **look)
         case "enable_thinking":
-            return gr.Radio([(say("default"), ""), (say("on"), "true"), (say("off"), "false")], value="", **look)
+            return gr.Textbox(visible=False, **look)  # the menu of `reasoning_effort` has it
     return gr.Textbox(placeholder=say("default"), max_lines=1, **look)
 
 
@@ -106,8 +110,12 @@ def _offered(name: str, info: ServerInfo, words: Words) -> dict[str, Any]:
         case "model":
             return _menu(info.models if len(info.models) > 1 else [])
         case "reasoning_effort":
-            levels = [(level, level) for level in info.reasoning_efforts]
-            return _menu([(words["default"], ""), *levels] if levels else [])
+            may_choose = "enable_thinking" in info.defaults
+            levels = [(level, level) for level in info.reasoning_efforts] or [(words["on"], "on")] * may_choose
+            depths = [(words["off"], "off")] * may_choose + levels
+            return _menu([(words["default"], ""), *depths] if depths else [])
+        case "enable_thinking":
+            return gr.update(value="")
     return gr.update(placeholder=str(info.defaults[name])) if name in info.defaults else gr.skip()
 
 

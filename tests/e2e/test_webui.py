@@ -248,13 +248,13 @@ def test_an_answer_is_shown_with_code_formulas_and_tables_and_thoughts_folded(se
     seen.set()
     tab.until(tab.figures)
     # While the fold closes, what it held is still a message of its own.
-    tab.until(lambda: tab.messages()[:2] == ["Show me", "Thoughts"] and len(tab.messages()) == 3)
+    tab.until(lambda: len(tab.messages()) == 3 and re.fullmatch(r"Thoughts\s+\d\.\d s", tab.messages()[1]))
     assert "Here is bold" in tab.messages()[2]
     assert "vector<int>" in tab.messages()[2]
     marked = ["bold", "def", "return", "1", "2"]
     tab.until(lambda: tab.texts("#chat strong, #chat td, #chat code .keyword") == marked)
     tab.until(lambda: tab.run("return document.querySelectorAll('#chat .katex').length") == 1)
-    assert "8,192 tokens" in tab.figures()
+    assert tab.figures().endswith("20 tokens in, 3 out, of 8,192 · old turns left out: 1")
     server.play(line({"delta": "Sure."}), line(LAST))
     assert tab.ask("More?") == "Sure."
     assert questions(server)[1]["history"] == [["Show me", RICH]]
@@ -610,25 +610,33 @@ def test_a_model_is_chosen_where_there_are_several(server, page, person):
     assert questions(server)[0]["model"] == "poet"
 
 
-def test_how_much_the_model_thinks_is_chosen_where_it_has_levels(server, page, person):
-    server.play(line(INFO | {"reasoning_efforts": ["low", "medium", "xhigh"]}), path="/chat/info")
+def test_how_deep_the_model_thinks_is_one_menu_of_what_it_knows(server, page, person):
+    choice = INFO | {"defaults": {"enable_thinking": True}}
+    server.play(line(choice | {"reasoning_efforts": ["low", "medium", "xhigh"]}), path="/chat/info")
     server.play(line({"delta": "Yes."}), line(LAST))
     tab = person(page)
     tab.press("#settings .toggle-button")
-    tab.choose("#reasoning_effort", 2, of=4)
+    tab.choose("#reasoning_effort", 3, of=5)
     tab.fill("#thinking_budget textarea, #thinking_budget input", "64")
     tab.press("#settings .toggle-button")
     tab.until(lambda: '"64"' in tab.run("return localStorage['qwen-vllm/settings'] ?? ''"))
     tab.driver.refresh()
     assert tab.ask("Deep?") == "Yes."
-    effort = "return document.querySelector('#reasoning_effort input')?.value"
-    assert tab.run(effort) == "low"
+    depth = "return document.querySelector('#reasoning_effort input')?.value"
+    assert tab.run(depth) == "low"
+    server.play(line(choice), path="/chat/info")
+    tab.driver.refresh()
+    tab.press("#settings .toggle-button")
+    tab.choose("#reasoning_effort", 2, of=3)
+    tab.press("#settings .toggle-button")
+    tab.ask("And off?")
     server.play(line(INFO), path="/chat/info")
     tab.driver.refresh()
     tab.ask("And now?")
-    assert tab.run(effort) is None
-    asked = [(body.get("reasoning_effort"), body["thinking_budget"]) for body in questions(server)]
-    assert asked == [("low", 64), (None, 64)]
+    assert tab.run(depth) is None
+    names = "reasoning_effort", "enable_thinking", "thinking_budget"
+    asked = [tuple(body.get(name) for name in names) for body in questions(server)]
+    assert asked == [("low", None, 64), (None, False, 64), (None, None, 64)]
 
 
 def test_reasoning_goes_along_where_the_server_keeps_it_also_after_a_reload(server, page, person):
@@ -799,7 +807,7 @@ def test_the_real_server_answers_is_stopped_and_a_reload_keeps_the_chat(demo_ser
     assert tab.driver.title == MODEL
     tab.fill("#temperature textarea, #temperature input", "0")
     assert tab.ask(FRANCE) == "The capital of France is Paris."
-    figures = r"first token \d+\.\d\d s · \d+\.\d tokens/s · 35 of 8,192 tokens"
+    figures = r"first token \d+\.\d\d s · \d+\.\d tokens/s · \d+ tokens in, \d+ out, of 8,192"
     assert re.fullmatch(figures, tab.figures())
     tab.send("Write a long story about a dragon.")
     tab.until(lambda: len(tab.messages()) == 4 and len(tab.messages()[3]) > 20)

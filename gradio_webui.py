@@ -25,6 +25,7 @@ from qwen_vllm.network import THIS_MACHINE, address, listen
 from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling, ServerInfo
 from qwen_vllm.webui import gradio as gr
 from qwen_vllm.webui.answering import AnswerStreams, Reply, WaitingLine
+from qwen_vllm.webui.chat_list import ChatList
 from qwen_vllm.webui.conversation import Messages, as_json, as_markdown, images_of, question, size_of, text_of
 from qwen_vllm.webui.markdown import LATEX, written
 from qwen_vllm.words import WORDS, Words, choose_language, say, words_for
@@ -36,10 +37,10 @@ QUICKLY_DRAWN = 20_000
 """Characters. Gradio reads the whole answer for each drawing: one longer by this is drawn half as often."""
 LONGEST_DRAWING = 1.0
 """Seconds that a drawing waits for the browser to be done with the one before."""
-CLOSE_TIMEOUT = 5
 SCRIPTS = ("branches.js", "store.js", "page.js", "versions.js", "transfer.js")
 DEPTH = ("reasoning_effort", "thinking_budget")
 """The sampling parameters whose fields stand before the others."""
+CLOSE_TIMEOUT = 5
 """Seconds that open connections have when the page's server ends."""
 BUSY_BOX: dict[str, Any] = {"interactive": False, "submit_btn": False, "stop_btn": True}
 UNQUEUED: dict[str, Any] = {"queue": False, "api_visibility": "private"}
@@ -49,18 +50,13 @@ class Components:
     """The page's components, in the order in which they stand on it. Made inside `gr.Blocks`, which adds them."""
 
     def __init__(self, say: Callable[[str], Any]) -> None:
-        with gr.Sidebar(elem_id="chats", open=False):
-            self.new = gr.Button(say("new"), variant="primary", elem_id="new")
-            self.earlier = gr.Radio([], label=say("earlier"), elem_id="earlier")
-            with gr.Row():
-                self.to_markdown = gr.Button(say("as_markdown"), size="sm", elem_id="to-markdown")
-                self.to_json = gr.Button(say("as_json"), size="sm", elem_id="to-json")
-            self.delete = gr.Button(say("delete"), size="sm", elem_id="delete")
+        self.chats = ChatList(say)
         with gr.Sidebar(elem_id="settings", position="right", open=False):
             self.system = gr.Textbox(DEFAULT_SYSTEM, label=say("system"), lines=3, elem_id="system")
             fields = {name: _field(name, say) for name in dict.fromkeys((*DEPTH, *Sampling.model_fields))}
             self.sampling = [fields[name] for name in Sampling.model_fields]
         self.heading = gr.HTML(elem_id="heading")
+        gr.HTML("<div role=alert></div>", elem_id="notice")
         self.chat_id = gr.Textbox(visible="hidden", elem_id="chat-id")
         self.exported = gr.Textbox(visible="hidden")
         look: dict[str, Any] = {
@@ -145,7 +141,7 @@ class Page:
     def _connect(self, page: gr.Blocks, on: Components) -> None:
         settings, asking = [on.system, *on.sampling], [on.box, on.chat, on.running]
         here = [on.chat_id, on.chat, on.running]
-        shown = [*here, on.figures, on.earlier]
+        shown = [*here, on.figures, on.chats.earlier]
         restored = page.load(js="chats.restore", inputs=settings, outputs=[*shown, *settings])
         restored.then(self.greet, None, [on.heading, on.box, *on.sampling], **UNQUEUED).then(js="showTitle")
         page.unload(self.stop)
@@ -167,19 +163,17 @@ class Page:
                 concurrency_limit=None,  # `WaitingLine` has the bounds, and tells people their places
                 show_progress="hidden",
                 api_visibility="private",
-            ).then(js="chats.finish", inputs=here, outputs=here[1:]).then(ready, None, on.box, **UNQUEUED).then(
-                js="focusBox"
-            )
+            ).then(js="chats.finish", inputs=[*here, on.figures], outputs=here[1:]).then(
+                ready, None, on.box, **UNQUEUED
+            ).then(js="focusBox")
         on.box.stop(self.stop, **UNQUEUED)
         on.more.click(js="chats.more", outputs=on.chat)
         on.chat.undo(undo, on.chat, [on.box, on.chat], **UNQUEUED)
 
-        on.new.click(self.stop, **UNQUEUED).then(js="chats.fresh", outputs=shown)
-        on.earlier.input(self.stop, **UNQUEUED).then(js="chats.open", inputs=on.earlier, outputs=shown)
-        on.delete.click(self.stop, **UNQUEUED).then(js="chats.remove", outputs=shown)
+        on.chats.connect(shown, self.stop)
         for button, export, save in (
-            (on.to_markdown, as_markdown, "chats.saveMarkdown"),
-            (on.to_json, as_json, "chats.saveJson"),
+            (on.chats.to_markdown, as_markdown, "chats.saveMarkdown"),
+            (on.chats.to_json, as_json, "chats.saveJson"),
         ):
             whole = "(messages, system) => [chats.withEarlier(messages), system]"
             exported = button.click(export, [on.chat, on.system], on.exported, js=whole, **UNQUEUED)
@@ -329,7 +323,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def build_app(page: Page, args: argparse.Namespace) -> FastAPI:
     """Return the page as an ASGI application."""
-    style, script = (files("qwen_vllm.webui").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
+    folder = files("qwen_vllm.webui")
+    style, *scripts = (folder.joinpath(name).read_text("utf-8") for name in ("page.css", *SCRIPTS))
+    script = "\n".join(scripts)
     words = words_for(args.lang)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(LocalOnly)

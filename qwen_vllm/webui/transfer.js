@@ -47,12 +47,13 @@ async function fetchData({path}) {
 
 // Give a file of a question back to the page's server, which tells the path that it has now.
 async function uploadFile(part) {
-  const {data, orig_name: name} = part.file, form = new FormData();
-  form.append("files", await (await fetch(data)).blob(), name);
+  const {data, orig_name: name} = part.file, form = new FormData(), blob = await (await fetch(data)).blob();
+  form.append("files", blob, name);
   const answer = await fetch(`${pageServer()}/gradio_api/upload`, {method: "POST", body: form});
   if (!answer.ok) throw new Refused(words.no_upload);
   const [path] = await answer.json();
-  part.file = {path, url: `${pageServer()}/gradio_api/file=${path}`, orig_name: name, meta: {_type: "gradio.FileData"}};
+  const url = `${pageServer()}/gradio_api/file=${path}`;
+  part.file = {path, url, orig_name: name, mime_type: blob.type, meta: {_type: "gradio.FileData"}};
 }
 
 const chosenFile = () => new Promise((done) => {

@@ -25,6 +25,7 @@ from qwen_vllm.network import THIS_MACHINE, address, listen
 from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling, ServerInfo
 from qwen_vllm.webui import gradio as gr
 from qwen_vllm.webui.answering import AnswerStreams, Reply, WaitingLine
+from qwen_vllm.webui.chat_list import ChatList
 from qwen_vllm.webui.conversation import (
     Messages,
     as_json,
@@ -47,7 +48,9 @@ QUICKLY_DRAWN = 20_000
 """Characters. Gradio reads the whole answer for each drawing: one longer by this is drawn half as often."""
 LONGEST_DRAWING = 1.0
 """Seconds that a drawing waits for the browser to be done with the one before."""
-SCRIPTS = ("page.js", "documents.js")
+SCRIPTS = ("branches.js", "store.js", "page.js", "versions.js", "transfer.js", "documents.js")
+DEPTH = ("reasoning_effort", "thinking_budget")
+"""The sampling parameters whose fields stand before the others."""
 CLOSE_TIMEOUT = 5
 """Seconds that open connections have when the page's server ends."""
 BUSY_BOX: dict[str, Any] = {"interactive": False, "submit_btn": False, "stop_btn": True}
@@ -58,17 +61,13 @@ class Components:
     """The page's components, in the order in which they stand on it. Made inside `gr.Blocks`, which adds them."""
 
     def __init__(self, say: Callable[[str], Any]) -> None:
-        with gr.Sidebar(elem_id="chats", open=False):
-            self.new = gr.Button(say("new"), variant="primary", elem_id="new")
-            self.earlier = gr.Radio([], label=say("earlier"), elem_id="earlier")
-            with gr.Row():
-                self.to_markdown = gr.Button(say("as_markdown"), size="sm", elem_id="to-markdown")
-                self.to_json = gr.Button(say("as_json"), size="sm", elem_id="to-json")
-            self.delete = gr.Button(say("delete"), size="sm", elem_id="delete")
+        self.chats = ChatList(say)
         with gr.Sidebar(elem_id="settings", position="right", open=False):
             self.system = gr.Textbox(DEFAULT_SYSTEM, label=say("system"), lines=3, elem_id="system")
-            self.sampling = [_field(name, say) for name in Sampling.model_fields]
+            fields = {name: _field(name, say) for name in dict.fromkeys((*DEPTH, *Sampling.model_fields))}
+            self.sampling = [fields[name] for name in Sampling.model_fields]
         self.heading = gr.HTML(elem_id="heading")
+        gr.HTML("<div role=alert></div>", elem_id="notice")
         self.chat_id = gr.Textbox(visible="hidden", elem_id="chat-id")
         self.exported = gr.Textbox(visible="hidden")
         look: dict[str, Any] = {
@@ -108,7 +107,7 @@ def _field(name: str, say: Callable[[str], Any]) -> gr.components.Component:
         case "model" | "reasoning_effort":
             return gr.Dropdown([], value="", allow_custom_value=True, visible=False, **look)
         case "enable_thinking":
-            return gr.Radio([(say("default"), ""), (say("on"), "true"), (say("off"), "false")], value="", **look)
+            return gr.Textbox(visible=False, **look)  # the menu of `reasoning_effort` has it
     return gr.Textbox(placeholder=say("default"), max_lines=1, **look)
 
 
@@ -118,8 +117,12 @@ def _offered(name: str, info: ServerInfo, words: Words) -> dict[str, Any]:
         case "model":
             return _menu(info.models if len(info.models) > 1 else [])
         case "reasoning_effort":
-            levels = [(level, level) for level in info.reasoning_efforts]
-            return _menu([(words["default"], ""), *levels] if levels else [])
+            may_choose = "enable_thinking" in info.defaults
+            levels = [(level, level) for level in info.reasoning_efforts] or [(words["on"], "on")] * may_choose
+            depths = [(words["off"], "off")] * may_choose + levels
+            return _menu([(words["default"], ""), *depths] if depths else [])
+        case "enable_thinking":
+            return gr.update(value="")
     return gr.update(placeholder=str(info.defaults[name])) if name in info.defaults else gr.skip()
 
 
@@ -151,7 +154,7 @@ class Page:
         documents = on.documents
         attaching, attached = [on.box, *documents.inputs, *settings], documents.shown
         here = [on.chat_id, on.chat, on.running]
-        shown = [*here, on.figures, on.earlier]
+        shown = [*here, on.figures, on.chats.earlier]
         restored = page.load(js="chats.restore", inputs=settings, outputs=[*shown, *settings])
         restored.then(self.greet, None, [on.heading, *on.sampling], **UNQUEUED).then(js="showTitle")
         page.unload(self.stop)
@@ -173,9 +176,9 @@ class Page:
                 concurrency_limit=None,  # `WaitingLine` has the bounds, and tells people their places
                 show_progress="hidden",
                 api_visibility="private",
-            ).then(js="chats.finish", inputs=here, outputs=here[1:]).then(ready, None, on.box, **UNQUEUED).then(
-                js="focusBox"
-            )
+            ).then(js="chats.finish", inputs=[*here, on.figures], outputs=here[1:]).then(
+                ready, None, on.box, **UNQUEUED
+            ).then(js="focusBox")
         on.box.stop(self.stop, **UNQUEUED)
         on.more.click(js="chats.more", outputs=on.chat)
         on.chat.undo(undo, on.chat, [on.box, on.chat, documents.dropped], **UNQUEUED)
@@ -184,12 +187,10 @@ class Page:
         documents.cards.input(js="documents.keep", inputs=[documents.cards, taken[1]], outputs=taken[1])
         documents.dropped.change(self.attach, attaching, attached, **UNQUEUED)
 
-        on.new.click(self.stop, **UNQUEUED).then(js="chats.fresh", outputs=shown)
-        on.earlier.input(self.stop, **UNQUEUED).then(js="chats.open", inputs=on.earlier, outputs=shown)
-        on.delete.click(self.stop, **UNQUEUED).then(js="chats.remove", outputs=shown)
+        on.chats.connect(shown, self.stop)
         for button, export, save in (
-            (on.to_markdown, as_markdown, "chats.saveMarkdown"),
-            (on.to_json, as_json, "chats.saveJson"),
+            (on.chats.to_markdown, as_markdown, "chats.saveMarkdown"),
+            (on.chats.to_json, as_json, "chats.saveJson"),
         ):
             whole = "(messages, system) => [chats.withEarlier(messages), system]"
             exported = button.click(export, [on.chat, on.system], on.exported, js=whole, **UNQUEUED)

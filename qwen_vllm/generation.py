@@ -65,6 +65,13 @@ class RequestBuilder:
         self.context = model_config.max_model_len
         self.defaults = sampling_defaults(self.context, model_config.get_diff_sampling_param())
 
+    @property
+    def told_defaults(self) -> dict[str, Any]:
+        """The defaults, with `enable_thinking` where a request may choose it."""
+        on = self.prompts.opening(True)
+        is_choice = self._tags and on != self.prompts.opening(False)
+        return self.defaults | ({"enable_thinking": self.prompts.opening() == on} if is_choice else {})
+
     def build(self, request: ChatRequest, stream: bool) -> tuple[Prompt, "SamplingParams"]:
         """Make the prompt and the sampling parameters: deltas if `stream`, else the whole answer at the end.
 

@@ -186,7 +186,7 @@ def test_the_reasoning_parser_suits_the_model(
 
 def test_the_server_tells_of_itself(scripted_engine: Engines) -> None:
     told = ask(scripted_engine(context=512, configured={"top_k": 20}), "GET", "/chat/info").json()
-    defaults = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "max_tokens": 128}
+    defaults = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "max_tokens": 128, "enable_thinking": True}
     assert told == {
         "models": ["base", "poet"],
         "context": 512,

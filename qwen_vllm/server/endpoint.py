@@ -230,7 +230,7 @@ class ChatService:
             "models": self._names(),
             "context": config.max_model_len,
             "images": takes_images(config),
-            "defaults": {} if isinstance(self._requests, ChatError) else self._requests.defaults,
+            "defaults": {} if isinstance(self._requests, ChatError) else self._requests.told_defaults,
             "max_body_size": self._max_body_size,
             "reasoning_efforts": [] if isinstance(self._requests, ChatError) else self._requests.prompts.efforts,
         }

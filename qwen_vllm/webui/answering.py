@@ -55,7 +55,7 @@ class Reply:
         self.words, self.ended, self.changed = words, asyncio.Event(), asyncio.Event()
         self.drawn, self.seen_drawn = asyncio.Event(), False
         self._info, self._began = info, time.monotonic()
-        self._first = self._last = 0.0
+        self._first = self._last = self._thought = 0.0
         self._reasoning, self._text, self._notice = "", "", ""
         self._end: ChatResult | ChatError | None = None
 
@@ -72,6 +72,7 @@ class Reply:
                 self.ended.set()
             case Reasoning():
                 self._reasoning, self._first = self._reasoning + part.text, self._first or now
+                self._thought = now - self._first
             case str():
                 self._text, self._first = self._text + part, self._first or now
             case _:
@@ -83,6 +84,8 @@ class Reply:
         result = self._end if isinstance(self._end, ChatResult) else None
         kept = not result or bool(result.kept_reasoning)  # a stopped answer leaves it to the server
         shown = answer_messages(self._reasoning, self._text, self.words, ended=self.ended.is_set(), kept=kept)
+        if self._reasoning.strip() and (self._text or self.ended.is_set()):
+            shown[0]["metadata"]["log"] = self._thought_cost(result.reasoning_tokens if result else 0)
         if self._notice:
             shown.append(remark(self._notice, status="pending"))
         elif isinstance(self._end, ChatError):
@@ -94,17 +97,22 @@ class Reply:
             shown.append(remark(self.words["no_answer"], self.words["empty_answer" if self._end else "stopped_early"]))
         return shown
 
+    def _thought_cost(self, tokens: int) -> str:
+        """Return how long the model thought, and with how many tokens where they are known."""
+        seconds = self.words["seconds"].format(seconds=self._thought)
+        return " · ".join([seconds, *([self.words["tokens"].format(used=tokens)] if tokens else [])])
+
     def figures(self) -> str:
-        """Return the line under the answer: its speed, and how much of the context the conversation takes."""
+        """Return the line under the answer: its speed, its tokens, and how much of the context they may take."""
         if not isinstance(self._end, ChatResult):
             return self.words["stopped"] if self.ended.is_set() and not self._end else ""
         words, result = self.words, self._end
-        seconds, used = max(self._last - self._first, 1e-9), result.prompt_tokens + result.completion_tokens
+        seconds = max(self._last - self._first, 1e-9)
         figures = [words["first_token"].format(seconds=(self._first or self._last) - self._began)]
         if result.completion_tokens > 1:
             figures.append(words["speed"].format(speed=(result.completion_tokens - 1) / seconds))
-        window = words["window"] if self._info.context else words["tokens"]
-        figures.append(window.format(used=used, context=self._info.context))
+        cost = words["cost"].format(prompt=result.prompt_tokens, answer=result.completion_tokens)
+        figures.append(cost + (words["window"].format(context=self._info.context) if self._info.context else ""))
         if result.dropped_turns:
             figures.append(words["dropped"].format(turns=result.dropped_turns))
         if result.dropped_reasoning:
@@ -143,6 +151,9 @@ def sampling_of(settings: Sequence[str]) -> Sampling:
     """
     filled = {name: value for name, value in zip(Sampling.model_fields, settings, strict=True) if value}
     given = {name: typed(name, value) for name, value in filled.items()}
+    if (depth := filled.get("reasoning_effort")) in ("off", "on"):  # the menu's words for a model without levels
+        del given["reasoning_effort"]
+        given["enable_thinking"] = depth == "on"
     if "stop" in filled:  # here a word is a line
         given["stop"] = [word for word in filled["stop"].splitlines() if word]
     return validated(Sampling, given)

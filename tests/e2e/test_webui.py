@@ -138,6 +138,21 @@ class Tab:
         self.until(self.is_ready)
         self.press("#chat [aria-label=Retry]")
 
+    def edit(self, text: str) -> None:
+        """Asks the first question anew, with another text."""
+        self.run("document.querySelector('#chat [aria-label=Edit]').click()")
+        self.until(lambda: self.texts("#chat textarea"))
+        self.fill("#chat textarea", text)
+        self.press("#chat [aria-label=Submit]")
+
+    def versions(self) -> list[str]:
+        """Which version of how many the questions are that have some, as soon as no answer is on its way."""
+        texts = self.run("return [...document.querySelectorAll('.versions')].map((e) => e.textContent.slice(1, -1))")
+        return texts if self.is_ready() else []
+
+    def notice(self) -> str:
+        return "".join(self.texts("#notice"))
+
     def choose(self, menu: str, n: int, of: int) -> None:
         """Picks the nth choice of a menu that is to be seen."""
         field = self.until(lambda: self.driver.find_elements(By.CSS_SELECTOR, f"{menu} input"))[0]
@@ -250,13 +265,13 @@ def test_an_answer_is_shown_with_code_formulas_and_tables_and_thoughts_folded(se
     seen.set()
     tab.until(tab.figures)
     # While the fold closes, what it held is still a message of its own.
-    tab.until(lambda: tab.messages()[:2] == ["Show me", "Thoughts"] and len(tab.messages()) == 3)
+    tab.until(lambda: len(tab.messages()) == 3 and re.fullmatch(r"Thoughts\s+\d\.\d s", tab.messages()[1]))
     assert "Here is bold" in tab.messages()[2]
     assert "vector<int>" in tab.messages()[2]
     marked = ["bold", "def", "return", "1", "2"]
     tab.until(lambda: tab.texts("#chat strong, #chat td, #chat code .keyword") == marked)
     tab.until(lambda: tab.run("return document.querySelectorAll('#chat .katex').length") == 1)
-    assert "8,192 tokens" in tab.figures()
+    assert tab.figures().endswith("20 tokens in, 3 out, of 8,192 · old turns left out: 1")
     server.play(line({"delta": "Sure."}), line(LAST))
     assert tab.ask("More?") == "Sure."
     assert questions(server)[1]["history"] == [["Show me", RICH]]
@@ -400,10 +415,7 @@ def test_retry_edit_and_undo(server, page, person):
     tab.ask("second")
     tab.retry()
     tab.until(lambda: tab.messages()[-1] == "three" and tab.is_ready())
-    tab.run("document.querySelector('#chat [aria-label=Edit]').click()")
-    tab.until(lambda: tab.texts("#chat textarea"))
-    tab.fill("#chat textarea", "first, better")
-    tab.press("#chat [aria-label=Submit]")
+    tab.edit("first, better")
     tab.until(lambda: tab.messages() == ["first, better", "four"] and tab.is_ready())
     asked = [(body["query"], body["history"]) for body in questions(server)]
     second = ("second", [["first", "one"]])
@@ -411,6 +423,34 @@ def test_retry_edit_and_undo(server, page, person):
     tab.press("#chat [aria-label=Undo]")
     tab.until(lambda: tab.box().get_attribute("value") == "first, better")
     assert tab.messages() == []
+
+
+def test_earlier_versions_of_a_question_and_of_an_answer_are_kept_and_switched(server, page, person):
+    for answer in ("one", "two", "two again", "uno"):
+        server.then_play(line({"delta": answer}), line(LAST))
+    tab = person(page)
+    tab.ask("first")
+    tab.ask("second")
+    tab.retry()
+    tab.until(lambda: tab.versions() == ["2 / 2"])
+    tab.edit("first, better")
+    tab.until(lambda: tab.messages() == ["first, better", "uno"] and tab.versions() == ["2 / 2"])
+    tab.press(".versions [aria-label='Earlier version']")
+    again = ["first", "one", "second", "two again"]
+    tab.until(lambda: tab.messages() == again and tab.versions() == ["1 / 2", "2 / 2"])
+    tab.press(".versions [aria-label='Earlier version']")
+    tab.until(lambda: tab.messages() == ["first", "one", "second", "two"] and tab.versions() == ["1 / 2", "1 / 2"])
+    assert json.loads(exported(tab, "#to-json"))["history"] == [["first", "one"], ["second", "two"]]
+    assert tab.earlier() == ["first"]
+    tab.driver.refresh()
+    tab.until(lambda: tab.versions() == ["1 / 2", "1 / 2"])
+    server.play(line({"error": {"type": "engine_error", "message": "x"}}), status=500)
+    tab.ask("third")
+    assert questions(server)[-1]["history"] == [["first", "one"], ["second", "two"]]
+    server.play(line({"delta": "three"}), line(LAST))
+    tab.retry()
+    tab.until(lambda: tab.messages()[-2:] == ["third", "three"] and tab.is_ready())
+    assert tab.versions() == ["1 / 2", "1 / 2"]  # what failed is no version
 
 
 def test_chats_are_kept_opened_exported_and_deleted(server, page, person):
@@ -425,7 +465,7 @@ def test_chats_are_kept_opened_exported_and_deleted(server, page, person):
     tab.until(lambda: server.left == [True], 2)
     server.play(line({"delta": "Blue."}), line(LAST))
     tab.ask("About the sky")
-    assert tab.earlier() == ["About the sky", "About roses"]
+    tab.until(lambda: tab.earlier() == ["About the sky", "About roses"])
     tab.driver.refresh()
     tab.until(lambda: tab.messages() == ["About the sky", "Blue."])
     tab.press("#earlier label:nth-of-type(2) input")
@@ -436,32 +476,168 @@ def test_chats_are_kept_opened_exported_and_deleted(server, page, person):
     assert "## User\n\nAbout roses\n\n## Assistant\n\nA **red** rose.\n" in exported(tab, "#to-markdown")
     tab.press("#delete")
     WebDriverWait(tab.driver, 10).until(alert_is_present()).accept()
-    tab.until(lambda: tab.messages() == [])
-    assert tab.earlier() == ["About the sky"]
+    tab.until(lambda: tab.messages() == [] and tab.earlier() == ["About the sky"])
 
 
-def test_a_chat_that_two_tabs_go_on_with_loses_no_turn(server, page, person):
+def test_a_chat_that_is_open_in_two_tabs_loses_no_turn(server, page, person):
     server.play(line({"delta": "one"}), line(LAST))
     tab = person(page)
     tab.ask("first")
-    chat = tab.run("return sessionStorage['qwen-vllm/open']")
     tab.driver.switch_to.new_window("tab")
-    first = tab.driver.window_handles[0]
+    first, second = tab.driver.window_handles
     tab.open(page)
     tab.press("#earlier label input")
     tab.until(lambda: tab.messages() == ["first", "one"])
     server.play(line({"delta": "of the second"}), line(LAST))
     tab.ask("second tab")
+    tab.driver.switch_to.window(first)
+    seen = ["first", "one", "second tab", "of the second"]
+    tab.until(lambda: tab.messages() == seen)
+    ends = [threading.Event(), threading.Event()]
+    for end in ends:
+        server.play(line({"delta": "At once"}), end, line({"delta": "."}), line(LAST))
+        tab.send(f"Tab {ends.index(end)}")
+        tab.until(lambda: tab.messages()[-1] == "At once")
+        tab.driver.switch_to.window(second)
+    for end, window in zip(ends, (first, second), strict=True):
+        end.set()
+        tab.driver.switch_to.window(window)
+        tab.until(tab.is_ready)
+    tab.until(lambda: tab.earlier() == ["first", "first"])
+    told = {tuple(open_chat(tab, n)) for n in (1, 2)}
+    assert told == {(*seen, f"Tab {n}", "At once.") for n in (0, 1)}
     tab.driver.close()
     tab.driver.switch_to.window(first)
-    server.play(line({"delta": "of the first"}), line(LAST))
-    tab.ask("first tab")
-    assert tab.earlier() == ["first", "first"]
+
+
+def open_chat(tab: Tab, n: int) -> list[str]:
+    """Opens the nth chat of the list, and returns its messages."""
+    label, opening = f"#earlier label:nth-of-type({n})", tab.run("return chats.shown.opening")
+    if not tab.run("return document.querySelector(arguments[0]).matches('.selected')", label):
+        tab.press(f"{label} input")
+        tab.until(lambda: tab.run("return chats.shown.opening") != opening)
+    kept = tab.run("return branches.messages(chats.shown.chat).map(textOf)")
+    tab.until(lambda: [text for text in tab.messages() if text] == kept)
+    return kept
+
+
+def kept_chat(title: str, answer: str, **fields: Any) -> dict[str, Any]:
+    """A chat as the browser keeps it."""
+    turn = {"id": "0", "parent": None, "messages": [text_message("user", title), text_message("assistant", answer)]}
+    chat = {"id": title, "name": "", "title": title, "pinned": False, "saved": 1, "version": ""}
+    return chat | {"turns": [turn], "leaf": "0"} | fields
+
+
+def test_chats_of_the_earlier_storage_are_moved_over_whatever_comes_between(server, page, person):
+    tab = person(page)
+    for n in range(3):
+        talk = [text_message("user", f"Question {n}"), text_message("assistant", f"Answer {n}")]
+        tab.run("localStorage[`qwen-vllm/chat/${arguments[0]}`] = JSON.stringify(arguments[1])", n, talk)
+        card = {"id": str(n), "title": f"Question {n}", "saved": n}
+        tab.run("localStorage[`qwen-vllm/card/${arguments[0]}`] = JSON.stringify(arguments[1])", n, card)
+    kept = "return Object.keys(localStorage).filter((key) => /(chat|card)/.test(key)).length"
+    cut = (
+        "const put = store.put; let count = 0; store.put = (...chat) => { if (count++) throw Error(); put(...chat); };"
+    )
+    tab.driver.execute_async_script(f"{cut} store.moveOver().catch(() => arguments[0]());")
+    assert tab.run(kept) == 4  # one is over, then it was cut
     tab.driver.refresh()
-    tab.until(lambda: tab.messages() == ["first", "one", "first tab", "of the first"])
-    assert tab.run("return sessionStorage['qwen-vllm/open']") != chat
-    tab.press("#earlier label:nth-of-type(2) input")
-    tab.until(lambda: tab.messages() == ["first", "one", "second tab", "of the second"])
+    tab.until(lambda: tab.earlier() == ["Question 2", "Question 1", "Question 0"])
+    assert tab.run(kept) == 0
+    assert open_chat(tab, 3) == ["Question 0", "Answer 0"]
+
+
+def test_chats_are_searched_named_pinned_and_deleted_together(server, page, person):
+    tab = person(page)
+    chats = [kept_chat(f"Chat {n}", "Nothing", saved=n) for n in range(300)]
+    chats += [
+        kept_chat("问候", "今天天气很好，我们去公园散步。", saved=400),
+        kept_chat("Prices", "ＡＢＣ costs 3~5元", saved=401),
+    ]
+    tab.driver.execute_async_script("store.merge(arguments[0]).then(chats.announce).then(arguments[1])", chats)
+    tab.driver.refresh()
+    tab.until(lambda: len(tab.earlier()) == 302)
+    for words, found in (("天气很", ["问候"]), ("abc", ["Prices"]), (" 3~5元", ["Prices"]), ("chat 29", ["Chat 299"])):
+        tab.fill("#search :is(input, textarea)", words)
+        tab.until(lambda found=found: tab.earlier()[:1] == found)
+    assert len(tab.earlier()) == 11
+    tab.press("#earlier label:nth-of-type(11) input")
+    tab.until(lambda: tab.messages() == ["Chat 29", "Nothing"])
+    tab.press("#rename")
+    prompt = WebDriverWait(tab.driver, 10).until(alert_is_present())
+    prompt.send_keys("第二十九")
+    prompt.accept()
+    tab.fill("#search :is(input, textarea)", "")
+    tab.until(lambda: len(tab.earlier()) == 302)
+    tab.press("#pin")
+    tab.until(lambda: tab.earlier()[:2] == ["★ 第二十九", "Prices"])
+    tab.fill("#search :is(input, textarea)", "CHAT 1")
+    tab.until(lambda: len(tab.earlier()) == 111)
+    tab.press("#all-chats > button")
+    tab.until(lambda: len(tab.texts("#several .wrap label")) == 111)
+    tab.run("[...document.querySelectorAll('#several .wrap label input')].slice(-2).forEach((box) => box.click())")
+    tab.press("#delete-several")
+    question = WebDriverWait(tab.driver, 10).until(alert_is_present())
+    assert question.text == "Delete 2 chats for good?"
+    question.accept()
+    tab.until(lambda: len(tab.earlier()) == 109)
+    tab.driver.refresh()
+    tab.until(lambda: len(tab.earlier()) == 300 and tab.messages() == ["Chat 29", "Nothing"])
+
+
+PICK = """
+const files = new DataTransfer();
+files.items.add(new File([arguments[0]], "backup.json"));
+const click = HTMLInputElement.prototype.click;
+HTMLInputElement.prototype.click = function () {
+  HTMLInputElement.prototype.click = click;
+  this.files = files.files;
+  this.dispatchEvent(new Event("change"));
+};"""
+"""The next file that is asked for is this one."""
+
+
+def test_all_chats_are_saved_to_one_file_and_read_from_it(server, page, person):
+    tab = person(page)
+    answer = "<b>Red</b> <img src=x onerror='window.pwned=1'>"
+    chats = [kept_chat("Roses", answer, pinned=True), kept_chat("问候", "你好")]
+    tab.driver.execute_async_script("store.merge(arguments[0]).then(arguments[1])", chats)
+    tab.press("#all-chats > button")
+    saved = exported(tab, "#export-all")
+    tab.driver.execute_async_script("store.remove(['Roses']).then(arguments[0])")
+    tab.run(PICK, saved.replace("\u2060", ""))
+    tab.press("#import-all")
+    tab.until(lambda: tab.notice() == "Chats added: 1. Here already: 1." and tab.earlier() == ["★ Roses", "问候"])
+    assert open_chat(tab, 1) == ["Roses", answer]
+    damaged = json.loads(saved)
+    damaged["chats"][1]["turns"][0]["parent"] = "nobody"
+    for bad, told in (
+        (saved[:-9], "it is no JSON, or cut off"),
+        ('{"history": []}', "it is no file of “Export all”"),
+        (json.dumps(damaged), "its chat number 2 is damaged"),
+    ):
+        tab.run(PICK, bad)
+        tab.press("#import-all")
+        tab.until(lambda told=told: tab.notice() == f"Nothing was imported from backup.json: {told}.")
+    assert tab.earlier() == ["★ Roses", "问候"]
+    assert tab.run("return window.pwned") is None
+
+
+def test_a_browser_that_keeps_nothing_or_is_full_is_told_and_the_chat_goes_on(server, page, person):
+    server.play(line({"delta": "Hello."}), line(LAST))
+    tab = person(page)
+    tab.run("IDBObjectStore.prototype.put = () => { throw new DOMException('', 'QuotaExceededError'); }")
+    assert tab.ask("Hi") == "Hello."
+    tab.until(lambda: "storage is full" in tab.notice())
+    hide = "Object.defineProperty(window, 'indexedDB', {value: undefined})"
+    script = tab.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": hide})
+    tab.open(page)
+    tab.until(lambda: "keeps no chats for this page" in tab.notice())
+    assert [tab.ask("Hi"), tab.ask("And again?")] == ["Hello.", "Hello."]
+    assert questions(server)[-1]["history"] == [["Hi", "Hello."]]
+    tab.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+    tab.driver.refresh()
+    tab.until(lambda: tab.earlier() == ["Hi", "Hi"])  # what could not be written is as soon as it can be
 
 
 def exported(tab: Tab, button: str) -> str:
@@ -612,25 +788,33 @@ def test_a_model_is_chosen_where_there_are_several(server, page, person):
     assert questions(server)[0]["model"] == "poet"
 
 
-def test_how_much_the_model_thinks_is_chosen_where_it_has_levels(server, page, person):
-    server.play(line(INFO | {"reasoning_efforts": ["low", "medium", "xhigh"]}), path="/chat/info")
+def test_how_deep_the_model_thinks_is_one_menu_of_what_it_knows(server, page, person):
+    choice = INFO | {"defaults": {"enable_thinking": True}}
+    server.play(line(choice | {"reasoning_efforts": ["low", "medium", "xhigh"]}), path="/chat/info")
     server.play(line({"delta": "Yes."}), line(LAST))
     tab = person(page)
     tab.press("#settings .toggle-button")
-    tab.choose("#reasoning_effort", 2, of=4)
+    tab.choose("#reasoning_effort", 3, of=5)
     tab.fill("#thinking_budget textarea, #thinking_budget input", "64")
     tab.press("#settings .toggle-button")
     tab.until(lambda: '"64"' in tab.run("return localStorage['qwen-vllm/settings'] ?? ''"))
     tab.driver.refresh()
     assert tab.ask("Deep?") == "Yes."
-    effort = "return document.querySelector('#reasoning_effort input')?.value"
-    assert tab.run(effort) == "low"
+    depth = "return document.querySelector('#reasoning_effort input')?.value"
+    assert tab.run(depth) == "low"
+    server.play(line(choice), path="/chat/info")
+    tab.driver.refresh()
+    tab.press("#settings .toggle-button")
+    tab.choose("#reasoning_effort", 2, of=3)
+    tab.press("#settings .toggle-button")
+    tab.ask("And off?")
     server.play(line(INFO), path="/chat/info")
     tab.driver.refresh()
     tab.ask("And now?")
-    assert tab.run(effort) is None
-    asked = [(body.get("reasoning_effort"), body["thinking_budget"]) for body in questions(server)]
-    assert asked == [("low", 64), (None, 64)]
+    assert tab.run(depth) is None
+    names = "reasoning_effort", "enable_thinking", "thinking_budget"
+    asked = [tuple(body.get(name) for name in names) for body in questions(server)]
+    assert asked == [("low", None, 64), (None, False, 64), (None, None, 64)]
 
 
 def test_reasoning_goes_along_where_the_server_keeps_it_also_after_a_reload(server, page, person):
@@ -683,16 +867,31 @@ def test_images_are_taken_where_the_model_takes_them_and_stay_with_their_questio
     tab.driver.find_element(By.CSS_SELECTOR, "#box input[type=file]").send_keys(str(image))
     tab.until(lambda: tab.run("return document.querySelectorAll('#box .thumbnails img').length"))
     assert tab.ask("What is this?") == "A dot."
-    tab.press("#chat [aria-label=Edit]")
-    tab.until(lambda: tab.texts("#chat textarea"))
-    tab.fill("#chat textarea", "What colour?")
-    tab.press("#chat [aria-label=Submit]")
-    tab.until(lambda: len(pictured(server)) == 2 and tab.is_ready() and "What colour?" in tab.messages())
+    tab.edit("What colour?")
+    tab.until(lambda: len(pictured(server)) == 2 and "What colour?" in tab.messages() and tab.versions() == ["2 / 2"])
+    tab.press(".versions [aria-label='Earlier version']")
+    tab.until(lambda: "What is this?" in tab.messages() and tab.run("return document.querySelector('#chat img')"))
+    tab.press(".versions [aria-label='Later version']")
+    tab.until(lambda: "What colour?" in tab.messages())
     tab.press("#chat [aria-label=Undo]")
     tab.until(lambda: tab.run("return document.querySelectorAll('#box .thumbnails img').length"))
     tab.box().send_keys(" And size?", Keys.ENTER)
     tab.until(lambda: len(pictured(server)) == 3)
     assert pictured(server) == [(dots, "What is this?"), (dots, "What colour?"), (dots, "What colour? And size?")]
+    tab.until(tab.is_ready)
+    tab.press("#all-chats > button")
+    saved = exported(tab, "#export-all")
+    clear = "store.all().then((all) => store.remove(all.map(({id}) => id))).then(arguments[0])"
+    tab.driver.execute_async_script(clear)
+    tab.press("#new")
+    tab.until(lambda: tab.messages() == [] and tab.earlier() == [])
+    tab.run(PICK, saved)
+    tab.press("#import-all")
+    tab.until(lambda: len(tab.earlier()) == 1)
+    open_chat(tab, 1)
+    tab.retry()
+    tab.until(lambda: len(pictured(server)) == 4)
+    assert pictured(server)[3] == (dots, "What colour? And size?")
 
 
 CARDS = "#cards label"
@@ -903,7 +1102,7 @@ def test_the_real_server_answers_is_stopped_and_a_reload_keeps_the_chat(demo_ser
     assert tab.driver.title == MODEL
     tab.fill("#temperature textarea, #temperature input", "0")
     assert tab.ask(FRANCE) == "The capital of France is Paris."
-    figures = r"first token \d+\.\d\d s · \d+\.\d tokens/s · 35 of 8,192 tokens"
+    figures = r"first token \d+\.\d\d s · \d+\.\d tokens/s · \d+ tokens in, \d+ out, of 8,192"
     assert re.fullmatch(figures, tab.figures())
     tab.send("Write a long story about a dragon.")
     tab.until(lambda: len(tab.messages()) == 4 and len(tab.messages()[3]) > 20)

@@ -1,5 +1,7 @@
 """The parts of an answer on the page: the folded reasoning, the settings, the waiting line."""
 
+from typing import Any
+
 import pytest
 
 from qwen_vllm.protocol import ChatError, ChatResult, Question, Reasoning, Sampling, ServerInfo, turn
@@ -46,7 +48,18 @@ def ended(*parts: Reasoning | str, keeps: bool = False, reason: str = "stop", ef
 def test_reasoning_is_sent_along_where_the_server_keeps_it(keeps: bool) -> None:
     reply = ended(Reasoning("\nHm"), "Hello", keeps=keeps)
     assert turns([user("q"), *reply.messages()]) == [(Question("q"), "Hello", "Hm" if keeps else "")]
-    assert reply.figures().endswith(" · 23 tokens · turns without their thoughts: 2")
+    assert reply.figures().endswith(" · 20 tokens in, 3 out · turns without their thoughts: 2")
+
+
+def test_the_folded_reasoning_has_its_seconds_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter((0.0, 1.0, 3.5, 4.0, 9.0, 9.5))
+    monkeypatch.setattr("qwen_vllm.webui.answering.time.monotonic", lambda: next(times))
+    reply = Reply(WORDS["zh"], ServerInfo([]))
+    logs = []
+    for part in (Reasoning("Hm"), Reasoning(" a"), "b", ChatResult("b", [], "stop", None, 20, 1203, 0, "Hm a", 1200)):
+        reply.add(part)
+        logs.append(reply.messages()[0]["metadata"].get("log"))
+    assert logs == [None, None, "2.5 秒", "2.5 秒 · 1,200 词元"]
 
 
 def test_the_reasoning_of_a_stopped_answer_is_sent_along() -> None:
@@ -67,11 +80,22 @@ def test_an_answer_that_is_cut_in_its_reasoning_says_what_to_set(efforts: tuple[
 
 def test_the_fields_of_the_settings_become_sampling_parameters() -> None:
     assert sampling_of(filled()) == Sampling()
-    given = filled(
-        temperature="0", max_tokens="12", top_p="0.5", stop="END\n\n。\n", enable_thinking="false", model="7"
-    )
+    given = filled(temperature="0", max_tokens="12", top_p="0.5", stop="END\n\n。\n", reasoning_effort="off", model="7")
     expected = Sampling(temperature=0, max_tokens=12, top_p=0.5, stop=["END", "。"], enable_thinking=False, model="7")
     assert sampling_of(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("depth", "sent"),
+    [
+        ("off", {"enable_thinking": False}),
+        ("on", {"enable_thinking": True}),
+        ("low", {"reasoning_effort": "low"}),
+        ("", {}),
+    ],
+)
+def test_the_depth_of_thought_is_one_menu(depth: str, sent: dict[str, Any]) -> None:
+    assert sampling_of(filled(reasoning_effort=depth)).sampling() == sent
 
 
 def test_no_ticket_where_the_line_is_full() -> None:

@@ -74,7 +74,7 @@ def test_an_answer_comes_piece_by_piece_with_its_figures(server: Server) -> None
     assert (first[0], first[1][0], shown(first[1]), first[2]) == ("chat", user("q"), [("", "Hel")], "")
     assert shown(end[1]) == [("", "Hello")]
     assert end[2].startswith("first token 0.")
-    assert end[2].endswith(" · 23 tokens · old turns left out: 1")
+    assert end[2].endswith(" · 20 tokens in, 3 out · old turns left out: 1")
 
 
 def test_a_long_answer_is_drawn_less_often_whatever_came_before(

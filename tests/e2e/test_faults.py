@@ -78,6 +78,7 @@ def test_what_is_admitted_at_once_is_exact(url: str) -> None:
         assert [answer.json()["text"] for answer in answers] == nonces
 
 
+@pytest.mark.long
 def test_answers_do_not_change_where_the_cache_is_too_small_for_all(url: str) -> None:
     # Each takes 4 of the cache's 17 blocks at first, and a fifth before it has ended.
     prompts = [f"{animal} " * 120 for animal in ("dog", "cat", "hen", "owl")]

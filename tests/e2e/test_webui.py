@@ -683,6 +683,7 @@ def cost_of_a_piece(server: Server, tab: Tab, turns: int) -> tuple[int, dict[str
     return received, work
 
 
+@pytest.mark.long
 def test_a_piece_of_an_answer_costs_the_same_whatever_came_before(server, page, person):
     received, work = cost_of_a_piece(server, person(page), 1)
     assert work["read"] < 100
@@ -759,6 +760,7 @@ def test_a_page_with_a_password_lets_only_those_in_who_know_it(server, person):
             assert requests.post(f"{url}/login", data=form, timeout=10).status_code == status
 
 
+@pytest.mark.long
 def test_a_hundred_people_are_answered_at_once(server):
     server.play(line({"delta": "Hi"}), ...)
     with serving("--server-url", server.url, "--concurrency", "100") as url:
@@ -967,6 +969,7 @@ def test_a_document_that_does_not_fit_goes_along_in_part_only_where_the_person_a
     assert 5900 < asked["query"].count("word") < 6100
 
 
+@pytest.mark.long
 def test_a_file_without_text_is_told_in_the_persons_language_and_the_question_goes_on(server, page, person):
     server.play(line({"count": 3}), path="/tokenize")
     server.play(line({"delta": "Yes."}), line(LAST))
@@ -982,6 +985,7 @@ def test_a_file_without_text_is_told_in_the_persons_language_and_the_question_go
     assert [body["query"] for body in questions(server)] == ["Go on?", "Go on?"]
 
 
+@pytest.mark.long
 def test_a_page_that_chromium_prints_is_read(server, page, person, tmp_path):
     server.play(line({"count": 9}), path="/tokenize")
     server.play(line({"delta": "Two."}), line(LAST))
@@ -1134,6 +1138,7 @@ def test_the_real_server_counts_the_tokens_of_a_text(demo_server):
     assert [asyncio.run(count_tokens_async(demo_server, text, KEY)) for text in texts] == [7, 14]
 
 
+@pytest.mark.long
 def test_two_people_do_not_wait_for_each_other(demo_server, real_page, person):
     ada, bob = person(real_page), person(real_page)
     ada.send("Write a long story about a dragon.")

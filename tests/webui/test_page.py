@@ -136,7 +136,7 @@ def test_several_models_at_one_address_are_in_the_menu_and_asked_by_their_names(
     server.play(b"data: " + line(event), b"data: " + line(usage), path="/v1/chat/completions")
     with switch({"base": server.url, "poet": server.url}) as url:
         page = Page(url, "key", None, None, WaitingLine(8, 8))
-        title, _, *fields = asyncio.run(page.greet(person()))
+        title, *fields = asyncio.run(page.greet(person()))
         assert title == "<h1>base</h1>"
         assert fields[list(Sampling.model_fields).index("model")]["choices"] == ["base", "poet"]
         for settings in (UNSET, filled(model="poet")):

@@ -97,6 +97,8 @@ def scripted(port: int = 0) -> Iterator[Server]:
     with Server(port) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:  # a thread that is left would keep a failed run from ending
+            server.shutdown()
+            thread.join()

@@ -47,6 +47,8 @@ def switch(servers: Mapping[str, str]) -> Iterator[str]:
         front.servers = servers
         thread = threading.Thread(target=front.serve_forever, args=(0.01,))
         thread.start()
-        yield f"http://127.0.0.1:{front.server_address[1]}"
-        front.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{front.server_address[1]}"
+        finally:
+            front.shutdown()
+            thread.join()

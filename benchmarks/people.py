@@ -77,11 +77,12 @@ async def _converse(person: Person, url: str, seen: Seen, began: float) -> None:
     head = f"POST {PATHS[person.api]} HTTP/1.1\r\nhost: {address.netloc}\r\ncontent-type: application/json\r\n".encode()
     begins = b"{" if person.api == "chat" else b"data: {"
     await asyncio.sleep(began + person.come_after - time.time())
-    reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=2**20)
     for think in person.thinks:
         body = person.question()
-        writer.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
         asked, last, answer, tokens = time.perf_counter(), 0.0, [], 0
+        # Servers close a connection on which nothing came for a few seconds.
+        reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=2**20)
+        writer.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
         while (line := await reader.readline()) not in (b"0\r\n", b""):
             if not line.startswith(begins):
                 continue
@@ -92,15 +93,14 @@ async def _converse(person: Person, url: str, seen: Seen, began: float) -> None:
                 (seen.gaps if last else seen.first).append(now - (last or asked))
                 last = now
                 answer.append(text)
+        writer.close()
         if not tokens:
             seen.failed.append("an answer was not whole")
             break
-        await reader.readline()
         seen.tokens += tokens
         seen.whole += 1
         person.hear("".join(answer))
         await asyncio.sleep(think)
-    writer.close()
 
 
 async def _part(url: str, people: list[Person], began: float) -> Seen:

@@ -181,7 +181,9 @@ def scripted_hub(files: dict[str, bytes], port: int = 0) -> Iterator[Hub]:
     with Hub(port, files) as hub:
         thread = threading.Thread(target=hub.serve_forever, args=(0.01,))
         thread.start()
-        yield hub
-        hub.held.set()
-        hub.shutdown()
-        thread.join()
+        try:
+            yield hub
+        finally:
+            hub.held.set()
+            hub.shutdown()
+            thread.join()

@@ -23,6 +23,8 @@ INFO = {f"{name}_info": field.description or "" for name, field in Sampling.mode
 """What the page says of each sampling parameter, unless it has words of its own."""
 WORDS["en"] = INFO | WORDS["en"]
 WORDS["zh"] = {key: CHINESE[text] for key, text in INFO.items()} | WORDS["zh"]
+SAID = {"en": WORDS["en"], "zh": WORDS["zh"] | CHINESE}
+"""All that `say` knows, by language."""
 
 LOCALE = ("LC_ALL", "LC_MESSAGES", "LANG")
 """The variables of the locale; the first that is not empty counts."""
@@ -49,8 +51,7 @@ def say(text: str, /, **values: object) -> str:
 
     The values are put in for the names in braces.
     """
-    chinese = os.environ.get("QWEN_LANG") == "zh"
-    text = (WORDS["zh"] | CHINESE if chinese else WORDS["en"]).get(text, text)
+    text = SAID["zh" if os.environ.get("QWEN_LANG") == "zh" else "en"].get(text, text)
     return text.format(**values) if values else text
 
 

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qwen_vllm.flags import Help
 from qwen_vllm.network import THIS_MACHINE, address, listen
 from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling, ServerInfo
+from qwen_vllm.webui import UNQUEUED
 from qwen_vllm.webui import gradio as gr
 from qwen_vllm.webui.answering import AnswerStreams, Reply, WaitingLine
 from qwen_vllm.webui.chat_list import ChatList
@@ -54,7 +55,6 @@ DEPTH = ("reasoning_effort", "thinking_budget")
 CLOSE_TIMEOUT = 5
 """Seconds that open connections have when the page's server ends."""
 BUSY_BOX: dict[str, Any] = {"interactive": False, "submit_btn": False, "stop_btn": True}
-UNQUEUED: dict[str, Any] = {"queue": False, "api_visibility": "private"}
 
 
 class Components:

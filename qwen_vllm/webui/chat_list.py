@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from qwen_vllm.webui import UNQUEUED
 from qwen_vllm.webui import gradio as gr
 
 
@@ -33,10 +34,9 @@ class ChatList:
 
     def connect(self, shown: Sequence[gr.components.Component], stop: Callable[..., Any]) -> None:
         """Say what happens on each event. `shown` is what a chat that is opened changes; `stop` stops the answer."""
-        unqueued: dict[str, Any] = {"queue": False, "api_visibility": "private"}
-        self.new.click(stop, **unqueued).then(js="chats.fresh", outputs=shown)
-        self.earlier.input(stop, **unqueued).then(js="chats.open", inputs=self.earlier, outputs=shown)
-        self.delete.click(stop, **unqueued).then(js="chats.remove", outputs=shown)
+        self.new.click(stop, **UNQUEUED).then(js="chats.fresh", outputs=shown)
+        self.earlier.input(stop, **UNQUEUED).then(js="chats.open", inputs=self.earlier, outputs=shown)
+        self.delete.click(stop, **UNQUEUED).then(js="chats.remove", outputs=shown)
         searched = self.search.change(js="chats.search", inputs=self.search, outputs=self.earlier)
         searched.then(js="chats.choices", outputs=self.several)
         self.rename.click(js="chats.rename", outputs=self.earlier)

@@ -15,10 +15,10 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 
-from gradio_webui import PageServer, parse_args
 from qwen_vllm.protocol import Sampling
 from tests.support import ROOT
 from tests.support.chat_messages import user
+from tests.support.page_server import serving
 from tests.support.scripted_server import LAST, Server, line
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:Unverified HTTPS request")]
@@ -35,20 +35,6 @@ NAME = {"Host": "chat.example:8443"}
 
 
 @contextmanager
-def page_before(server: Server) -> Iterator[str]:
-    """The page with a login, to be served under a path; yields its host and port."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    page = PageServer(parse_args(["--server-url", server.url, "--root-path", "/qwen", "--auth", "ada:secret"]))
-    thread = threading.Thread(target=page.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        page.should_exit = True
-        thread.join()
-
-
-@contextmanager
 def proxy_before(server: Server, page: str, proxy: str, tls: bool, folder: Path) -> Iterator[str]:
     """A proxy with its configuration of deploy/, but other ports; yields its address."""
     command, https = PROXIES[proxy]
@@ -57,7 +43,8 @@ def proxy_before(server: Server, page: str, proxy: str, tls: bool, folder: Path)
         port = free.getsockname()[1]
     conf = (ROOT / "deploy" / name).read_text().replace("    server b 127.0.0.1:8002\n", "")
     conf = re.sub(r"(listen |bind :)8080", https, conf) if tls else conf
-    conf = re.sub(r"127\.0\.0\.1:800[01]", urlsplit(server.url).netloc, conf).replace("127.0.0.1:7860", page)
+    conf = re.sub(r"127\.0\.0\.1:800[01]", urlsplit(server.url).netloc, conf)
+    conf = conf.replace("127.0.0.1:7860", urlsplit(page).netloc)
     folders = "".join(f"{kind}_temp_path {kind}; " for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     conf = conf.replace("8080", str(port)).replace("http {", f"http {{ {folders}")
     (folder / name).write_text(conf)
@@ -80,7 +67,7 @@ def test_the_page_is_used_under_a_path_and_another_name(server: Server, tmp_path
     server.play(line({"models": ["Qwen"]}), path="/chat/info")
     server.play(line({"delta": "Hel"}), seen, line({"delta": "lo"}), line(LAST))
     with (
-        page_before(server) as page,
+        serving("--server-url", server.url, "--root-path", "/qwen", "--auth", "ada:secret") as page,
         proxy_before(server, page, proxy, tls, tmp_path) as url,
         requests.Session() as web,
     ):

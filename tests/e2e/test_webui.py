@@ -5,12 +5,10 @@ import base64
 import json
 import re
 import shutil
-import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.resources import files
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +25,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.expected_conditions import alert_is_present
 from selenium.webdriver.support.ui import WebDriverWait
 
-from gradio_webui import Page, PageServer, parse_args
+from gradio_webui import Page
 from qwen_vllm.protocol import Sampling
 from qwen_vllm.webui.answering import WaitingLine
 from qwen_vllm.webui.conversation import text_message, text_of
@@ -36,6 +34,7 @@ from tests.support import ROOT
 from tests.support.answers import SEEN
 from tests.support.chat_messages import assistant, user
 from tests.support.documents import pdf
+from tests.support.page_server import serving
 from tests.support.probes import unfinished
 from tests.support.programs import KEY
 from tests.support.scripted_server import LAST, Server, line, scripted
@@ -54,20 +53,6 @@ ATTACK = """\
 <iframe src="javascript:parent.pwned=1"></iframe><a href="javascript:window.pwned=1">a</a>
 <b style="position:fixed">c</b> <details open ontoggle="window.pwned=1">d</details> [b](javascript:window.pwned=1)
 \\`<img src=x onerror=window.pwned=1>` ![leak](http://leak.example/x.png) $\\href{javascript:window.pwned=1}{x}$"""
-
-
-@contextmanager
-def serving(*flags: str) -> Iterator[str]:
-    """The page on a free port; yields its address."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    page = PageServer(parse_args(flags))
-    thread = threading.Thread(target=page.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        page.should_exit = True
-        thread.join()
 
 
 class Tab:

@@ -4,6 +4,7 @@ It is an SQLite database. Nothing in it knows of HTTP or of vLLM. What is commit
 what the machine had not written when its power failed does not.
 """
 
+import fcntl
 import os
 import sqlite3
 import time
@@ -77,10 +78,12 @@ class UsageFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         self._server, self._process = server, f"{server}/{os.getpid()}"
+        self._lock = os.open(f"{path}-lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         # Requests wait for no disk: the thread that writes brings the log (WAL) into the file, and waits for it.
-        self._requests = self._open(path, 0.5, "PRAGMA synchronous = OFF; PRAGMA wal_autocheckpoint = 0")
-        self._writes = self._open(path, 5, "PRAGMA synchronous = NORMAL")
-        self._writes.executescript(TABLES)
+        with self._turn():
+            self._requests = self._open(path, 0.5, "PRAGMA synchronous = OFF; PRAGMA wal_autocheckpoint = 0")
+            self._writes = self._open(path, 5, "PRAGMA synchronous = NORMAL")
+            self._writes.executescript(TABLES)
 
     @staticmethod
     def _open(path: Path, timeout: float, settings: str) -> sqlite3.Connection:
@@ -92,11 +95,21 @@ class UsageFile:
         """Close the file."""
         self._requests.close()
         self._writes.close()
+        os.close(self._lock)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait while another process is here: SQLite would sleep between two looks, or fail where it opens a file."""
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Let no other process change the counts while the block runs; an exception takes back what it changed."""
-        with _transaction(self._requests):
+        with self._turn(), _transaction(self._requests):
             yield
 
     def rate(self, name: str) -> tuple[float, float] | None:

@@ -18,7 +18,7 @@ from qwen_vllm.server.keys import Key
 from qwen_vllm.server.team import Team
 from qwen_vllm.vllm_plugin import patches
 from tests.support.chat_app import chat_app
-from tests.support.counting import ask_often, team_of
+from tests.support.counting import ask_often, open_together, team_of
 from tests.support.scripted_core import ScriptedCore, engine_on
 
 NAMES = ("ann", "bob", "root")
@@ -331,6 +331,19 @@ def test_two_processes_that_count_at_once_admit_as_many_as_one(keys: Path, limit
     assert admitted.get() + admitted.get() == 50
     rows = sqlite3.connect(keys.parent / "usage.db").execute("SELECT requests, refused FROM usage").fetchall()
     assert rows == [(50, 30)]
+
+
+def test_front_ends_that_start_at_once_can_all_open_a_new_usage_file(tmp_path: Path) -> None:
+    forks = multiprocessing.get_context("fork")
+    failed, together = forks.SimpleQueue(), forks.Barrier(4)
+    files = [tmp_path / f"{number}.db" for number in range(60)]
+    processes = [forks.Process(target=open_together, args=(files, together, failed)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert failed.empty() or not failed.get()
+    assert {process.exitcode for process in processes} == {0}
 
 
 def test_ten_thousand_keys_are_told_apart(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A team without an engine, and a front end that asks for one key's places again and again."""
 
 import asyncio
+import sqlite3
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -32,3 +33,13 @@ def ask_often(keys: Path, usage: Path, times: int, together: Barrier, admitted: 
             pass
     asyncio.run(team.close())
     admitted.put(count)
+
+
+def open_together(files: list[Path], together: Barrier, failed: "SimpleQueue[str]") -> None:
+    """Opens each file at the same moment as the others, and tells what failed."""
+    for file in files:
+        together.wait(60)
+        try:
+            UsageFile(file, "server").close()
+        except sqlite3.Error as error:
+            failed.put(str(error))

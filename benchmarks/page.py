@@ -21,9 +21,8 @@ from tests.e2e.test_webui import INFO, Tab, start_browser
 from tests.support.page_server import serving
 from tests.support.scripted_server import LAST, Server, line, scripted
 
-SECONDS = 15
-"""How long an answer comes."""
-PIECES = 3000
+SECONDS, PIECES = 60, 6000
+"""How long an answer comes, and in how many pieces."""
 WORDS = "All the leaves are **brown** and the `sky` is grey, 天是灰的。 "
 FORMULA = "$\\frac{{a_{n}}}{{b_{n}^2}} + \\sqrt{{x_{n}}} = \\sum_{{i=0}}^{{{n}}} i$"
 ANSWERS = {
@@ -44,7 +43,7 @@ new MutationObserver(() => {
   requestAnimationFrame(() => setTimeout(() => { waiting = false; seen.paints.push(Date.now()); }));
 }).observe(document.querySelector("#talk"), watched);
 new MutationObserver(() => {
-  if (document.querySelector("#figures").innerText.trim()) seen.end ??= Date.now();
+  if (document.querySelector("#figures .prose").textContent.trim()) seen.end ??= Date.now();
 }).observe(document.querySelector("#figures"), watched);
 new PerformanceObserver((list) => seen.keys.push(...list.getEntries().map((entry) => entry.duration)))
   .observe({type: "event", durationThreshold: 16});

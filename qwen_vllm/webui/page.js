@@ -226,6 +226,11 @@ addEventListener("click", () => setTimeout(() => {  // by then Gradio has opened
   field.value = written(field.value);
   field.dispatchEvent(new Event("input", {bubbles: true}));
 }));
+// Gradio sets the `dir` of a message again at each of its drawings: the browser would style all of it again.
+const dir = Object.getOwnPropertyDescriptor(HTMLElement.prototype, "dir");
+Object.defineProperty(HTMLElement.prototype, "dir", {...dir, set(value) {
+  if (value !== this.dir) dir.set.call(this, value);
+}});
 // The keys of the page, in a dialog.
 const keys = document.createElement("dialog");
 keys.id = "keys";

@@ -634,14 +634,17 @@ def exported(tab: Tab, button: str) -> str:
 
 
 WATCH = """
-window.work = {read: 0, changed: 0};
+window.work = {read: 0, changed: 0, styled: 0};
 const parse = DOMParser.prototype.parseFromString;  // with which Gradio cleans each text that it draws
 DOMParser.prototype.parseFromString = function (text, ...kind) {
   work.read += text.length;
   return parse.call(this, text, ...kind);
 };
 new MutationObserver((changes) => changes.forEach(({addedNodes}) => { work.changed += addedNodes.length; }))
-  .observe(document.querySelector("#talk"), {subtree: true, childList: true});"""
+  .observe(document.querySelector("#talk"), {subtree: true, childList: true});
+// Each time it is set, the browser styles all of the message anew.
+new MutationObserver((changes) => { work.styled += changes.length; })
+  .observe(document.querySelector("#talk"), {subtree: true, attributeFilter: ["dir"]});"""
 
 
 def cost_of_a_piece(server: Server, tab: Tab, turns: int) -> tuple[int, dict[str, int]]:
@@ -657,7 +660,7 @@ def cost_of_a_piece(server: Server, tab: Tab, turns: int) -> tuple[int, dict[str
     tab.send("Go on")
     tab.until(lambda: tab.messages()[-1] == "one")
     tab.driver.get_log("performance")
-    tab.run("work.read = work.changed = 0")
+    tab.run("work.read = work.changed = work.styled = 0")
     pieces[0].set()
     tab.until(lambda: tab.messages()[-1] == "one two")
     events = [json.loads(entry["message"])["message"] for entry in tab.driver.get_log("performance")]
@@ -672,6 +675,7 @@ def cost_of_a_piece(server: Server, tab: Tab, turns: int) -> tuple[int, dict[str
 def test_a_piece_of_an_answer_costs_the_same_whatever_came_before(server, page, person):
     received, work = cost_of_a_piece(server, person(page), 1)
     assert work["read"] < 100
+    assert not work["styled"]
     after_many = cost_of_a_piece(server, person(page), 50)
     assert after_many[1] == work
     assert abs(after_many[0] - received) < 500

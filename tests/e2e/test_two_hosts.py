@@ -162,3 +162,7 @@ def test_of_two_servers_behind_one_address_one_is_cut_off(hosts: tuple[Host, Hos
         ends = [answer.result(90) for answer in answers]
         assert sum(end in ("stop", "length") for end in ends) == going_on > 0
         assert ends.count("the server broke the answer off") == lost > 0
+        other.reconnect()
+        here.cut_off()
+        until(lambda: requests.get(f"{url}/ready", timeout=10).ok)
+        assert asked(url) == PARIS

@@ -5,6 +5,7 @@
 2. Norms and activations are one kernel each, vLLM's own, instead of a dozen operators.
 3. Top-p looks at the likeliest tokens instead of sorting the vocabulary.
 4. The KV cache takes memory as it is filled.
+5. A pipeline works without compiling, which takes minutes.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from vllm.config import get_current_vllm_config_or_none
+from vllm.distributed import get_pp_group
 from vllm.model_executor.custom_op import CustomOp, op_registry_oot
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -129,6 +131,18 @@ def filled_on_demand(allocate: Callable[..., Any]) -> Callable[..., Any]:
             return allocate(*args, **options)
 
     return allocate_kv_cache
+
+
+def with_room_between_stages(load: Callable[..., None]) -> Callable[..., None]:
+    """Wrap vLLM's loading of a model: a later stage of a pipeline gets room for what it is handed."""
+
+    def load_model(runner: Any, *args: Any, **options: Any) -> None:
+        load(runner, *args, **options)
+        if not get_pp_group().is_first_rank:
+            room = runner.model.make_empty_intermediate_tensors
+            runner.intermediate_tensors = room(runner.max_num_tokens, runner.model_config.dtype, runner.device)
+
+    return load_model
 
 
 def register() -> None:

@@ -38,6 +38,7 @@ PARSER_ENGINE = "vllm.parser.engine.parser_engine.ParserEngine"
 DETOKENIZERS = "vllm.v1.engine.detokenizer"
 QWEN2_VL = "transformers.models.qwen2_vl"
 LAYERS = "vllm.model_executor.layers"
+CPU_RUNNER = "vllm.v1.worker.cpu_model_runner.CPUModelRunner"
 SAMPLER = "vllm.v1.sample.ops.topk_topp_sampler"
 _applied: set[str] = set()
 
@@ -412,6 +413,17 @@ EMPTY_CACHE = Patch(
     replaces={"vllm.v1.worker.gpu_model_runner.allocate_kv_cache": _wrapped_by(f"{CPU_SPEEDUPS}.filled_on_demand")},
     made_for={"vllm.v1.worker.utils.allocate_kv_cache": "abf43557acdf"},
 )
+STAGES = Patch(
+    name="pipeline without compiling",
+    why="Only a stage that is compiled, which takes minutes on a CPU, makes room for what the one before it hands on: "
+    "others end with an AssertionError at the first request.",
+    upstream="not proposed yet",
+    replaces={f"{CPU_RUNNER}.load_model": _wrapped_by(f"{CPU_SPEEDUPS}.with_room_between_stages")},
+    made_for={
+        f"{CPU_RUNNER}.load_model": "91116025c236",
+        f"{CPU_RUNNER}.warming_up_model": "fb0a137aaffd",
+    },
+)
 EARLY_ENGINE = Patch(
     name="engine forked early",
     why="The server imports vLLM, and then the engine's process does so again: half of a start.",
@@ -460,6 +472,6 @@ IN_EVERY_PROCESS: Sequence[Patch] = (
 )
 """Applied by `plugin.begin_process` in each of vLLM's processes. `SIGNALS` and `EARLY_ENGINE` are for the server's
 first process alone, `TEAM` for its front ends with --key-file, `GGUF` for when the demo model is made."""
-ON_CPU: Sequence[Patch] = (FLOAT16_WEIGHTS, TOP_P, EMPTY_CACHE)
+ON_CPU: Sequence[Patch] = (FLOAT16_WEIGHTS, TOP_P, EMPTY_CACHE, STAGES)
 """Applied there too, with the vLLM for CPUs."""
 PATCHES: Sequence[Patch] = (*IN_EVERY_PROCESS, *ON_CPU, SLEEP, SIGNALS, EARLY_ENGINE, TEAM, GGUF)

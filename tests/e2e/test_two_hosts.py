@@ -1,4 +1,4 @@
-"""Two machines, one of them cut off: engines on both behind one address, a server on each. For root, with `ip`."""
+"""Two machines, one of them cut off: engines on both, one model over both, a server on each. For root, with `ip`."""
 
 import os
 import shutil
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from threading import Semaphore
 
@@ -31,9 +30,14 @@ pytestmark = [
 ]
 STALL = 20
 SMALL = f"--max-model-len 512 --kv-cache-memory-bytes 256M --stall-timeout {STALL}".split()
-BOTH = """--data-parallel-size 2 --data-parallel-size-local 1 --data-parallel-address {head}
+ENGINES = """--data-parallel-size 2 --data-parallel-size-local 1 --data-parallel-address {head}
     --data-parallel-rpc-port 13345"""
-"""The flags of two engines, one on each host."""
+STAGES = "--pipeline-parallel-size 2 --nnodes 2 --master-addr {head}"
+SETUPS = {
+    "engines": (f"{ENGINES} --api-server-count 1", f"{ENGINES} --data-parallel-start-rank 1 --headless"),
+    "stages": (f"{STAGES} --node-rank 0", f"{STAGES} --node-rank 1 --headless"),
+}
+"""The flags of the server, and of what the other host runs for it."""
 
 
 @pytest.fixture
@@ -43,22 +47,21 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 
 @contextmanager
-def programs(log: Path, *commands: Sequence[str | Path]) -> Iterator[list[subprocess.Popen]]:
-    """Programs that run beside the test, and end with it."""
+def program(log: Path, command: Sequence[str | Path]) -> Iterator[subprocess.Popen]:
+    """A program that runs beside the test, and ends with it."""
     with log.open("wb") as out:
-        started = [subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True) for command in commands]
+        started = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
     try:
         yield started
     finally:
-        for program in started:
-            with suppress(ProcessLookupError):
-                os.killpg(program.pid, signal.SIGKILL)
-            program.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
 
 
-def on(host: Host, flags: str) -> list[str]:
+def on(host: Host, *flags: str) -> list[str]:
     """The command of a small server on that host."""
-    return [*host.runs, *SERVER, *SMALL, *flags.split()]
+    return [*host.runs, *SERVER, *SMALL, *flags]
 
 
 def server(host: Host, port: int, log: Path, *flags: str) -> contextmanager:
@@ -68,8 +71,8 @@ def server(host: Host, port: int, log: Path, *flags: str) -> contextmanager:
 
 def family(pid: int) -> list[psutil.Process]:
     """A program and all that it has started."""
-    program = psutil.Process(pid)
-    return [program, *program.children(recursive=True)]
+    first = psutil.Process(pid)
+    return [first, *first.children(recursive=True)]
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -105,19 +108,18 @@ def streams(pool: ThreadPoolExecutor, url: str, number: int, tokens: int) -> lis
     return answers
 
 
-def test_a_host_is_cut_off_and_comes_back(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+@pytest.mark.parametrize("setup", SETUPS)
+def test_a_host_is_cut_off_and_comes_back(hosts: tuple[Host, Host], tmp_path: Path, setup: str) -> None:
     head, other = hosts
-    both = BOTH.format(head=head.address)
-    flags = ["--api-server-count", "1", *both.split()]
-    theirs = on(other, f"{both} --data-parallel-start-rank 1 --headless")
+    flags, theirs = (flags.format(head=head.address).split() for flags in SETUPS[setup])
     with (
-        programs(tmp_path / "other", theirs) as computing,
+        program(tmp_path / "other", on(other, *theirs)) as computing,
         server(head, 8000, tmp_path / "head", *flags) as url,
         ThreadPoolExecutor(8) as pool,
     ):
         assert asked(url) == PARIS
         answering = server_process(url)
-        everything = [family(process.pid) for process in (answering, *computing)]
+        everything = family(answering.pid) + family(computing.pid)
         answers = streams(pool, url, 4, 450)
         until(lambda: gauge(url, "num_requests_running") == 4)
         other.cut_off()
@@ -125,40 +127,45 @@ def test_a_host_is_cut_off_and_comes_back(hosts: tuple[Host, Host], tmp_path: Pa
         for answer in answers:
             assert "the engine has died" in answer.result(3 * STALL)
         assert answering.wait(3 * STALL) != 0
-        assert [program.wait(3 * STALL) for program in computing] == [1] * len(computing)
-        assert not psutil.wait_procs(chain(*everything), timeout=15)[1]
+        assert computing.wait(3 * STALL) == 1
+        assert not psutil.wait_procs(everything, timeout=15)[1]
     other.reconnect()
     with (
-        programs(tmp_path / "other again", theirs),
+        program(tmp_path / "other again", on(other, *theirs)),
         server(head, 8000, tmp_path / "head again", *flags) as url,
     ):
         assert asked(url) == PARIS
 
 
 @pytest.mark.skipif(not shutil.which("haproxy"), reason="no HAProxy: apt install haproxy")
-def test_of_two_servers_behind_one_address_one_is_cut_off(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+def test_of_two_servers_one_is_cut_off_and_comes_back(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     here, other = hosts
     settings = (ROOT / "deploy/haproxy.cfg").read_text()
     for host, address in ((here, "127.0.0.1:8001"), (other, "127.0.0.1:8002")):
         settings = settings.replace(address, address.replace("127.0.0.1", host.address))
     (tmp_path / "haproxy.cfg").write_text(settings)
-    far = f"http://{other.address}:8002"
+    far, url = f"http://{other.address}:8002", "http://127.0.0.1:8080"
     with (
-        programs(tmp_path / "other", on(other, f"--host {other.address} --port 8002")),
+        program(tmp_path / "other", on(other, "--host", other.address, "--port", "8002")),
         server(here, 8001, tmp_path / "here") as near,
-        programs(tmp_path / "haproxy", ["haproxy", "-f", tmp_path / "haproxy.cfg"]),
         ThreadPoolExecutor(8) as pool,
     ):
-        url = "http://127.0.0.1:8080"
-        until(lambda: requests.get(f"{far}/ready", timeout=10).ok and requests.get(f"{url}/ready", timeout=10).ok)
-        answers = streams(pool, url, 8, 150)
-        running = partial(gauge, name="num_requests_running")
-        until(lambda: running(near) + running(far) == 8)
-        going_on, lost = running(near), running(far)
-        other.cut_off()
-        for i in range(6):  # of which each server would get some
-            short = {"query": f"Say {i}.", "max_tokens": 3}
-            assert requests.post(f"{url}/chat", json=short, timeout=60).ok
-        ends = [answer.result(90) for answer in answers]
-        assert sum(end in ("stop", "length") for end in ends) == going_on > 0
-        assert ends.count("the server broke the answer off") == lost > 0
+        until(lambda: requests.get(f"{far}/ready", timeout=10).ok)
+        # Only now, as it takes a server that does not answer yet from its list.
+        with program(tmp_path / "haproxy", ["haproxy", "-f", tmp_path / "haproxy.cfg"]):
+            until(lambda: requests.get(f"{url}/ready", timeout=10).ok)
+            answers = streams(pool, url, 8, 150)
+            running = partial(gauge, name="num_requests_running")
+            until(lambda: running(near) + running(far) == 8)
+            going_on, lost = running(near), running(far)
+            other.cut_off()
+            for i in range(6):  # of which each server would get some
+                short = {"query": f"Say {i}.", "max_tokens": 3}
+                assert requests.post(f"{url}/chat", json=short, timeout=60).ok
+            ends = [answer.result(90) for answer in answers]
+            assert sum(end in ("stop", "length") for end in ends) == going_on > 0
+            assert ends.count("the server broke the answer off") == lost > 0
+            other.reconnect()
+            here.cut_off()
+            until(lambda: requests.get(f"{url}/ready", timeout=10).ok)
+            assert asked(url) == PARIS

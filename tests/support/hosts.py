@@ -38,8 +38,10 @@ class Host:
     @property
     def runs(self) -> tuple[str, ...]:
         """What to write before a command that this host is to run."""
-        # vLLM would look the address up by a route to the outside, which there is none of.
-        return ("ip", "netns", "exec", self.name, "env", f"VLLM_HOST_IP={self.address}", "GLOO_SOCKET_IFNAME=eth0")
+        # vLLM would look the address up by a route to the outside, which there is none of. The hosts share
+        # the cores: with threads for all of them, the processes of one model would wait seconds for each other.
+        variables = (f"VLLM_HOST_IP={self.address}", "GLOO_SOCKET_IFNAME=eth0", "OMP_NUM_THREADS=1")
+        return ("ip", "netns", "exec", self.name, "env", *variables)
 
     def cut_off(self) -> None:
         """Take its cable out."""

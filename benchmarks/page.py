@@ -17,7 +17,7 @@ from typing import Any
 from selenium.webdriver.common.keys import Keys
 
 from qwen_vllm.webui.conversation import text_message
-from tests.e2e.test_webui import INFO, Tab, start_browser
+from tests.support.browser import INFO, Tab, start_browser
 from tests.support.page_server import serving
 from tests.support.scripted_server import LAST, Server, line, scripted
 

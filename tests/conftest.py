@@ -12,14 +12,17 @@ from typing import Any
 import pexpect
 import pytest
 import requests
+from selenium import webdriver
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qwen_vllm.models.demo import demo_model
 from tests.support import tokenizers
+from tests.support.browser import INFO, Tab, start_browser
 from tests.support.demo import CONVERSATIONS, MODEL
+from tests.support.page_server import serving
 from tests.support.programs import KEY, PROGRAMS, ready
 from tests.support.scripted_engine import ScriptedEngine
-from tests.support.scripted_server import Server, scripted
+from tests.support.scripted_server import Server, line, scripted
 
 
 def pytest_configure() -> None:
@@ -139,3 +142,40 @@ def scripted_engine(qwen3_tokenizer: PreTrainedTokenizerBase) -> Callable[..., S
 def server() -> Iterator[Server]:
     with scripted() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def browsers() -> Iterator[list[webdriver.Chrome]]:
+    drivers: list[webdriver.Chrome] = []
+    yield drivers
+    for driver in drivers:
+        driver.quit()
+
+
+@pytest.fixture
+def person(browsers: list[webdriver.Chrome]) -> Iterator[Callable[..., Tab]]:
+    """Opens the page in a browser that no other person of this test uses."""
+    count = 0
+
+    def arrive(url: str, language: str = "en") -> Tab:
+        nonlocal count
+        if count == len(browsers):
+            browsers.append(start_browser())
+        driver = browsers[count]
+        agent = driver.execute_script("return navigator.userAgent")
+        driver.execute_cdp_cmd("Network.setUserAgentOverride", {"userAgent": agent, "acceptLanguage": language})
+        count += 1
+        return Tab(driver).open(url)
+
+    yield arrive
+    for driver in browsers[:count]:
+        driver.get("about:blank")
+        driver.get_log("performance")
+
+
+@pytest.fixture
+def page(server: Server) -> Iterator[str]:
+    """The page's address, in front of the scripted server."""
+    server.play(line(INFO), path="/chat/info")
+    with serving("--server-url", server.url) as url:
+        yield url

@@ -73,15 +73,14 @@ const chats = {
     return chats.keep().then(chats.listed);
   },
   grow(opening, running) {
-    if (!chats.shown) return [];
+    if (!chats.shown) return;
     // The last piece of an answer may come after another chat was opened: then the opened one stays on the page.
-    if (opening !== chats.shown.opening) return chats.view();
-    if (running.length) {
+    if (opening !== chats.shown.opening) chats.redraw();
+    else if (running.length) {
       chats.shown.running = {id: chats.shown.running?.id ?? newId(), messages: running};
       chats.shown.changes++;
       chats.soon ??= setTimeout(chats.keep, 1000);  // a long chat takes its time to write: not for each piece of an answer
     }
-    return [];
   },
   finish(opening, messages, running, figures) {
     if (opening !== chats.shown?.opening || !running.length) return [];

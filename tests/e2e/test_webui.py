@@ -4,26 +4,20 @@ import asyncio
 import base64
 import json
 import re
-import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.resources import files
 from types import SimpleNamespace
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 import requests
 from PIL import Image
-from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.expected_conditions import alert_is_present
-from selenium.webdriver.support.ui import WebDriverWait
 
 from gradio_webui import Page
 from qwen_vllm.protocol import Sampling
@@ -32,6 +26,7 @@ from qwen_vllm.webui.conversation import text_message, text_of
 from qwen_vllm.webui.markdown import written
 from tests.support import ROOT
 from tests.support.answers import SEEN
+from tests.support.browser import IN_BROWSER, INFO, PICK, Tab, exported, open_chat, questions
 from tests.support.chat_messages import assistant, user
 from tests.support.documents import pdf
 from tests.support.page_server import serving
@@ -40,191 +35,14 @@ from tests.support.programs import KEY
 from tests.support.scripted_server import LAST, Server, line, scripted
 from vllm_client import count_tokens_async
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="no browser to test the page in: apt install chromium chromium-driver"
-)
+pytestmark = IN_BROWSER
 MODEL = "SmolLM2-135M-Instruct"
 FRANCE = "What is the capital of France?"
-INFO = {"models": ["Qwen3-8B"], "context": 8192, "images": False, "defaults": {"temperature": 0.6, "max_tokens": 2048}}
 ATTACK = """\
 <img src=x onerror="window.pwned=1"><script>window.pwned=1</script><svg onload="window.pwned=1"></svg>
 <iframe src="javascript:parent.pwned=1"></iframe><a href="javascript:window.pwned=1">a</a>
 <b style="position:fixed">c</b> <details open ontoggle="window.pwned=1">d</details> [b](javascript:window.pwned=1)
 \\`<img src=x onerror=window.pwned=1>` ![leak](http://leak.example/x.png) $\\href{javascript:window.pwned=1}{x}$"""
-
-
-class Tab:
-    """A person's tab with the page open: what the person does, and what there is to see."""
-
-    def __init__(self, driver: webdriver.Chrome) -> None:
-        self.driver = driver
-
-    def open(self, url: str) -> "Tab":
-        self.driver.get(url)
-        self.until(self.is_ready)
-        return self
-
-    def until(self, condition: Callable[[], Any], seconds: float = 30) -> Any:
-        """The condition's value, as soon as it holds."""
-        deadline = time.monotonic() + seconds
-        while not (value := condition()):
-            assert time.monotonic() < deadline, f"not within {seconds} s; the page shows {self.messages()}"
-            time.sleep(0.05)
-        return value
-
-    def run(self, script: str, *args: Any) -> Any:
-        return self.driver.execute_script(script, *args)
-
-    def texts(self, selector: str) -> list[str]:
-        """What the elements show, without what is folded away and what is invisible; off the screen, what they hold."""
-        text = "(element.innerText || element.textContent).trim()"
-        script = f"return [...document.querySelectorAll(arguments[0])].map((element) => {text})"
-        return [written(text) for text in self.run(script, selector)]
-
-    def messages(self) -> list[str]:
-        return self.texts("#talk [data-testid=user], #talk [data-testid=bot]")
-
-    def figures(self) -> str:
-        return "".join(self.texts("#figures"))
-
-    def earlier(self) -> list[str]:
-        return self.run("return [...document.querySelectorAll('#earlier label')].map((e) => e.textContent.trim())")
-
-    def box(self) -> WebElement:
-        return self.driver.find_element(By.CSS_SELECTOR, "#box textarea")
-
-    def is_ready(self) -> bool:
-        return self.run(
-            """const box = document.querySelector("#box textarea"), title = document.querySelector("#heading h1");
-            return Boolean(box && !box.disabled && title && sessionStorage["qwen-vllm/open"]);"""
-        )
-
-    def send(self, text: str) -> None:
-        self.until(self.is_ready)
-        self.box().send_keys(text, Keys.ENTER)
-        self.until(lambda: not self.box().get_attribute("value"))
-
-    def ask(self, text: str) -> str:
-        """Asks, waits for the whole answer, and returns it."""
-        before = len(self.messages())
-        self.send(text)
-        self.until(lambda: len(self.messages()) >= before + 2 and self.is_ready())
-        return self.messages()[-1]
-
-    def press(self, selector: str) -> None:
-        """Presses a button, also one in a panel that is folded away."""
-        self.until(lambda: self.run("return Boolean(document.querySelector(arguments[0]))", selector))
-        self.run("[...document.querySelectorAll(arguments[0])].at(-1).click()", selector)
-
-    def retry(self) -> None:
-        """Asks the last question again, once the page is done with it."""
-        self.until(self.is_ready)
-        self.press("#chat [aria-label=Retry]")
-
-    def edit(self, text: str) -> None:
-        """Asks the first question anew, with another text."""
-        self.run("document.querySelector('#chat [aria-label=Edit]').click()")
-        self.until(lambda: self.texts("#chat textarea"))
-        self.fill("#chat textarea", text)
-        self.press("#chat [aria-label=Submit]")
-
-    def versions(self) -> list[str]:
-        """Which version of how many the questions are that have some, as soon as no answer is on its way."""
-        texts = self.run("return [...document.querySelectorAll('.versions')].map((e) => e.textContent.slice(1, -1))")
-        return texts if self.is_ready() else []
-
-    def notice(self) -> str:
-        return "".join(self.texts("#notice"))
-
-    def choose(self, menu: str, n: int, of: int) -> None:
-        """Picks the nth choice of a menu that is to be seen."""
-        field = self.until(lambda: self.driver.find_elements(By.CSS_SELECTOR, f"{menu} input"))[0]
-        self.until(
-            lambda: self.run("return arguments[0].getBoundingClientRect().right < innerWidth", field)
-        )  # it moves
-        field.click()
-        choices = self.until(lambda: self.driver.find_elements(By.CSS_SELECTOR, f"{menu} [role=option]"))
-        assert len(choices) == of
-        choices[n - 1].click()
-
-    def fill(self, selector: str, text: str) -> None:
-        self.run(
-            """const field = document.querySelector(arguments[0]);
-            field.value = arguments[1];
-            field.dispatchEvent(new Event("input", {bubbles: true}));""",
-            selector,
-            text,
-        )
-
-    def asked_hosts(self) -> set[str]:
-        """The hosts that were asked since this was last asked; what the page's own policy held back was not."""
-        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        held = [e["params"]["requestId"] for e in events if e["params"].get("blockedReason") == "csp"]
-        sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
-        urls = [urlsplit(request["request"]["url"]) for request in sent if request["requestId"] not in held]
-        return {url.netloc for url in urls if url.scheme not in ("data", "blob")}
-
-
-@pytest.fixture(scope="module")
-def browsers() -> Iterator[list[webdriver.Chrome]]:
-    drivers: list[webdriver.Chrome] = []
-    yield drivers
-    for driver in drivers:
-        driver.quit()
-
-
-@pytest.fixture
-def person(browsers: list[webdriver.Chrome]) -> Iterator[Callable[..., Tab]]:
-    """Opens the page in a browser that no other person of this test uses."""
-    count = 0
-
-    def arrive(url: str, language: str = "en") -> Tab:
-        nonlocal count
-        if count == len(browsers):
-            browsers.append(start_browser())
-        driver = browsers[count]
-        agent = driver.execute_script("return navigator.userAgent")
-        driver.execute_cdp_cmd("Network.setUserAgentOverride", {"userAgent": agent, "acceptLanguage": language})
-        count += 1
-        return Tab(driver).open(url)
-
-    yield arrive
-    for driver in browsers[:count]:
-        driver.get("about:blank")
-        driver.get_log("performance")
-
-
-def start_browser() -> webdriver.Chrome:
-    """A browser that is cut off from the network."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    options.add_argument("--headless=new")
-    options.add_argument("--no-sandbox")
-    options.add_argument("--disable-dev-shm-usage")
-    options.add_argument("--window-size=1280,800")
-    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    return webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-
-
-@pytest.fixture
-def server(server: Server) -> Server:
-    server.play(line(INFO), path="/chat/info")
-    return server
-
-
-@pytest.fixture
-def page(server: Server) -> Iterator[str]:
-    """The page's address, in front of the scripted server."""
-    with serving("--server-url", server.url) as url:
-        yield url
-
-
-def questions(server: Server) -> list[dict[str, Any]]:
-    """The bodies of all that was asked of `/chat`."""
-    return [body for path, _, body in server.requests if path == "/chat"]
 
 
 RICH = """\
@@ -390,249 +208,6 @@ def test_what_went_wrong_stands_where_the_answer_would_and_the_chat_goes_on(serv
     assert tab.messages()[:2] == ["Hi", "Hello."]
 
 
-def test_retry_edit_and_undo(server, page, person):
-    server.play(line({"reasoning": "a"}), line({"delta": "one"}), line(LAST))
-    server.then_play(line({"delta": "two"}), line(LAST))
-    server.then_play(line({"delta": "three"}), line(LAST))
-    server.then_play(line({"delta": "four"}), line(LAST))
-    tab = person(page)
-    tab.ask("first")
-    tab.ask("second")
-    tab.retry()
-    tab.until(lambda: tab.messages()[-1] == "three" and tab.is_ready())
-    tab.edit("first, better")
-    tab.until(lambda: tab.messages() == ["first, better", "four"] and tab.is_ready())
-    asked = [(body["query"], body["history"]) for body in questions(server)]
-    second = ("second", [["first", "one"]])
-    assert asked == [("first", []), second, second, ("first, better", [])]
-    tab.press("#chat [aria-label=Undo]")
-    tab.until(lambda: tab.box().get_attribute("value") == "first, better")
-    assert tab.messages() == []
-
-
-def test_earlier_versions_of_a_question_and_of_an_answer_are_kept_and_switched(server, page, person):
-    for answer in ("one", "two", "two again", "uno"):
-        server.then_play(line({"delta": answer}), line(LAST))
-    tab = person(page)
-    tab.ask("first")
-    tab.ask("second")
-    tab.retry()
-    tab.until(lambda: tab.versions() == ["2 / 2"])
-    tab.edit("first, better")
-    tab.until(lambda: tab.messages() == ["first, better", "uno"] and tab.versions() == ["2 / 2"])
-    tab.press(".versions [aria-label='Earlier version']")
-    again = ["first", "one", "second", "two again"]
-    tab.until(lambda: tab.messages() == again and tab.versions() == ["1 / 2", "2 / 2"])
-    tab.press(".versions [aria-label='Earlier version']")
-    tab.until(lambda: tab.messages() == ["first", "one", "second", "two"] and tab.versions() == ["1 / 2", "1 / 2"])
-    assert json.loads(exported(tab, "#to-json"))["history"] == [["first", "one"], ["second", "two"]]
-    assert tab.earlier() == ["first"]
-    tab.driver.refresh()
-    tab.until(lambda: tab.versions() == ["1 / 2", "1 / 2"])
-    server.play(line({"error": {"type": "engine_error", "message": "x"}}), status=500)
-    tab.ask("third")
-    assert questions(server)[-1]["history"] == [["first", "one"], ["second", "two"]]
-    server.play(line({"delta": "three"}), line(LAST))
-    tab.retry()
-    tab.until(lambda: tab.messages()[-2:] == ["third", "three"] and tab.is_ready())
-    assert tab.versions() == ["1 / 2", "1 / 2"]  # what failed is no version
-
-
-def test_chats_are_kept_opened_exported_and_deleted(server, page, person):
-    server.play(line({"delta": "A **red** rose."}), line(LAST))
-    tab = person(page)
-    tab.ask("About roses")
-    server.play(line({"delta": "It grows"}), ...)
-    tab.send("Go on")
-    tab.until(lambda: tab.messages()[-1] == "It grows")
-    tab.press("#new")  # while the answer is on its way
-    tab.until(lambda: tab.messages() == [] and tab.is_ready())
-    tab.until(lambda: server.left == [True], 2)
-    server.play(line({"delta": "Blue."}), line(LAST))
-    tab.ask("About the sky")
-    tab.until(lambda: tab.earlier() == ["About the sky", "About roses"])
-    tab.driver.refresh()
-    tab.until(lambda: tab.messages() == ["About the sky", "Blue."])
-    tab.press("#earlier label:nth-of-type(2) input")
-    roses = ["About roses", "A red rose.", "Go on", "It grows"]
-    tab.until(lambda: tab.messages() == roses)
-    history = [["About roses", "A **red** rose."], ["Go on", "It grows"]]
-    assert json.loads(exported(tab, "#to-json")) == {"system": "You are a helpful assistant.", "history": history}
-    assert "## User\n\nAbout roses\n\n## Assistant\n\nA **red** rose.\n" in exported(tab, "#to-markdown")
-    tab.press("#delete")
-    WebDriverWait(tab.driver, 10).until(alert_is_present()).accept()
-    tab.until(lambda: tab.messages() == [] and tab.earlier() == ["About the sky"])
-
-
-def test_a_chat_that_is_open_in_two_tabs_loses_no_turn(server, page, person):
-    server.play(line({"delta": "one"}), line(LAST))
-    tab = person(page)
-    tab.ask("first")
-    tab.driver.switch_to.new_window("tab")
-    first, second = tab.driver.window_handles
-    tab.open(page)
-    tab.press("#earlier label input")
-    tab.until(lambda: tab.messages() == ["first", "one"])
-    server.play(line({"delta": "of the second"}), line(LAST))
-    tab.ask("second tab")
-    tab.driver.switch_to.window(first)
-    seen = ["first", "one", "second tab", "of the second"]
-    tab.until(lambda: tab.messages() == seen)
-    ends = [threading.Event(), threading.Event()]
-    for end in ends:
-        server.play(line({"delta": "At once"}), end, line({"delta": "."}), line(LAST))
-        tab.send(f"Tab {ends.index(end)}")
-        tab.until(lambda: tab.messages()[-1] == "At once")
-        tab.driver.switch_to.window(second)
-    for end, window in zip(ends, (first, second), strict=True):
-        end.set()
-        tab.driver.switch_to.window(window)
-        tab.until(tab.is_ready)
-    tab.until(lambda: tab.earlier() == ["first", "first"])
-    told = {tuple(open_chat(tab, n)) for n in (1, 2)}
-    assert told == {(*seen, f"Tab {n}", "At once.") for n in (0, 1)}
-    tab.driver.close()
-    tab.driver.switch_to.window(first)
-
-
-def open_chat(tab: Tab, n: int) -> list[str]:
-    """Opens the nth chat of the list, and returns its messages."""
-    label, opening = f"#earlier label:nth-of-type({n})", tab.run("return chats.shown.opening")
-    if not tab.run("return document.querySelector(arguments[0]).matches('.selected')", label):
-        tab.press(f"{label} input")
-        tab.until(lambda: tab.run("return chats.shown.opening") != opening)
-    kept = tab.run("return branches.messages(chats.shown.chat).map(textOf)")
-    tab.until(lambda: [text for text in tab.messages() if text] == kept)
-    return kept
-
-
-def kept_chat(title: str, answer: str, **fields: Any) -> dict[str, Any]:
-    """A chat as the browser keeps it."""
-    turn = {"id": "0", "parent": None, "messages": [text_message("user", title), text_message("assistant", answer)]}
-    chat = {"id": title, "name": "", "title": title, "pinned": False, "saved": 1, "version": ""}
-    return chat | {"turns": [turn], "leaf": "0"} | fields
-
-
-def test_chats_of_the_earlier_storage_are_moved_over_whatever_comes_between(server, page, person):
-    tab = person(page)
-    for n in range(3):
-        talk = [text_message("user", f"Question {n}"), text_message("assistant", f"Answer {n}")]
-        tab.run("localStorage[`qwen-vllm/chat/${arguments[0]}`] = JSON.stringify(arguments[1])", n, talk)
-        card = {"id": str(n), "title": f"Question {n}", "saved": n}
-        tab.run("localStorage[`qwen-vllm/card/${arguments[0]}`] = JSON.stringify(arguments[1])", n, card)
-    kept = "return Object.keys(localStorage).filter((key) => /(chat|card)/.test(key)).length"
-    cut = (
-        "const put = store.put; let count = 0; store.put = (...chat) => { if (count++) throw Error(); put(...chat); };"
-    )
-    tab.driver.execute_async_script(f"{cut} store.moveOver().catch(() => arguments[0]());")
-    assert tab.run(kept) == 4  # one is over, then it was cut
-    tab.driver.refresh()
-    tab.until(lambda: tab.earlier() == ["Question 2", "Question 1", "Question 0"])
-    assert tab.run(kept) == 0
-    assert open_chat(tab, 3) == ["Question 0", "Answer 0"]
-
-
-def test_chats_are_searched_named_pinned_and_deleted_together(server, page, person):
-    tab = person(page)
-    chats = [kept_chat(f"Chat {n}", "Nothing", saved=n) for n in range(300)]
-    chats += [
-        kept_chat("问候", "今天天气很好，我们去公园散步。", saved=400),
-        kept_chat("Prices", "ＡＢＣ costs 3~5元", saved=401),
-    ]
-    tab.driver.execute_async_script("store.merge(arguments[0]).then(chats.announce).then(arguments[1])", chats)
-    tab.driver.refresh()
-    tab.until(lambda: len(tab.earlier()) == 302)
-    for words, found in (("天气很", ["问候"]), ("abc", ["Prices"]), (" 3~5元", ["Prices"]), ("chat 29", ["Chat 299"])):
-        tab.fill("#search :is(input, textarea)", words)
-        tab.until(lambda found=found: tab.earlier()[:1] == found)
-    assert len(tab.earlier()) == 11
-    tab.press("#earlier label:nth-of-type(11) input")
-    tab.until(lambda: tab.messages() == ["Chat 29", "Nothing"])
-    tab.press("#rename")
-    prompt = WebDriverWait(tab.driver, 10).until(alert_is_present())
-    prompt.send_keys("第二十九")
-    prompt.accept()
-    tab.fill("#search :is(input, textarea)", "")
-    tab.until(lambda: len(tab.earlier()) == 302)
-    tab.press("#pin")
-    tab.until(lambda: tab.earlier()[:2] == ["★ 第二十九", "Prices"])
-    tab.fill("#search :is(input, textarea)", "CHAT 1")
-    tab.until(lambda: len(tab.earlier()) == 111)
-    tab.press("#all-chats > button")
-    tab.until(lambda: len(tab.texts("#several .wrap label")) == 111)
-    tab.run("[...document.querySelectorAll('#several .wrap label input')].slice(-2).forEach((box) => box.click())")
-    tab.press("#delete-several")
-    question = WebDriverWait(tab.driver, 10).until(alert_is_present())
-    assert question.text == "Delete 2 chats for good?"
-    question.accept()
-    tab.until(lambda: len(tab.earlier()) == 109)
-    tab.driver.refresh()
-    tab.until(lambda: len(tab.earlier()) == 300 and tab.messages() == ["Chat 29", "Nothing"])
-
-
-PICK = """
-const files = new DataTransfer();
-files.items.add(new File([arguments[0]], "backup.json"));
-const click = HTMLInputElement.prototype.click;
-HTMLInputElement.prototype.click = function () {
-  HTMLInputElement.prototype.click = click;
-  this.files = files.files;
-  this.dispatchEvent(new Event("change"));
-};"""
-"""The next file that is asked for is this one."""
-
-
-def test_all_chats_are_saved_to_one_file_and_read_from_it(server, page, person):
-    tab = person(page)
-    answer = "<b>Red</b> <img src=x onerror='window.pwned=1'>"
-    chats = [kept_chat("Roses", answer, pinned=True), kept_chat("问候", "你好")]
-    tab.driver.execute_async_script("store.merge(arguments[0]).then(arguments[1])", chats)
-    tab.press("#all-chats > button")
-    saved = exported(tab, "#export-all")
-    tab.driver.execute_async_script("store.remove(['Roses']).then(arguments[0])")
-    tab.run(PICK, saved.replace("\u2060", ""))
-    tab.press("#import-all")
-    tab.until(lambda: tab.notice() == "Chats added: 1. Here already: 1." and tab.earlier() == ["★ Roses", "问候"])
-    assert open_chat(tab, 1) == ["Roses", answer]
-    damaged = json.loads(saved)
-    damaged["chats"][1]["turns"][0]["parent"] = "nobody"
-    for bad, told in (
-        (saved[:-9], "it is no JSON, or cut off"),
-        ('{"history": []}', "it is no file of “Export all”"),
-        (json.dumps(damaged), "its chat number 2 is damaged"),
-    ):
-        tab.run(PICK, bad)
-        tab.press("#import-all")
-        tab.until(lambda told=told: tab.notice() == f"Nothing was imported from backup.json: {told}.")
-    assert tab.earlier() == ["★ Roses", "问候"]
-    assert tab.run("return window.pwned") is None
-
-
-def test_a_browser_that_keeps_nothing_or_is_full_is_told_and_the_chat_goes_on(server, page, person):
-    server.play(line({"delta": "Hello."}), line(LAST))
-    tab = person(page)
-    tab.run("IDBObjectStore.prototype.put = () => { throw new DOMException('', 'QuotaExceededError'); }")
-    assert tab.ask("Hi") == "Hello."
-    tab.until(lambda: "storage is full" in tab.notice())
-    hide = "Object.defineProperty(window, 'indexedDB', {value: undefined})"
-    script = tab.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": hide})
-    tab.open(page)
-    tab.until(lambda: "keeps no chats for this page" in tab.notice())
-    assert [tab.ask("Hi"), tab.ask("And again?")] == ["Hello.", "Hello."]
-    assert questions(server)[-1]["history"] == [["Hi", "Hello."]]
-    tab.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
-    tab.driver.refresh()
-    tab.until(lambda: tab.earlier() == ["Hi", "Hi"])  # what could not be written is as soon as it can be
-
-
-def exported(tab: Tab, button: str) -> str:
-    """The text of the file that the button offers."""
-    tab.run("URL.createObjectURL = (blob) => { blob.text().then((text) => { window.saved = text; }); return '#'; };")
-    tab.run("window.saved = null")
-    tab.press(button)
-    return tab.until(lambda: tab.run("return window.saved"))
-
-
 WATCH = """
 window.work = {read: 0, changed: 0, styled: 0};
 const parse = DOMParser.prototype.parseFromString;  // with which Gradio cleans each text that it draws
@@ -679,29 +254,6 @@ def test_a_piece_of_an_answer_costs_the_same_whatever_came_before(server, page, 
     after_many = cost_of_a_piece(server, person(page), 50)
     assert after_many[1] == work
     assert abs(after_many[0] - received) < 500
-
-
-def test_a_long_chat_opens_with_its_newest_turns_and_loses_none(server, page, person):
-    server.play(line({"delta": "Sure."}), line(LAST))
-    talk = [said for n in range(25) for said in (text_message("user", f"q{n}"), text_message("assistant", f"a{n}"))]
-    tab = person(page)
-    tab.run("localStorage[`qwen-vllm/chat/${sessionStorage['qwen-vllm/open']}`] = JSON.stringify(arguments[0])", talk)
-    tab.driver.refresh()
-    tab.until(lambda: tab.messages() == [text_of(said) for said in talk[-20:]] and tab.is_ready())
-    tab.run("document.querySelector('#chat [aria-label=Edit]').click()")
-    tab.until(lambda: tab.texts("#chat textarea"))
-    tab.fill("#chat textarea", "better")
-    tab.press("#chat [aria-label=Submit]")
-    tab.until(lambda: tab.messages() == ["better", "Sure."] and tab.is_ready())
-    history = [[f"q{n}", f"a{n}"] for n in range(15)]
-    assert questions(server)[0]["history"] == history
-    for shown in (11, 16):
-        tab.press("#more")
-        tab.until(lambda shown=shown: len(tab.messages()) == 2 * shown)
-    assert not tab.driver.find_element(By.ID, "more").is_displayed()
-    assert json.loads(exported(tab, "#to-json"))["history"] == [*history, ["better", "Sure."]]
-    tab.driver.refresh()
-    tab.until(lambda: len(tab.messages()) == 20)
 
 
 def test_settings_are_sent_and_kept(server, page, person):

@@ -70,6 +70,9 @@ def _check_shapes(file: Path, config: Mapping[str, Any]) -> None:
                 told = say(
                     "it is for another model: its layer {layer} has a hidden size of {size}; this model has {layers} "
                     "layers, with {hidden}",
-                    **{"layer": layer, "size": size, "layers": layers, "hidden": hidden},
+                    layer=layer,
+                    size=size,
+                    layers=layers,
+                    hidden=hidden,
                 )
                 raise ValueError(told)

@@ -155,7 +155,7 @@ const chats = {
   },
   async choices() {
     const list = await chats.list();
-    for (const box of document.querySelectorAll("#several .select-all-checkbox")) box.ariaLabel = words.all_chats;
+    for (const box of document.querySelectorAll("#several .select-all-checkbox")) box.ariaLabel = words.all_chats;  // Gradio gives a title only
     return {...list, value: []};
   },
   async rename() {

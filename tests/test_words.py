@@ -1,9 +1,11 @@
 """What people read, in both languages: nothing is missing, nothing is left over, the same values are put in."""
 
+import argparse
 import ast
 import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from string import Formatter
 
 import pytest
@@ -22,11 +24,11 @@ from tests.support import ROOT
 
 CONSTANTS = {
     node.value
-    for source in (*ROOT.glob("*.py"), *ROOT.glob("qwen_vllm/**/*.py"))
+    for source in (*ROOT.glob("*.py"), *ROOT.glob("qwen_vllm/**/*.py"), Path(argparse.__file__))
     for node in ast.walk(ast.parse(source.read_text()))
     if isinstance(node, ast.Constant) and isinstance(node.value, str)
 }
-"""All texts that stand in the programs."""
+"""All texts that stand in the programs, and in argparse."""
 
 
 def said() -> Iterator[str]:
@@ -45,7 +47,7 @@ def said() -> Iterator[str]:
     yield from (field.description for field in ChatRequest.model_fields.values())
 
 
-SAID_BY = ("say", "ModelUnavailable", "BatchError", "ServerFailed")
+SAID_BY = ("say", "ModelUnavailable", "BatchError", "ServerFailed", "KeyFileError")
 """The functions and errors whose first argument is said."""
 
 
@@ -59,8 +61,7 @@ def test_all_that_the_programs_say_has_its_chinese() -> None:
 
 
 def test_no_chinese_is_left_over() -> None:
-    of_argparse = {"options", "show this help message and exit"}
-    assert sorted({*CHINESE} - CONSTANTS - of_argparse) == []
+    assert sorted({*CHINESE} - CONSTANTS) == []
 
 
 def test_the_page_says_the_same_things_in_both_languages() -> None:
@@ -87,6 +88,22 @@ def test_help_is_chinese_and_fits_the_terminal(
     assert max(map(wcswidth, shown.splitlines())) <= 80
     in_quotes = r"'[^']*'"
     assert re.findall("[a-z]+ [a-z]+ [a-z]+", re.sub(in_quotes, "", " ".join(shown.split()))) == []
+
+
+WRONG = {
+    "--nonsense": "无法识别的参数：--nonsense",
+    "--history-max": "参数 --history-max：后面要写一个值",
+    "--history-max=-1": "参数 --history-max：必须是不小于 0 的整数",
+    "--h": "参数 --h 不明确，可能是 --help, --history-max",
+    "--enable-thinking=1": "参数 --enable-thinking/--no-enable-thinking：后面不能写值，这里写了 '1'",
+}
+
+
+@pytest.mark.parametrize(("flag", "told"), WRONG.items())
+def test_a_wrong_flag_is_told_in_chinese(flag: str, told: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        vllm_client.main(["--lang", "zh", flag])
+    assert capsys.readouterr().err.splitlines()[-1] == f"vllm_client.py：错误：{told}"
 
 
 LOCALES = {

@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from qwen_vllm.models.checks import ModelArgs, ModelUnavailable, read_config, refuse_pointer
+from qwen_vllm.words import say
 
 SIDES = re.compile(r"\blayers\.(\d+)\..*(?:([qkv]|gate|up)_proj\.lora_A|(o|down)_proj\.lora_B)\b")
 """Matches LoRA matrices with a dimension of `hidden_size`: dim 1 of lora_A (q, k, v, gate, up), dim 0 of lora_B (o,
@@ -41,7 +42,7 @@ def check_adapter(folder: Path, config: Mapping[str, Any], args: Any) -> None:
     from vllm.lora.peft_helper import PEFTHelper
 
     if not folder.is_dir():
-        raise ValueError("there is no such folder")
+        raise ValueError(say("there is no such folder"))
     for file in folder.glob("adapter_*"):
         refuse_pointer(file)
     try:
@@ -50,7 +51,7 @@ def check_adapter(folder: Path, config: Mapping[str, Any], args: Any) -> None:
         if not (folder / "adapter_model.bin").is_file():
             _check_shapes(folder / "adapter_model.safetensors", config)
     except FileNotFoundError:
-        raise ValueError("it holds no LoRA adapter as peft writes them") from None
+        raise ValueError(say("it holds no LoRA adapter as peft writes them")) from None
     except (ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(str(error).replace("max_lora_rank", "--max-lora-rank")) from None
 
@@ -66,7 +67,12 @@ def _check_shapes(file: Path, config: Mapping[str, Any]) -> None:
             layer, reads, _ = found.groups()
             size = tensors.get_slice(key).get_shape()[1 if reads else 0]
             if int(layer) >= layers or size != hidden:
-                raise ValueError(
-                    f"it is for another model: its layer {layer} has a hidden size of {size}; this model has {layers} "
-                    f"layers, with {hidden}"
+                told = say(
+                    "it is for another model: its layer {layer} has a hidden size of {size}; this model has {layers} "
+                    "layers, with {hidden}",
+                    layer=layer,
+                    size=size,
+                    layers=layers,
+                    hidden=hidden,
                 )
+                raise ValueError(told)

@@ -10,13 +10,14 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from qwen_vllm.protocol import INT64_MAX, ChatError, validated
+from qwen_vllm.words import SaidError, say
 
 HASHED = "sha256:"
 NAME = re.compile(r"[^\x00-\x1f\x7f]{1,64}")
 Limit = Annotated[int | None, Field(ge=1, le=INT64_MAX)]
 
 
-class KeyFileError(Exception):
+class KeyFileError(SaidError):
     """Says what is wrong with the key file; the message never holds a key."""
 
 
@@ -102,44 +103,45 @@ def read_keys(path: Path) -> dict[bytes, Key]:
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_mode & 0o007:
-                raise KeyFileError(f"{path}: every user of this machine may open it: chmod o= {path}")
+                raise KeyFileError("{path}: every user of this machine may open it: chmod o= {path}", path=path)
             tables = tomllib.load(file)
     except OSError as error:
-        raise KeyFileError(f"{path}: {error.strerror}") from None
+        raise KeyFileError("{path}: {reason}", path=path, reason=error.strerror) from None
     except ValueError as error:  # also of bytes that are not UTF-8
         reason = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "not UTF-8"
-        raise KeyFileError(f"{path} is no TOML: {reason}") from None
+        raise KeyFileError("{path} is no TOML: {reason}", path=path, reason=reason) from None
     keys: dict[bytes, Key] = {}
     for name, table in tables.items():
         key = _key(path, name, table)
         if key.digest in keys:
-            raise KeyFileError(f"{path}: [{name}] and [{keys[key.digest].name}] have the same key")
+            other = keys[key.digest].name
+            raise KeyFileError("{path}: [{name}] and [{other}] have the same key", path=path, name=name, other=other)
         keys[key.digest] = key
     if not keys:
-        raise KeyFileError(f'{path} has no key: begin with a table, [NAME], and in it key = "…"')
+        raise KeyFileError('{path} has no key: begin with a table, [NAME], and in it key = "…"', path=path)
     return keys
 
 
 def _key(path: Path, name: str, table: Any) -> Key:
     try:
         if not NAME.fullmatch(name):
-            raise ChatError("a name has at most 64 characters, and no line break")
+            raise ChatError(say("a name has at most 64 characters, and no line break"))
         if not isinstance(table, dict):
-            raise ChatError('a key is a table: [NAME], and in it key = "…"')
+            raise ChatError(say('a key is a table: [NAME], and in it key = "…"'))
         fields = {field: value for field, value in table.items() if field != "key"}
         if wrong := fields.keys() - Key.model_fields.keys() | fields.keys() & {"name", "digest"}:
             known = ", ".join(["key", *sorted(Key.model_fields.keys() - {"name", "digest"})])
-            raise ChatError(f"there is no {min(wrong)}, only {known}")
+            raise ChatError(say("there is no {wrong}, only {known}", wrong=min(wrong), known=known))
         return validated(Key, {"name": name, "digest": _digest(table.get("key")), **fields})
     except ChatError as error:
-        raise KeyFileError(f"{path}: [{name[:64]!s}]: {error.message}") from None
+        raise KeyFileError("{path}: [{name}]: {reason}", path=path, name=name[:64], reason=error.message) from None
 
 
 def _digest(key: Any) -> bytes:
     if not isinstance(key, str) or len(key) < 16:
-        raise ChatError("key: a text of at least 16 characters; `openssl rand -hex 24` makes a good one")
+        raise ChatError(say("key: a text of at least 16 characters; `openssl rand -hex 24` makes a good one"))
     if not key.startswith(HASHED):
         return hashlib.sha256(key.encode()).digest()
     if not re.fullmatch("[0-9a-f]{64}", key.removeprefix(HASHED)):
-        raise ChatError("key: behind sha256: there are 64 hexadecimal digits, as sha256sum prints them")
+        raise ChatError(say("key: behind sha256: there are 64 hexadecimal digits, as sha256sum prints them"))
     return bytes.fromhex(key.removeprefix(HASHED))

@@ -152,7 +152,11 @@ const chats = {
     const list = chats.shown ? await chats.list() : [];
     return sought === chats.sought ? list : [];  // else somebody went on typing
   },
-  choices: async () => ({...await chats.list(), value: []}),
+  async choices() {
+    const list = await chats.list();
+    for (const box of document.querySelectorAll("#several .select-all-checkbox")) box.ariaLabel = words.all_chats;  // Gradio gives a title only
+    return {...list, value: []};
+  },
   async rename() {
     const {chat} = chats.shown, name = chat.turns.length && prompt(words.rename_to, chats.whole(chats.shown).title);
     if (name) chats.change({name: name.trim()});

@@ -244,6 +244,48 @@ def qwen_agent(case: str, url: str, key: str) -> str:
     return answers[-1][-1]["content"]
 
 
+QUESTIONS = [{"query": QUESTION, "response": "Hello 朋友! 🎉"}, {"query": "And now?", "response": "Good night."}]
+"""Of a task. The model says the same to both: half of it is right."""
+
+
+def evaluated(folder: str, command: list[str], report: str) -> Any:
+    """Run a program that writes scores of QUESTIONS into a folder, without the network, and return them."""
+    Path(folder, "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    environment = {**os.environ, "HOME": folder, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    command[0] = str(Path(sys.executable).with_name(command[0]))
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    for file in Path(folder).glob(report):
+        return json.loads(file.read_text())
+    raise RuntimeError(done.stdout + done.stderr)
+
+
+def lm_eval(case: str, url: str, key: str) -> str:
+    task = {
+        "task": "greet", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "test.jsonl"}},
+        "test_split": "test", "output_type": "generate_until", "doc_to_text": "{{query}}",
+        "doc_to_target": "{{response}}", "metric_list": [{"metric": "exact_match"}],
+    }  # fmt: skip
+    os.environ["OPENAI_API_KEY"] = key
+    model = f"model={MODEL},base_url={url}/v1/chat/completions,max_retries=1"
+    command = ["lm_eval", "run", "--model", "local-chat-completions", "--model_args", model, "--apply_chat_template"]
+    command += ["--tasks", "greet", "--include_path", ".", "--output_path", "out"]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "greet.yaml").write_text(json.dumps(task))
+        scores = evaluated(folder, command, "out/**/results_*.json")
+    return str(scores["results"]["greet"]["exact_match,none"])
+
+
+def evalscope(case: str, url: str, key: str) -> str:
+    command = ["evalscope", "eval", "--model", MODEL, "--api-url", f"{url}/v1", "--api-key", key]
+    command += ["--eval-type", "openai_api", "--datasets", "general_qa", "--work-dir", "out", "--no-timestamp"]
+    command += ["--generation-config", '{"retries": 1}']
+    with tempfile.TemporaryDirectory() as folder:
+        local = {"general_qa": {"local_path": folder, "subset_list": ["test"]}}
+        report = evaluated(folder, [*command, "--dataset-args", json.dumps(local)], "out/reports/**/*.json")
+    main = report["primary_metric_identity"]
+    return str(next(metric["score"] for metric in report["metrics"] if metric["identity"] == main))
+
+
 def main() -> None:
     client, case, url, key = sys.argv[1:]
     try:

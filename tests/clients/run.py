@@ -1,8 +1,8 @@
 """Clients of others against one server with a scripted model, as a table: `make test-clients`.
 
-Each client is asked for a plain answer, a streamed one, and a call whose result goes back; then with a wrong key, and
-while the server is busy. What it needs is in .clients/, which is made here of requirements.txt and package.json. The
-clients that need node are left out where there is none.
+Each client is asked for a plain answer, a streamed one, and a call whose result goes back, or for the scores of a task;
+then with a wrong key, and while the server is busy. What it needs is in .clients/, which is made here of
+requirements.txt and package.json. The clients that need node are left out where there is none.
 """
 
 import json
@@ -49,6 +49,8 @@ PYTHON_CLIENTS = {
     "openai_agents": USUAL,
     "llm": USUAL,
     "qwen_agent": ("streamed", "tools"),
+    "lm_eval": ("scores",),
+    "evalscope": ("scores",),
 }
 """And what each is asked; they are in python_clients.py."""
 NODE_CLIENTS = dict.fromkeys(("ai_sdk", "anthropic_sdk"), (*USUAL, "streamed tools"))
@@ -207,7 +209,7 @@ def busy(url: str) -> Iterator[None]:
 
 def judged(case: str, answer: dict[str, Any]) -> str:
     """Say "right", or what came."""
-    said = {"schema": OBJECT}.get(case, RESULT if "tools" in case else PLAIN)
+    said = {"schema": OBJECT, "scores": "0.5"}.get(case, RESULT if "tools" in case else PLAIN)
     called = [WEATHER_ARGUMENTS] if "tools" in case else []
     right = said in answer["said"] and answer["called"] == called and not answer["error"]
     return "right" if right else json.dumps(answer, ensure_ascii=False)

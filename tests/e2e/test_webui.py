@@ -605,13 +605,16 @@ def axe() -> str:
 
 @pytest.mark.long
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_and_a_screen_reader_find_every_control(server, page, person, axe, scheme):
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_phone_and_a_screen_reader_find_every_control(server, page, person, axe, width, scheme):
     server.play(line({"reasoning": "Hm."}), line({"delta": RICH}), line(LAST))
     tab = person(page)
-    phone = {"width": 390, "height": 780, "deviceScaleFactor": 1, "mobile": True}
-    tab.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    screen = {"width": width, "height": 780, "deviceScaleFactor": 1, "mobile": width == 390}
+    tab.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     look = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     tab.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", look)
+    chats = [kept_chat("Roses", "Red", pinned=True), kept_chat("A title as long as a title of a chat can be", "Yes")]
+    tab.driver.execute_async_script("store.merge(arguments[0]).then(arguments[1])", chats)
     tab.driver.refresh()
     tab.send("Show me")
     tab.until(lambda: tab.figures() and tab.is_ready())
@@ -619,6 +622,7 @@ def test_a_phone_and_a_screen_reader_find_every_control(server, page, person, ax
     steps = [
         lambda: None,
         lambda: tab.press("#chats .toggle-button"),
+        lambda: (tab.press("#all-chats > button"), tab.press("#several .wrap input")),
         lambda: (tab.press("#chats .toggle-button"), tab.press("#settings .toggle-button")),
         lambda: (tab.press("#settings .toggle-button"), tab.box().send_keys(Keys.CONTROL, "/")),
     ]

@@ -159,7 +159,7 @@ class Page:
         restored.then(self.greet, None, [on.heading, *on.sampling], **UNQUEUED).then(js="showTitle")
         page.unload(self.stop)
         on.chat.change(js="chats.save", inputs=here[:2], outputs=shown)
-        on.running.change(js="chats.grow", inputs=[on.chat_id, on.running])  # outputs would cost each piece a copy of them
+        on.running.change(js="chats.grow", inputs=[on.chat_id, on.running])  # outputs would be copied for each piece
         on.running.change(self.drawn, js="painted", **UNQUEUED)
         gr.on([setting.change for setting in settings], js="chats.keepSettings", inputs=settings)
 

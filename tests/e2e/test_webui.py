@@ -26,7 +26,7 @@ from qwen_vllm.webui.conversation import text_message, text_of
 from qwen_vllm.webui.markdown import written
 from tests.support import ROOT
 from tests.support.answers import SEEN
-from tests.support.browser import IN_BROWSER, INFO, PICK, Tab, exported, open_chat, questions
+from tests.support.browser import IN_BROWSER, INFO, PICK, Tab, exported, kept_chat, open_chat, questions
 from tests.support.chat_messages import assistant, user
 from tests.support.documents import pdf
 from tests.support.page_server import serving

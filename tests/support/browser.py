@@ -13,6 +13,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
+from qwen_vllm.webui.conversation import text_message
 from qwen_vllm.webui.markdown import written
 from tests.support.scripted_server import Server
 
@@ -181,3 +182,10 @@ def open_chat(tab: Tab, n: int) -> list[str]:
     kept = tab.run("return branches.messages(chats.shown.chat).map(textOf)")
     tab.until(lambda: [text for text in tab.messages() if text] == kept)
     return kept
+
+
+def kept_chat(title: str, answer: str, **fields: Any) -> dict[str, Any]:
+    """A chat as the browser keeps it."""
+    turn = {"id": "0", "parent": None, "messages": [text_message("user", title), text_message("assistant", answer)]}
+    chat = {"id": title, "name": "", "title": title, "pinned": False, "saved": 1, "version": ""}
+    return chat | {"turns": [turn], "leaf": "0"} | fields

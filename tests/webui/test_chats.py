@@ -2,14 +2,13 @@
 
 import json
 import threading
-from typing import Any
 
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.expected_conditions import alert_is_present
 from selenium.webdriver.support.ui import WebDriverWait
 
 from qwen_vllm.webui.conversation import text_message, text_of
-from tests.support.browser import IN_BROWSER, PICK, exported, open_chat, questions
+from tests.support.browser import IN_BROWSER, PICK, exported, kept_chat, open_chat, questions
 from tests.support.scripted_server import LAST, line
 
 pytestmark = IN_BROWSER
@@ -118,13 +117,6 @@ def test_a_chat_that_is_open_in_two_tabs_loses_no_turn(server, page, person):
     assert told == {(*seen, f"Tab {n}", "At once.") for n in (0, 1)}
     tab.driver.close()
     tab.driver.switch_to.window(first)
-
-
-def kept_chat(title: str, answer: str, **fields: Any) -> dict[str, Any]:
-    """A chat as the browser keeps it."""
-    turn = {"id": "0", "parent": None, "messages": [text_message("user", title), text_message("assistant", answer)]}
-    chat = {"id": title, "name": "", "title": title, "pinned": False, "saved": 1, "version": ""}
-    return chat | {"turns": [turn], "leaf": "0"} | fields
 
 
 def test_chats_of_the_earlier_storage_are_moved_over_whatever_comes_between(server, page, person):

@@ -9,13 +9,15 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 LEASE = 10.0
 """Seconds after which what a process has said of its running requests counts no more: it has ended, or hangs."""
+TURN = 0.5
+"""Seconds that a request waits for other processes; then the limits hold in each process by itself."""
 TABLES = """
 CREATE TABLE IF NOT EXISTS usage (
     day TEXT, name TEXT, requests INTEGER, refused INTEGER, prompt_tokens INTEGER, completion_tokens INTEGER,
@@ -81,7 +83,7 @@ class UsageFile:
         self._lock = os.open(f"{path}-lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         # Requests wait for no disk: the thread that writes brings the log (WAL) into the file, and waits for it.
         with self._turn():
-            self._requests = self._open(path, 0.5, "PRAGMA synchronous = OFF; PRAGMA wal_autocheckpoint = 0")
+            self._requests = self._open(path, TURN, "PRAGMA synchronous = OFF; PRAGMA wal_autocheckpoint = 0")
             self._writes = self._open(path, 5, "PRAGMA synchronous = NORMAL")
             self._writes.executescript(TABLES)
 
@@ -99,8 +101,16 @@ class UsageFile:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Wait while another process is here: SQLite would sleep between two looks, or fail where it opens a file."""
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        """Wait while another process is here, as long as `TURN` at most, in case that it hangs.
+
+        SQLite by itself sleeps longer and longer between two looks at its lock, and fails where two open a new file.
+        """
+        until = time.monotonic() + TURN
+        while time.monotonic() < until:
+            with suppress(BlockingIOError):
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.0002)
         try:
             yield
         finally:

@@ -1,6 +1,7 @@
 """A team's keys on /chat: limits, counts, turns, and faults, behind the real AsyncLLM on a scripted engine."""
 
 import asyncio
+import fcntl
 import hashlib
 import multiprocessing
 import sqlite3
@@ -344,6 +345,14 @@ def test_front_ends_that_start_at_once_can_all_open_a_new_usage_file(tmp_path: P
         process.join(60)
     assert failed.empty() or not failed.get()
     assert {process.exitcode for process in processes} == {0}
+
+
+def test_a_front_end_that_hangs_holds_no_other_up(keys: Path) -> None:
+    team = team_of(keys, keys.parent / "usage.db")
+    (key, *_) = team.ring.by_name().values()
+    with (keys.parent / "usage.db-lock").open() as held_by_another:
+        fcntl.flock(held_by_another, fcntl.LOCK_EX)
+        assert team.admit(key, {}).account.key.name == key.name
 
 
 def test_ten_thousand_keys_are_told_apart(tmp_path: Path) -> None:

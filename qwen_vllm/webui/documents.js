@@ -1,6 +1,9 @@
+const DOCUMENT = "<details><summary>";  // how a document begins in a question
+const isPicture = (type) => /^image\/(?!svg)/.test(type);
+
 // Documents that are attached to a question, until it is asked.
 const documents = {
-  isImage: ({mime_type: type}) => /^image\/(?!svg)/.test(type) && document.querySelector("#heading [data-images]"),
+  isImage: ({mime_type: type}) => isPicture(type) && document.querySelector("#heading [data-images]"),
   // Moves what is no image out of the box.
   take(box, dropped) {
     const files = box.files.filter((file) => !documents.isImage(file));
@@ -11,8 +14,8 @@ const documents = {
     return [rest, JSON.stringify([...known, ...added]), added.length ? words.documents_reading : undefined];
   },
   keep: (ids, dropped) => JSON.stringify(JSON.parse(dropped).filter(({id}) => ids.includes(id))),
-  is: (part) => part.text?.startsWith("<details><summary>"),
-  titled: (part) => documents.is(part) ? `📄 ${part.text.slice(18, part.text.indexOf("</summary>"))}` : part.text ?? "",
+  is: (part) => part.text?.startsWith(DOCUMENT),
+  titled: (part) => documents.is(part) ? `📄 ${part.text.slice(DOCUMENT.length, part.text.indexOf("</summary>"))}` : part.text ?? "",
 };
 
 // Gradio would tell in English alone which file is too large.
@@ -28,7 +31,7 @@ for (const kind of ["drop", "change"]) addEventListener(kind, refuse, true);
 // Gradio's box takes images alone from the clipboard: other files come to it as if they were dropped.
 addEventListener("paste", (event) => {
   const box = event.target.closest("#box"), dataTransfer = new DataTransfer();
-  for (const file of event.clipboardData.files) if (!/^image\/(?!svg)/.test(file.type)) dataTransfer.items.add(file);
+  for (const file of event.clipboardData.files) if (!isPicture(file.type)) dataTransfer.items.add(file);
   if (!box || !dataTransfer.items.length) return;
   event.preventDefault();
   event.target.dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true}));

@@ -47,8 +47,8 @@ REDRAW = 0.05
 """Seconds between two drawings of a growing answer while it is short."""
 QUICKLY_DRAWN = 20_000
 """Characters. Gradio reads the whole answer for each drawing: one longer by this is drawn half as often."""
-LONGEST_DRAWING = 1.0
-"""Seconds that a drawing waits for the browser to be done with the one before."""
+LONGEST_DRAWING = 10.0
+"""Seconds that a drawing waits for the browser to be done with the one before: a slow one would lag more and more."""
 SCRIPTS = ("branches.js", "store.js", "page.js", "versions.js", "transfer.js", "documents.js")
 DEPTH = ("reasoning_effort", "thinking_budget")
 """The sampling parameters whose fields stand before the others."""

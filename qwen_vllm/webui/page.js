@@ -210,7 +210,8 @@ const chats = {
 };
 
 const showTitle = () => { document.title = document.querySelector("#heading").textContent.trim(); };
-const painted = () => new Promise((done) => requestAnimationFrame(() => setTimeout(done, 0, [])));
+const nextFrame = (then) => document.hidden ? then() : requestAnimationFrame(then);  // a hidden page has no frames
+const painted = () => new Promise((done) => nextFrame(() => setTimeout(done, 0, [])));
 const focusBox = () => document.querySelector("#box textarea").focus();
 
 // Copies and edits hold what was written, without the invisible characters of markdown.py.

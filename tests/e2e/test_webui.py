@@ -19,7 +19,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from gradio_webui import Page
+from gradio_webui import LONGEST_DRAWING, Page
 from qwen_vllm.protocol import Sampling
 from qwen_vllm.webui.answering import WaitingLine
 from qwen_vllm.webui.conversation import text_message, text_of
@@ -244,6 +244,18 @@ def cost_of_a_piece(server: Server, tab: Tab, turns: int) -> tuple[int, dict[str
     pieces[1].set()
     tab.until(lambda: tab.figures() and tab.is_ready())
     return received, work
+
+
+def test_a_hidden_page_which_has_no_frames_gets_its_answer_without_delay(server, page, person):
+    tab, pieces = person(page), [threading.Event() for _ in range(3)]
+    server.play(*[step for n, piece in enumerate(pieces) for step in (line({"delta": f"{n} "}), piece)], line(LAST))
+    tab.box().send_keys("go on", Keys.ENTER)
+    for n, piece in enumerate(pieces):
+        tab.until(lambda n=n: tab.messages()[-1:] == [" ".join("012"[: n + 1])], LONGEST_DRAWING / 2)
+        tab.driver.minimize_window()
+        piece.set()
+    tab.until(lambda: tab.figures() and tab.is_ready(), LONGEST_DRAWING / 2)
+    assert tab.run("return document.hidden")
 
 
 @pytest.mark.long

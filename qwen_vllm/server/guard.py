@@ -96,7 +96,7 @@ class Guard:
                         scope = _with_engine(scope, request, state.engine_client.vllm_config.parallel_config)
                 receive = _replayed(body, receive)
                 if team and (key := scope.get("key")):
-                    ticket = team.admit(key, request)
+                    ticket = await team.admit(key, request)
         except ChatError as error:
             # A browser shows its page no answer without these headers. vLLM's middleware for them is further in.
             refusal = CORSMiddleware(

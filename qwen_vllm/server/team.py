@@ -5,7 +5,8 @@ import math
 import sqlite3
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import Counter
@@ -24,6 +25,15 @@ REQUESTS = Counter("qwen_requests", "Requests that were admitted", ["key"])
 REFUSED = Counter("qwen_refused", "Requests over a limit of their key", ["key", "limit"])
 PROMPT = Counter("qwen_prompt_tokens", "Tokens of prompts", ["key"])
 COMPLETION = Counter("qwen_completion_tokens", "Tokens of answers", ["key"])
+
+
+@dataclass(eq=False)
+class Asked:
+    """An HTTP request with so many requests to the engine, until it is admitted or refused."""
+
+    key: Key
+    size: int
+    ticket: asyncio.Future[Ticket]
 
 
 class Team:
@@ -51,6 +61,7 @@ class Team:
         self._others_queued = self._others_weight = 0
         self._writable, self._was_active = True, False
         self._ticking, self._closed = asyncio.Lock(), False
+        self._asked, self._ended, self._settles = list[Asked](), set[Account](), False
 
     def account(self, key: Key) -> Account:
         """Return the account of a key, with the limits that the key has now."""
@@ -58,7 +69,7 @@ class Team:
         account.key = key
         return account
 
-    def admit(self, key: Key, request: Any) -> Ticket:
+    async def admit(self, key: Key, request: Any) -> Ticket:
         """Admit an HTTP request with the JSON `request`.
 
         Raises:
@@ -72,59 +83,85 @@ class Team:
         if self.is_full_for(account, size):
             self.refuse(account, "queue")
             raise ChatError("the server is busy", "overloaded", status=503)
-        account.running += 1
-        if refusal := self._take(account, size):
-            account.running -= 1
-            self.refuse(account, refusal.param or "")
-            raise refusal
-        account.new.requests += 1
-        ticket = Ticket(self, account, account.finish - size / key.priority)
-        self.tickets.add(ticket)
-        return ticket
+        asked = Asked(key, size, asyncio.get_running_loop().create_future())
+        self._asked.append(asked)
+        self._settle_soon()
+        try:
+            return await asked.ticket
+        except asyncio.CancelledError:
+            if asked.ticket.done() and not asked.ticket.cancelled() and not asked.ticket.exception():
+                self.end(asked.ticket.result())  # admitted, and left in the same moment
+            raise
 
     def refuse(self, account: Account, limit: str) -> None:
         """Count a request that is refused."""
         account.new.refused += 1
         REFUSED.labels(account.key.name, limit).inc()
 
-    def _take(self, account: Account, size: int) -> ChatError | None:
-        """Take a turn, or return why not; all processes see the same counts while the usage file can be written."""
-        name, checked, refusal = account.key.name, False, None
+    def _settle_soon(self) -> None:
+        if not self._settles:
+            self._settles = True
+            asyncio.get_running_loop().call_soon(self._settle)
+
+    def _settle(self) -> None:
+        """Answer all that have asked, by the limits, and say what has ended.
+
+        Once for all that came together: each transaction waits for those of the other processes. All of these see the
+        same counts while the usage file can be written.
+        """
+        asked, ended = [one for one in self._asked if not one.ticket.done()], self._ended
+        self._asked, self._ended, self._settles = [], set(), False
+        accounts, answered = {self.account(one.key) for one in asked}, False
         if self._writable:
             try:
                 with self._file.transaction():
-                    refusal, checked = self._check(account, size, self._file), True
-                    if account.key.requests_per_minute:
-                        self._file.save_rate(name, account.left, account.at)
-                    if not refusal:
-                        self._file.save_running(name, account.state())
-            except sqlite3.Error as error:
+                    self._look(accounts, self._file)
+                    self._answer(asked)
+                    answered = True
+                    for account in accounts:
+                        if account.key.requests_per_minute:
+                            self._file.save_rate(account.key.name, account.left, account.at)
+                    for account in accounts | ended:
+                        self._file.save_running(account.key.name, account.state())
+            except (OSError, sqlite3.Error) as error:
                 self._lost(error)
-        return refusal if checked else self._check(account, size, None)
+        if not answered:
+            self._look(accounts, None)
+            self._answer(asked)
 
-    def _check(self, account: Account, size: int, file: UsageFile | None) -> ChatError | None:
-        """Check the limits by the usage file or, without it, by what this process knows."""
-        key, now, today = account.key, time.time(), _day()
-        elsewhere = file.elsewhere(key.name) if file else Running()
-        if most := key.requests_per_minute:
-            left, at = (file and file.rate(key.name)) or (account.left, account.at)
-            # A clock that goes back gives nothing, and takes nothing.
-            account.left, account.at = min(most, left + max(0.0, now - at) * most / 60), now
-            if account.left < 1:
-                return _over(key, "requests_per_minute", math.ceil((1 - account.left) * 60 / most))
-        if key.requests_at_once and account.running + elsewhere.requests > key.requests_at_once:
-            return _over(key, "requests_at_once", 1)
-        if key.tokens_per_day:
-            if file:
-                account.tokens = file.tokens(today, key.name)
-            elif account.day != today:
-                account.tokens = 0
-            account.day = today
-            if account.tokens + account.new.prompt_tokens + account.new.completion_tokens >= key.tokens_per_day:
-                return _over(key, "tokens_per_day", _seconds_left_of_day())
-        account.left -= 1
-        account.finish = max(self.virtual, account.finish, elsewhere.finish) + size / key.priority
-        return None
+    def _look(self, accounts: Iterable[Account], file: UsageFile | None) -> None:
+        """Bring the accounts up to date by the usage file or, without it, by what this process knows."""
+        now, today = time.time(), _day()
+        for account in accounts:
+            key = account.key
+            account.elsewhere = file.elsewhere(key.name) if file else Running()
+            if most := key.requests_per_minute:
+                left, at = (file and file.rate(key.name)) or (account.left, account.at)
+                # A clock that goes back gives nothing, and takes nothing.
+                account.left, account.at = min(most, left + max(0.0, now - at) * most / 60), now
+            if key.tokens_per_day:
+                if file:
+                    account.tokens = file.tokens(today, key.name)
+                elif account.day != today:
+                    account.tokens = 0
+                account.day = today
+
+    def _answer(self, asked: Iterable["Asked"]) -> None:
+        """Give those that asked a turn, or say why not."""
+        for one in asked:
+            account = self.account(one.key)
+            if refusal := _refusal(account):
+                self.refuse(account, refusal.param or "")
+                one.ticket.set_exception(refusal)
+                continue
+            account.left -= 1
+            start = max(self.virtual, account.finish, account.elsewhere.finish)
+            account.finish = start + one.size / account.key.priority
+            account.running += 1
+            account.new.requests += 1
+            ticket = Ticket(self, account, start)
+            self.tickets.add(ticket)
+            one.ticket.set_result(ticket)
 
     def count(self, ticket: Ticket) -> None:
         """Count what has come of a request."""
@@ -134,11 +171,9 @@ class Team:
         """Forget a ticket of which nothing runs any more."""
         self.tickets.remove(ticket)
         ticket.account.running -= 1
-        if ticket.account.key.requests_at_once and self._writable:
-            try:
-                self._file.save_running(ticket.account.key.name, ticket.account.state())
-            except sqlite3.Error as error:
-                self._lost(error)
+        if ticket.account.key.requests_at_once:
+            self._ended.add(ticket.account)
+            self._settle_soon()
 
     def resume(self, ticket: Ticket) -> None:
         """Take a ticket back that has ended: a request in the background goes on after its HTTP answer."""
@@ -273,7 +308,8 @@ class Team:
     async def close(self) -> None:
         """Write what is not written yet."""
         await self.tick()
-        self._closed = True
+        self._settle()
+        self._closed, self._writable = True, False
         self._file.close()
 
     def _running(self) -> list[tuple[str, Running]]:
@@ -281,7 +317,7 @@ class Team:
         rows = [(account.key.name, account.state()) for account in [*self._accounts.values()] if account.running]
         return [*rows, ("", Running(finish=self.virtual))]
 
-    def _lost(self, error: sqlite3.Error) -> None:
+    def _lost(self, error: Exception) -> None:
         """Go on by what this process knows, until the file can be written again."""
         if self._writable:
             self._writable = False
@@ -295,6 +331,18 @@ def _size(fields: Mapping[str, Any]) -> int:
     if isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list):
         return size * len(prompts)
     return size
+
+
+def _refusal(account: Account) -> ChatError | None:
+    """Tell which limit a key's next request would break."""
+    key, new = account.key, account.new
+    if key.requests_per_minute and account.left < 1:
+        return _over(key, "requests_per_minute", math.ceil((1 - account.left) * 60 / key.requests_per_minute))
+    if key.requests_at_once and account.running + account.elsewhere.requests >= key.requests_at_once:
+        return _over(key, "requests_at_once", 1)
+    if key.tokens_per_day and account.tokens + new.prompt_tokens + new.completion_tokens >= key.tokens_per_day:
+        return _over(key, "tokens_per_day", _seconds_left_of_day())
+    return None
 
 
 def _over(key: Key, limit: str, seconds: int) -> ChatError:

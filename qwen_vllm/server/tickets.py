@@ -38,6 +38,7 @@ class Account:
         new: counts that are not in the usage file yet.
         left, at: of its requests a minute, as in the usage file.
         tokens, day: its tokens of the day, as they were last read.
+        elsewhere: what other processes run of it, as it was last read.
     """
 
     key: Key
@@ -52,6 +53,7 @@ class Account:
     at: float = 0.0
     tokens: int = 0
     day: str = ""
+    elsewhere: Running = field(default_factory=Running)
 
     def state(self) -> Running:
         """Return what other processes should know."""

@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import multiprocessing
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -276,18 +276,61 @@ def test_a_clock_that_goes_back_neither_locks_a_key_out_nor_gives_it_more(
     write_keys(keys, ann="requests_per_minute = 2")
     team = team_of(keys, keys.parent / "usage.db")
     ann = team.ring.by_name()["ann"]
-    team.admit(ann, {})
-    team.admit(ann, {})
-    now[0] -= 86_400
-    assert refused_by(lambda: team.admit(ann, {})) == ("requests_per_minute", 30)
-    now[0] += 31
-    team.admit(ann, {})
-    assert refused_by(lambda: team.admit(ann, {}))[0] == "requests_per_minute"
+
+    async def story() -> None:
+        await team.admit(ann, {})
+        await team.admit(ann, {})
+        now[0] -= 86_400
+        assert await refused_by(team.admit(ann, {})) == ("requests_per_minute", 30)
+        now[0] += 31
+        await team.admit(ann, {})
+        assert (await refused_by(team.admit(ann, {})))[0] == "requests_per_minute"
+
+    run(story())
 
 
-def refused_by(ask: Callable[[], Any]) -> tuple[str | None, int | None]:
+def test_a_burst_waits_once_for_the_usage_file_and_the_limits_hold_in_it(
+    keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_keys(keys, ann="requests_at_once = 30", bob="requests_per_minute = 7")
+    team, turns = team_of(keys, keys.parent / "usage.db"), list[None]()
+    transaction = team_module.UsageFile.transaction
+    monkeypatch.setattr(team_module.UsageFile, "transaction", lambda file: (turns.append(None), transaction(file))[1])
+
+    async def story() -> None:
+        ring = team.ring.by_name()
+        asked = [team.admit(ring[name], {}) for name in ["ann", "bob"] * 40]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        refused = [answer.param for answer in answers if isinstance(answer, ChatError)]
+        assert sorted(refused) == ["requests_at_once"] * 10 + ["requests_per_minute"] * 33
+        assert len(turns) == 1
+
+    run(story())
+
+
+def test_a_client_that_leaves_as_it_is_admitted_holds_no_place(keys: Path) -> None:
+    write_keys(keys, ann="requests_at_once = 1")
+    team = team_of(keys, keys.parent / "usage.db")
+    ann = team.ring.by_name()["ann"]
+
+    async def story() -> None:
+        for steps in range(4):
+            leaving = asyncio.create_task(team.admit(ann, {}))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            if leaving.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await leaving
+            else:
+                team.end(leaving.result())
+            team.end(await team.admit(ann, {}))
+
+    run(story())
+
+
+async def refused_by(asked: Coroutine[Any, Any, Any]) -> tuple[str | None, int | None]:
     with pytest.raises(ChatError) as error:
-        ask()
+        await asked
     return error.value.param, error.value.retry_after
 
 
@@ -352,7 +395,7 @@ def test_a_front_end_that_hangs_holds_no_other_up(keys: Path) -> None:
     (key, *_) = team.ring.by_name().values()
     with (keys.parent / "usage.db-lock").open() as held_by_another:
         fcntl.flock(held_by_another, fcntl.LOCK_EX)
-        assert team.admit(key, {}).account.key.name == key.name
+        assert asyncio.run(team.admit(key, {})).account.key.name == key.name
 
 
 def test_ten_thousand_keys_are_told_apart(tmp_path: Path) -> None:

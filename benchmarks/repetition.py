@@ -17,10 +17,10 @@ import requests
 from qwen_vllm.cache import CACHE
 from qwen_vllm.with_server import running_server
 
-TEXT = """The station was built in 1884 and opened in the spring of the year after. It has six platforms, two of them for
-the trains to the coast. The roof of iron and glass is 210 metres long. In 1943 it was hit twice; the east wing was not
-built again until 1958. Today 48,000 people pass through it on a working day. The city plans to move the tram stop from
-the north side to the square in front of the main door, and to plant 60 trees along the street to the river."""
+TEXT = """The station was built in 1884 and opened in the spring of the year after. It has six platforms, two of them
+for the trains to the coast. The roof of iron and glass is 210 metres long. In 1943 it was hit twice; the east wing was
+not built again until 1958. Today 48,000 people pass through it on a working day. The city plans to move the tram stop
+from the north side to the square in front of the main door, and to plant 60 trees along the street to the river."""
 QUESTIONS = {
     "copy": f"Repeat this text word for word, and write nothing else:\n\n{TEXT}",
     "edit": f"Write this text again. Change only the number of platforms to eight:\n\n{TEXT}",

@@ -119,6 +119,7 @@ def test_a_chat_that_is_open_in_two_tabs_loses_no_turn(server, page, person):
     tab.driver.switch_to.window(first)
 
 
+@pytest.mark.long
 def test_chats_of_the_earlier_storage_are_moved_over_whatever_comes_between(server, page, person):
     tab = person(page)
     for n in range(3):

@@ -58,7 +58,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 def test_more_than_fits_is_refused_by_all_routes_with_when_to_come_back(url: str) -> None:
     with ThreadPoolExecutor(3 * ROOM) as pool:
-        admitted = [pool.submit(complete, url, max_tokens=120, ignore_eos=True) for _ in range(ROOM)]
+        admitted = [pool.submit(complete, url, max_tokens=60, ignore_eos=True) for _ in range(ROOM)]
         wait_until(lambda: unfinished(url) == ROOM)
         asks = [partial(chat, url, query="Hi"), partial(complete, url), partial(complete, url, stream=True)]
         refused = list(pool.map(lambda i: asks[i % 3](), range(2 * ROOM)))
@@ -248,7 +248,7 @@ def test_whatever_the_description_of_the_api_allows_or_not_is_answered_or_refuse
     operation = schemathesis.openapi.from_url(f"{url}/openapi.json")["/chat"]["POST"]
 
     @given(operation.as_strategy(generation_mode=mode))
-    @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     def ask(case: schemathesis.Case) -> None:
         if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens"), int | None):
             case.body["max_tokens"] = min(case.body.get("max_tokens") or 1, 1)

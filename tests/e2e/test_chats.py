@@ -3,6 +3,7 @@
 import json
 import threading
 
+import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.expected_conditions import alert_is_present
 from selenium.webdriver.support.ui import WebDriverWait

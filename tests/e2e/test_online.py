@@ -334,6 +334,19 @@ def test_results_are_ready_for_the_next_turn(url):
     assert history == [("Hi", "Hello!")]
 
 
+@pytest.mark.long
+def test_guessed_tokens_change_no_text(url, tmp_path):
+    guesses = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
+    text = "The station was built in 1884. It has six platforms, two of them for the trains to the coast."
+    questions = [f"Repeat this word for word: {text} {text}", "Tell me about the sea.", FRANCE]
+    with running_server(["--speculative-config", json.dumps(guesses)], tmp_path / "log") as guessing:
+        guessed, plain = (["".join(ask(each, question)[0]) for question in questions] for each in (guessing, url))
+        assert guessed == plain
+        assert all(plain)
+        metrics = requests.get(f"{guessing}/metrics", timeout=10).text
+    assert float(re.search(r"^vllm:spec_decode_num_accepted_tokens_total\{.*\} (.*)$", metrics, re.M)[1]) > 0
+
+
 @pytest.mark.last
 def test_a_server_that_is_told_to_stop_says_so_in_its_streams_and_ends(url):
     server = server_process(url)
@@ -348,15 +361,3 @@ def test_a_server_that_is_told_to_stop_says_so_in_its_streams_and_ends(url):
     assert not left
     with pytest.raises(ChatError, match="no server answers"):
         next(stream_chat(url, "Hi", api_key=KEY))
-
-
-@pytest.mark.long
-def test_guessed_tokens_change_no_text(url, tmp_path):
-    guesses = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
-    text = "The station was built in 1884. It has six platforms, two of them for the trains to the coast."
-    questions = [f"Repeat this word for word: {text} {text}", "Tell me about the sea.", FRANCE]
-    with running_server(["--speculative-config", json.dumps(guesses)], tmp_path / "log") as guessing:
-        for question in questions:
-            assert ask(guessing, question)[0] and "".join(ask(guessing, question)[0]) == "".join(ask(url, question)[0])
-        metrics = requests.get(f"{guessing}/metrics", timeout=10).text
-    assert float(re.search(r"^vllm:spec_decode_num_accepted_tokens_total\{.*\} (.*)$", metrics, re.M)[1]) > 0

@@ -159,8 +159,8 @@ def test_a_slow_line_past_the_time_that_hugging_faces_client_waits(hub: Hub, mon
 
 
 def test_a_slow_line_past_the_time_that_the_client_has_for_a_file(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelscope_hub._download.DOWNLOAD_TOTAL_TIMEOUT", 0.3)
-    hub.seconds_a_piece[WEIGHTS] = 0.05
+    monkeypatch.setattr("modelscope_hub._download.DOWNLOAD_TOTAL_TIMEOUT", 1)
+    hub.seconds_a_piece[WEIGHTS] = 0.15  # 20 pieces
     assert whole(fetch(NAME, "modelscope"), hub)
     starts = [int(asked[6:-1]) for path, asked in hub.asked if path == WEIGHTS and asked]
     assert starts == sorted({*starts}) != []  # what had come was kept each time

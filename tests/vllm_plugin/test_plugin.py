@@ -6,6 +6,7 @@ import sys
 import threading
 
 import psutil
+import pytest
 
 from qwen_vllm.vllm_plugin import plugin
 
@@ -30,6 +31,7 @@ load()
 """
 
 
+@pytest.mark.long
 def test_only_our_programs_change_vllm() -> None:
     plain = {name: value for name, value in os.environ.items() if name != plugin.OURS}
     done = subprocess.run([sys.executable, "-c", LOADED], env=plain, capture_output=True, text=True, timeout=120)

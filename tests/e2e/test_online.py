@@ -340,7 +340,9 @@ def test_guessed_tokens_change_no_text(url, tmp_path):
     text = "The station was built in 1884. It has six platforms, two of them for the trains to the coast."
     questions = [f"Repeat this word for word: {text} {text}", "Tell me about the sea.", FRANCE]
     with running_server(["--speculative-config", json.dumps(guesses)], tmp_path / "log") as guessing:
-        guessed, plain = (["".join(ask(each, question)[0]) for question in questions] for each in (guessing, url))
+        guessed, plain = (
+            ["".join(ask(each, question, max_tokens=80)[0]) for question in questions] for each in (guessing, url)
+        )
         assert guessed == plain
         assert all(plain)
         metrics = requests.get(f"{guessing}/metrics", timeout=10).text

@@ -61,7 +61,7 @@ class Team:
         self._others_queued = self._others_weight = 0
         self._writable, self._was_active = True, False
         self._ticking, self._closed = asyncio.Lock(), False
-        self._asked, self._ended, self._settles = list[Asked](), set[Account](), False
+        self._asked, self._ended = list[Asked](), set[Account]()
 
     def account(self, key: Key) -> Account:
         """Return the account of a key, with the limits that the key has now."""
@@ -84,12 +84,12 @@ class Team:
             self.refuse(account, "queue")
             raise ChatError("the server is busy", "overloaded", status=503)
         asked = Asked(key, size, asyncio.get_running_loop().create_future())
-        self._asked.append(asked)
         self._settle_soon()
+        self._asked.append(asked)
         try:
             return await asked.ticket
         except asyncio.CancelledError:
-            if asked.ticket.done() and not asked.ticket.cancelled() and not asked.ticket.exception():
+            if not asked.ticket.cancelled() and not asked.ticket.exception():
                 self.end(asked.ticket.result())  # admitted, and left in the same moment
             raise
 
@@ -99,8 +99,7 @@ class Team:
         REFUSED.labels(account.key.name, limit).inc()
 
     def _settle_soon(self) -> None:
-        if not self._settles:
-            self._settles = True
+        if not (self._asked or self._ended):
             asyncio.get_running_loop().call_soon(self._settle)
 
     def _settle(self) -> None:
@@ -110,7 +109,7 @@ class Team:
         same counts while the usage file can be written.
         """
         asked, ended = [one for one in self._asked if not one.ticket.done()], self._ended
-        self._asked, self._ended, self._settles = [], set(), False
+        self._asked, self._ended = [], set()
         accounts, answered = {self.account(one.key) for one in asked}, False
         if self._writable:
             try:
@@ -146,7 +145,7 @@ class Team:
                     account.tokens = 0
                 account.day = today
 
-    def _answer(self, asked: Iterable["Asked"]) -> None:
+    def _answer(self, asked: Iterable[Asked]) -> None:
         """Give those that asked a turn, or say why not."""
         for one in asked:
             account = self.account(one.key)
@@ -172,8 +171,8 @@ class Team:
         self.tickets.remove(ticket)
         ticket.account.running -= 1
         if ticket.account.key.requests_at_once:
-            self._ended.add(ticket.account)
             self._settle_soon()
+            self._ended.add(ticket.account)
 
     def resume(self, ticket: Ticket) -> None:
         """Take a ticket back that has ended: a request in the background goes on after its HTTP answer."""
@@ -308,7 +307,6 @@ class Team:
     async def close(self) -> None:
         """Write what is not written yet."""
         await self.tick()
-        self._settle()
         self._closed, self._writable = True, False
         self._file.close()
 

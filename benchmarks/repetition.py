@@ -12,10 +12,10 @@ import statistics
 import time
 from contextlib import ExitStack
 
-import requests
-
 from qwen_vllm.cache import CACHE
+from qwen_vllm.protocol import ChatResult, Sampling
 from qwen_vllm.with_server import running_server
+from vllm_client import stream_chat
 
 TEXT = """The station was built in 1884 and opened in the spring of the year after. It has six platforms, two of them
 for the trains to the coast. The roof of iron and glass is 210 metres long. In 1943 it was hit twice; the east wing was
@@ -29,20 +29,14 @@ QUESTIONS = {
 }
 
 
-def answer(url: str, model: str, text: str) -> tuple[str, float]:
+def answer(url: str, text: str) -> tuple[str, float]:
     """Ask once; return the answer, and tokens/s from its first piece to its last."""
-    body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 160, "temperature": 0}
-    body |= {"stream": True, "stream_options": {"include_usage": True}}
-    pieces, times, tokens = list[str](), list[float](), 0
-    with requests.post(f"{url}/v1/chat/completions", json=body, stream=True, timeout=600) as response:
-        for line in response.iter_lines(chunk_size=1):
-            if line.startswith(b"data: {"):
-                event = json.loads(line.removeprefix(b"data: "))
-                if event["choices"] and (piece := event["choices"][0]["delta"].get("content")):
-                    pieces.append(piece)
-                    times.append(time.monotonic())
-                tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-    return "".join(pieces), (tokens - 1) / (times[-1] - times[0])
+    times = list[float]()
+    for part in stream_chat(url, text, sampling=Sampling(temperature=0, max_tokens=160)):
+        if not isinstance(part, ChatResult):
+            times.append(time.monotonic())
+    assert isinstance(part, ChatResult)
+    return part.text, (part.completion_tokens - 1) / (times[-1] - times[0])
 
 
 def main() -> None:
@@ -61,10 +55,9 @@ def main() -> None:
             side: stack.enter_context(running_server(own, CACHE / f"repetition-{number}.log"))
             for number, (side, own) in enumerate(sides.items())
         }
-        model = requests.get(f"{urls['without']}/v1/models", timeout=60).json()["data"][0]["id"]
         for _ in range(1 + args.turns):
             for name, side in seen:
-                seen[name, side].append(answer(urls[side], model, QUESTIONS[name]))
+                seen[name, side].append(answer(urls[side], QUESTIONS[name]))
     for (name, side), answers in seen.items():
         without = seen[name, "without"]
         rate, base = (statistics.median(rate for _, rate in each[1:]) for each in (answers, without))

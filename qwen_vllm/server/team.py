@@ -5,7 +5,7 @@ import math
 import sqlite3
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,15 @@ class Team:
         """
         asked, ended = [one for one in self._asked if not one.ticket.done()], self._ended
         self._asked, self._ended = [], set()
+        try:
+            self._settle_all(asked, ended)
+        except Exception as error:
+            for one in asked:
+                if not one.ticket.done():
+                    one.ticket.set_exception(error)
+            raise
+
+    def _settle_all(self, asked: Collection[Asked], ended: Set[Account]) -> None:
         accounts, answered = {self.account(one.key) for one in asked}, False
         if self._writable:
             try:

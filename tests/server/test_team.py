@@ -308,6 +308,21 @@ def test_a_burst_waits_once_for_the_usage_file_and_the_limits_hold_in_it(
     run(story())
 
 
+def test_where_the_usage_file_has_no_number_for_a_number_each_of_a_burst_is_told_so(keys: Path) -> None:
+    write_keys(keys, ann="requests_per_minute = 7")
+    team = team_of(keys, keys.parent / "usage.db")
+    with sqlite3.connect(keys.parent / "usage.db") as file:
+        file.execute("INSERT INTO rate VALUES ('ann', 'many', 'now')")
+
+    async def story() -> None:
+        asked = [team.admit(team.ring.by_name()["ann"], {}) for _ in range(3)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [TypeError] * 3
+        team.end(await team.admit(team.ring.by_name()["bob"], {}))
+
+    run(story())
+
+
 def test_a_client_that_leaves_as_it_is_admitted_holds_no_place(keys: Path) -> None:
     write_keys(keys, ann="requests_at_once = 1")
     team = team_of(keys, keys.parent / "usage.db")

@@ -241,6 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.key_file:
         # The front ends look at the file each second; one that is this process takes the signal itself.
         signal.signal(signal.SIGHUP, lambda *_: None)
+    gc.freeze()
     gc.enable()
     try:
         if args.headless:

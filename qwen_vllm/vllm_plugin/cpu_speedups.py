@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 CANDIDATES = 128
 """Top-p nearly always ends among so many of the likeliest tokens; where it does not, the row is sorted."""
 INFINITE = float("inf")
+_PACKERS = ThreadPoolExecutor()
+"""Packing takes half of a load. Each weight takes one core, and a layer is first needed at the first request."""
 
 
 def is_compiled() -> bool:
@@ -43,14 +46,20 @@ def hold_in_16_bits(dispatch: Callable[..., None]) -> Callable[..., None]:
         takes = weight.dtype == torch.float32 and weight.ndim == 2 and not weight.is_meta
         if is_compiled() or not takes or torch.backends.quantized.engine not in ("x86", "fbgemm"):
             return dispatch(layer, remove_weight)
-        packed = torch.ops.quantized.linear_prepack_fp16(weight.data, None)
+        packing = _PACKERS.submit(torch.ops.quantized.linear_prepack_fp16, weight.data, None)
         multiply = torch.ops.quantized.linear_dynamic_fp16
 
-        def linear(x: torch.Tensor, _: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            product = multiply(x, packed)
-            return product if bias is None else product.add_(bias)
+        def first(*args: Any) -> torch.Tensor:
+            packed = packing.result()
 
-        layer.cpu_linear = linear
+            def linear(x: torch.Tensor, _: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+                product = multiply(x, packed)
+                return product if bias is None else product.add_(bias)
+
+            layer.cpu_linear = linear
+            return linear(*args)
+
+        layer.cpu_linear = first
         if remove_weight:
             layer.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
 

@@ -10,10 +10,7 @@ from collections.abc import Callable
 from multiprocessing import forkserver
 from typing import Any
 
-MODULES = (
-    "qwen_vllm.vllm_plugin.with_server_only",
-    *("vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen2"),
-)
+MODULES = ("qwen_vllm.vllm_plugin.with_server_only", "qwen_vllm.vllm_plugin.early_imports")
 """What an engine imports, after the rule of when this ends."""
 
 
@@ -33,6 +30,7 @@ class EarlyProcess(multiprocessing.context.ForkServerProcess):
 
 
 def _with_environment(environment: dict[str, str], target: Callable[..., None], **options: Any) -> None:
+    gc.freeze()  # what is imported stays: garbage is looked for among what comes
     gc.enable()
     os.environ.clear()
     os.environ.update(environment)

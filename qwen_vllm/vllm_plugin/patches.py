@@ -109,6 +109,7 @@ class Patch:
         return undo
 
 
+@cache
 def source_hash(name: str) -> str:
     """Hash the source text of a dotted name; "missing" where there is no such object."""
     try:

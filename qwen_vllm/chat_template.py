@@ -171,7 +171,8 @@ class ChatTemplate:
 def text_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
     """Make a tokenizer for which no text is a control token. The vocabulary is not copied."""
     parts = {name: getattr(tokenizer, name) for name in ("normalizer", "pre_tokenizer", "decoder")}
-    states = {name: part and json.loads(part.__getstate__()) for name, part in parts.items()}
+    # An empty sequence of normalizers is no None, but false.
+    states = {name: None if part is None else json.loads(part.__getstate__()) for name, part in parts.items()}
     empty = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
     # A text follows a control token, so the space that some tokenizers put before a whole prompt is not its.
     state = json.dumps({**empty, **states}).replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')

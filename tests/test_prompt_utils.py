@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prompt_utils import PromptBuilder, PromptTooLong, Turn, UnsupportedTemplate
@@ -168,6 +169,13 @@ def test_a_model_that_takes_images_is_asked_in_text_as_its_template_does() -> No
     assert builder.build("S", turns, "Q", MANY).token_ids == from_template(tokenizer, "S", turns, "Q")
     ids = builder.build("".join(VISION_TOKENS), turns, "<|vision_start|><|image_pad|><|vision_end|>", MANY).token_ids
     assert not set(tokenizer.convert_tokens_to_ids(VISION_TOKENS)) & set(ids)
+
+
+def test_a_tokenizer_with_an_empty_list_of_normalizers_is_as_one_without() -> None:
+    tokenizer = byte_tokenizer(VISION_TEMPLATE)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([])
+    turns = [("Hi", "Hello!"), ("你好\n", " 你好！")]
+    assert PromptBuilder(tokenizer).build("S", turns, "Q", MANY).token_ids == from_template(tokenizer, "S", turns, "Q")
 
 
 def test_the_stop_token_ends_a_turn(builder: PromptBuilder, tokenizer: PreTrainedTokenizerBase) -> None:

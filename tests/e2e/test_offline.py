@@ -23,7 +23,7 @@ ROLES = ("user", "assistant")
 @pytest.fixture(scope="module")
 def model():
     envs.disable_envs_cache()  # tests of the server leave one, without what ChatModel sets
-    return ChatModel(max_model_len=2048)
+    return ChatModel(max_model_len=2048, dtype="float32")  # as `demo_server`
 
 
 def test_chat_answers_and_leaves_the_callers_history_alone(model):

@@ -3,10 +3,11 @@
 An engine takes half a minute of two cores to start. So each program here starts once, before the first test: the
 fixture `started` in conftest.py starts what the selected tests ask for by name, and nothing else.
 
-To write a test of a server, put it into e2e/ and take a fixture: `demo_server`, a server without further flags that
-wants KEY, or `small_server`, with little room and short deadlines. Others use it too: leave no request behind, and
-expect no idle machine. A test that ends the server is marked `last`: such tests come after all others, in any order.
-A test that needs other flags starts its own server by `with_server.running_server`, and is marked `long`.
+To write a test of a server, put it into e2e/ and take a fixture: `demo_server`, which wants KEY and computes in
+float32 (in bfloat16 a request alone and one beside others round differently), or `small_server`, with little room and
+short deadlines. Others use it too: leave no request behind, and expect no idle machine. A test that ends the server
+is marked `last`: such tests come after all others, in any order. A test that needs other flags starts its own server
+by `with_server.running_server`, and is marked `long`.
 
 To add a program, write a context manager that takes an empty folder and yields what tests need to talk to it, add it
 to PROGRAMS, and add a fixture of the same name to conftest.py.
@@ -72,7 +73,7 @@ def _offline_chat(folder: Path) -> Iterator[pexpect.spawn]:
 
 
 PROGRAMS = {
-    "demo_server": partial(_server, f"--api-key {KEY}"),
+    "demo_server": partial(_server, f"--api-key {KEY} --dtype float32"),
     "small_server": partial(
         _server,
         f"""--max-num-seqs 4 --max-num-queued-reqs {ROOM}

@@ -213,7 +213,8 @@ def main(argv: list[str] | None = None) -> None:
         told = say("it is not installed here yet: run `make setup`, or `pip install --no-deps -e .`")
         sys.exit(f"vllm_server.py: {told}")
     hardware.set_environment()
-    if hardware.on_cpu():
+    forks = early.is_possible()
+    if forks:
         early.begin()
     gc.disable()  # what is imported stays: to look for garbage among it takes a tenth of the time
     from vllm import envs
@@ -224,8 +225,8 @@ def main(argv: list[str] | None = None) -> None:
     os.environ["VLLM_PLUGINS"] = ",".join([*_other_plugins(envs.VLLM_PLUGINS), plugin.NAME])
     plugin.begin_ours()
     patches.SIGNALS.apply()
-    if hardware.on_cpu():
-        patches.EARLY_ENGINE.apply()
+    if forks:
+        patches.EARLY_PROCESSES.apply()
     cli_env_setup()
     try:
         args = parse_args(argv)

@@ -1,21 +1,31 @@
-"""The engine's process on a CPU: forked from one that imports vLLM while the server does.
+"""The server's other processes, engines and front ends: forked from one that imports vLLM while the server does.
 
-Importing vLLM is most of a start there, and both processes need it.
+Importing vLLM is half of a start, and each of them needs it.
 """
 
 import gc
 import multiprocessing
 import os
+import platform
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from multiprocessing import forkserver
+from types import SimpleNamespace
 from typing import Any
 
 MODULES = ("qwen_vllm.vllm_plugin.with_server_only", "qwen_vllm.vllm_plugin.early_imports")
-"""What an engine imports, after the rule of when this ends."""
+"""What they import, after the rule of when this ends."""
+
+
+def is_possible() -> bool:
+    """Tell whether processes may be forked: by vLLM's own rules, and unless the user wants them to be spawned."""
+    is_wsl = "microsoft" in platform.uname().release.lower()
+    return not (is_wsl or "--numa-bind" in sys.argv or os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == "spawn")
 
 
 def begin() -> None:
-    """Start the process that imports."""
+    """Start the process that imports. Nothing there may use the GPU: CUDA does not survive a fork."""
     multiprocessing.set_forkserver_preload(list(MODULES))
     forkserver.ensure_running()
 
@@ -25,19 +35,32 @@ class EarlyProcess(multiprocessing.context.ForkServerProcess):
 
     def start(self) -> None:
         """Start the process."""
-        vars(self).update(_target=_with_environment, _args=(dict(os.environ), vars(self)["_target"]))
+        target, args = (vars(self)[name] for name in ("_target", "_args"))
+        vars(self).update(_target=_with_environment, _args=(dict(os.environ), target, *args))
         super().start()
 
 
-def _with_environment(environment: dict[str, str], target: Callable[..., None], **options: Any) -> None:
+def _with_environment(environment: dict[str, str], target: Callable[..., None], *args: Any, **options: Any) -> None:
     gc.freeze()  # what is imported stays: garbage is looked for among what comes
     gc.enable()
+    threads = environment.get("OMP_NUM_THREADS")
+    if threads and threads != os.environ.get("OMP_NUM_THREADS"):
+        torch: Any = import_module("torch")  # it reads the variable as it is imported
+        torch.set_num_threads(int(threads))
     os.environ.clear()
     os.environ.update(environment)
-    target(**options)
+    if "PROMETHEUS_MULTIPROC_DIR" in environment:
+        values: Any = import_module("prometheus_client.values")
+        values.ValueClass = values.get_value_class()  # it too looks at the environment as it is imported
+    target(*args, **options)
 
 
 class EarlyContext(multiprocessing.context.ForkServerContext):
     """Starts `EarlyProcess`es."""
 
     Process = EarlyProcess
+
+
+def for_front_ends(multiprocessing: Any) -> Any:
+    """Return the module `multiprocessing` with `EarlyContext` in the place of all others."""
+    return SimpleNamespace(**vars(multiprocessing) | {"get_context": lambda _: EarlyContext()})

@@ -425,12 +425,18 @@ STAGES = Patch(
         f"{CPU_RUNNER}.warming_up_model": "fb0a137aaffd",
     },
 )
-EARLY_ENGINE = Patch(
-    name="engine forked early",
-    why="The server imports vLLM, and then the engine's process does so again: half of a start.",
+EARLY_PROCESSES = Patch(
+    name="processes forked early",
+    why="The server imports vLLM, and then the processes of engines and front ends do so again: half of a start.",
     upstream="not proposed yet; measured in benchmarks/NOTES.md",
-    replaces={"vllm.v1.engine.utils.get_mp_context": _ours("qwen_vllm.vllm_plugin.early.EarlyContext")},
+    replaces={
+        f"vllm.v1.engine.{module}.get_mp_context": _ours("qwen_vllm.vllm_plugin.early.EarlyContext")
+        for module in ("utils", "coordinator")
+    }
+    | {"vllm.v1.utils.multiprocessing": _wrapped_by("qwen_vllm.vllm_plugin.early.for_front_ends")},
     made_for={
+        "vllm.v1.engine.coordinator.DPCoordinator.__init__": "bd1085587d42",
+        "vllm.v1.utils.APIServerProcessManager.__init__": "259698bbef75",
         "vllm.v1.engine.utils.CoreEngineProcManager.__init__": "b50ef4665969",
         "vllm.v1.engine.core.EngineCoreProc.run_engine_core": "c7e3d3cb3987",
     },
@@ -471,8 +477,8 @@ IN_EVERY_PROCESS: Sequence[Patch] = (
     *(CONTROL_TOKENS, IDLE_PARSERS, CUT_CALLS, CUT_ARGUMENTS, REASONING_MARKS, STOPS_IN_REASONING),
     *(SHARED_GPU, PREFERRED_ENGINE),
 )
-"""Applied by `plugin.begin_process` in each of vLLM's processes. `SIGNALS` and `EARLY_ENGINE` are for the server's
+"""Applied by `plugin.begin_process` in each of vLLM's processes. `SIGNALS` and `EARLY_PROCESSES` are for the server's
 first process alone, `TEAM` for its front ends with --key-file, `GGUF` for when the demo model is made."""
 ON_CPU: Sequence[Patch] = (FLOAT16_WEIGHTS, TOP_P, EMPTY_CACHE, STAGES)
 """Applied there too, with the vLLM for CPUs."""
-PATCHES: Sequence[Patch] = (*IN_EVERY_PROCESS, *ON_CPU, SLEEP, SIGNALS, EARLY_ENGINE, TEAM, GGUF)
+PATCHES: Sequence[Patch] = (*IN_EVERY_PROCESS, *ON_CPU, SLEEP, SIGNALS, EARLY_PROCESSES, TEAM, GGUF)

@@ -1,10 +1,13 @@
-"""The engine's process on a CPU: what it begins with, and when the one that it is forked from ends."""
+"""Processes that are forked early: what they begin with, and when the one that they are forked from ends."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
+import pytest
+
+from qwen_vllm.vllm_plugin import early
 
 SERVER = """
 import os
@@ -50,3 +53,47 @@ def test_it_has_the_servers_environment_and_its_origin_ends_with_the_server(tmp_
         origin = psutil.Process(int(pid))
         server.kill()
         assert psutil.wait_procs([origin], timeout=30)[0]
+
+
+LIBRARIES = """
+import os
+import tempfile
+
+from qwen_vllm.vllm_plugin import early
+
+
+def front_end(queue, name):
+    import prometheus_client
+    import torch
+
+    prometheus_client.Counter(name, "Counts.").inc()
+    queue.put([torch.get_num_threads(), *os.listdir(os.environ["PROMETHEUS_MULTIPROC_DIR"])])
+
+
+if __name__ == "__main__":
+    early.MODULES = (*early.MODULES[:1], "prometheus_client", "torch")
+    early.begin()
+    os.environ |= {"OMP_NUM_THREADS": "1", "PROMETHEUS_MULTIPROC_DIR": tempfile.mkdtemp()}
+    context = early.EarlyContext()
+    queue = context.Queue()
+    context.Process(target=front_end, args=(queue, "some")).start()
+    print(*queue.get())
+"""
+
+
+def test_libraries_that_read_the_environment_as_they_are_imported_know_it(tmp_path: Path) -> None:
+    script = tmp_path / "server.py"
+    script.write_text(LIBRARIES)
+    threads, *files = subprocess.check_output((sys.executable, script), text=True, cwd=Path.cwd(), timeout=60).split()
+    assert threads == "1"
+    assert [file.partition("_")[0] for file in files] == ["counter"]
+
+
+def test_processes_are_spawned_where_vllm_or_the_user_wants_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    assert early.is_possible()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["vllm_server.py", "--numa-bind"])
+        assert not early.is_possible()
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    assert not early.is_possible()

@@ -235,6 +235,9 @@ const dir = Object.getOwnPropertyDescriptor(HTMLElement.prototype, "dir");
 Object.defineProperty(HTMLElement.prototype, "dir", {...dir, set(value) {
   if (value !== this.dir) dir.set.call(this, value);
 }});
+// Gradio copies each value of each piece by `structuredClone`, which takes its time for a text too: there is nothing to copy.
+const clone = structuredClone;
+window.structuredClone = (value, ...options) => Object(value) === value ? clone(value, ...options) : value;
 // The keys of the page, in a dialog.
 const keys = document.createElement("dialog");
 keys.id = "keys";

@@ -174,7 +174,7 @@ class Page:
                 [on.chat_id, on.running, on.figures],
                 js="(id, messages, ...rest) => [id, chats.withEarlier(messages), ...rest]",
                 concurrency_limit=None,  # `WaitingLine` has the bounds, and tells people their places
-                show_progress="hidden",
+                show_progress_on=(),  # else Gradio handles the state of each output for each piece
                 api_visibility="private",
             ).then(js="chats.finish", inputs=[*here, on.figures], outputs=here[1:]).then(
                 ready, None, on.box, **UNQUEUED

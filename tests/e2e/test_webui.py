@@ -165,6 +165,15 @@ def test_what_is_copied_is_what_was_written(server, page, person):
     assert tab.until(lambda: tab.driver.execute_async_script(read)) == "A vector<int>, *see* `<b>`."
 
 
+def test_a_long_block_of_code_is_shown_whole_with_colours_at_its_beginning(server, page, person):
+    code = "".join(f"def f{n}(x): return x < {n} and '<b>&amp;'\n" for n in range(500))
+    server.play(line({"delta": f"```python\n{code}```"}), line(LAST))
+    tab = person(page)
+    tab.ask("Show me")
+    tab.until(lambda: tab.run("return document.querySelector('#chat code')?.textContent") == code)
+    assert 100 < len(tab.texts("#chat code .keyword")) < 1000
+
+
 def test_a_busy_server_is_asked_again_and_stop_works_meanwhile(server, page, person):
     busy = line({"error": {"type": "overloaded", "message": "the server is busy", "param": None}})
     server.headers["Retry-After"] = "1"

@@ -38,6 +38,7 @@ PARSER_ENGINE = "vllm.parser.engine.parser_engine.ParserEngine"
 DETOKENIZERS = "vllm.v1.engine.detokenizer"
 QWEN2_VL = "transformers.models.qwen2_vl"
 LAYERS = "vllm.model_executor.layers"
+REGISTRY = "vllm.model_executor.models.registry"
 CPU_RUNNER = "vllm.v1.worker.cpu_model_runner.CPUModelRunner"
 SAMPLER = "vllm.v1.sample.ops.topk_topp_sampler"
 _applied: set[str] = set()
@@ -425,6 +426,17 @@ STAGES = Patch(
         f"{CPU_RUNNER}.warming_up_model": "fb0a137aaffd",
     },
 )
+INSPECTION = Patch(
+    name="models looked at in this process",
+    why="What a model can do is found by importing it in a process of its own, which imports vLLM anew, because that "
+    "could use CUDA: a fifth of a first start.",
+    upstream="not proposed yet; measured in benchmarks/NOTES.md",
+    replaces={f"{REGISTRY}._run_in_subprocess": lambda _: lambda inspect: inspect()},
+    made_for={
+        f"{REGISTRY}._run_in_subprocess": "60f374580c69",
+        f"{REGISTRY}._LazyRegisteredModel.inspect_model_cls": "ad9eb4cfcc34",
+    },
+)
 EARLY_PROCESSES = Patch(
     name="processes forked early",
     why="The server imports vLLM, and then the processes of engines and front ends do so again: half of a start.",
@@ -479,6 +491,6 @@ IN_EVERY_PROCESS: Sequence[Patch] = (
 )
 """Applied by `plugin.begin_process` in each of vLLM's processes. `SIGNALS` and `EARLY_PROCESSES` are for the server's
 first process alone, `TEAM` for its front ends with --key-file, `GGUF` for when the demo model is made."""
-ON_CPU: Sequence[Patch] = (FLOAT16_WEIGHTS, TOP_P, EMPTY_CACHE, STAGES)
+ON_CPU: Sequence[Patch] = (FLOAT16_WEIGHTS, TOP_P, EMPTY_CACHE, STAGES, INSPECTION)
 """Applied there too, with the vLLM for CPUs."""
 PATCHES: Sequence[Patch] = (*IN_EVERY_PROCESS, *ON_CPU, SLEEP, SIGNALS, EARLY_PROCESSES, TEAM, GGUF)

@@ -2,9 +2,11 @@
 
 import logging
 import pkgutil
+import subprocess
 import sys
 from collections import Counter
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -14,11 +16,13 @@ from vllm import EngineArgs, envs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
+from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
 from qwen_vllm import hardware
 from qwen_vllm.vllm_plugin import patches
 from qwen_vllm.vllm_plugin.patches import (
+    INSPECTION,
     LORA_SLOTS,
     PATCHES,
     PREFERRED_ENGINE,
@@ -203,6 +207,14 @@ def test_vllms_qwen35_is_imported_without_torchvision(monkeypatch: pytest.Monkey
     assert missing not in sys.modules
     monkeypatch.setattr(patches, "find_spec", lambda name: name)
     assert not QWEN_VL.is_wanted()
+
+
+def test_a_model_is_looked_at_without_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.delattr(subprocess, "run")
+    with INSPECTION.applied():
+        assert ModelRegistry.models["LlamaForCausalLM"].inspect_model_cls().is_text_generation_model
+    assert [*tmp_path.rglob("*.json")]  # kept for the next start
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,11 @@ test: setup  ## lint, and all tests, on the real engine too, and how much of the
 ifneq ($(ARGS),)
 	$(PY) -m pytest $(ARGS)
 else
-	# Those of whole programs beside the others, whose report follows at the end.
+	# Those of whole programs beside the others. What failed comes last.
 	{ $(MAKE) lint && $(TESTS) -m tests.support.covered -m 'not long and not vision' --ignore tests/e2e; } >.tests.log 2>&1 & others=$$!; \
-	$(TESTS) -m pytest -m 'not long and not vision' tests/e2e; e2e=$$?; \
-	wait $$others; others=$$?; cat .tests.log; exit $$((e2e | others))
+	{ $(TESTS) -m pytest -m 'not long and not vision' tests/e2e; echo $$? >.e2e.status; } 2>&1 | tee .e2e.log; \
+	wait $$others; others=$$?; cat .tests.log; e2e=$$(cat .e2e.status); \
+	[ $$e2e = 0 ] || tail -n 60 .e2e.log; exit $$((e2e | others))
 	$(PY) -m coverage report
 endif
 
@@ -68,5 +69,5 @@ lock: ## write the locked requirements anew from pyproject.toml
 	./setup.sh lock
 
 clean:  ## remove what setup and tests made here; the model cache stays
-	rm -rf .venv .tools .clients *.egg-info .coverage .coverage.* .tests.log .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .tools .clients *.egg-info .coverage .coverage.* .tests.log .e2e.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

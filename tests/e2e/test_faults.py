@@ -191,7 +191,7 @@ OVER_OUR_LIMITS = [
 
 
 def test_what_is_over_our_limits_is_refused_with_the_limit_while_another_is_answered(url: str) -> None:
-    beside = stream_chat(url, "Count to 100.", sampling=Sampling(max_tokens=20, temperature=0))
+    beside = stream_chat(url, "Tell me a long story.", sampling=Sampling(max_tokens=20, temperature=0))
     next(beside)
     for fields, limit in OVER_OUR_LIMITS:
         response = complete(url, **{"max_tokens": 2, **fields})
@@ -211,7 +211,7 @@ SPECIAL = {
 
 @pytest.mark.parametrize("fields", SPECIAL.values(), ids=SPECIAL.keys())
 def test_what_vllm_or_the_queue_limits_is_refused_or_answered_and_hurts_nobody(url: str, fields: dict) -> None:
-    beside = stream_chat(url, "Count to 100.", sampling=Sampling(max_tokens=20, temperature=0))
+    beside = stream_chat(url, "Tell me a long story.", sampling=Sampling(max_tokens=20, temperature=0))
     next(beside)
     response = complete(url, **{"max_tokens": 2, **fields})
     assert response.status_code in (200, 400, 422, 503)

@@ -210,6 +210,7 @@ def test_vllms_qwen35_is_imported_without_torchvision(monkeypatch: pytest.Monkey
 
 
 def test_a_model_is_looked_at_without_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    envs.disable_envs_cache()  # other tests leave one
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     monkeypatch.delattr(subprocess, "run")
     with INSPECTION.applied():

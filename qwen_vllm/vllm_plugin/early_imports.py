@@ -3,7 +3,7 @@
 from importlib import import_module
 
 from qwen_vllm import hardware
-from qwen_vllm.vllm_plugin import patches
+from qwen_vllm.vllm_plugin import plugin
 
 ON_CPU = (
     *("vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen2"),
@@ -15,11 +15,7 @@ ON_GPU = (
     *("vllm.entrypoints.launchers.api_server.entry", "qwen_vllm.server.endpoint"),  # several front ends
 )
 
-on_cpu = hardware.on_cpu()
-for name in (
-    *("vllm.v1.engine.core", "vllm.v1.engine.coordinator", "qwen_vllm.vllm_plugin.plugin"),
-    *(ON_CPU if on_cpu else ON_GPU),
-):
+for name in ("vllm.v1.engine.core", "vllm.v1.engine.coordinator", *(ON_CPU if hardware.on_cpu() else ON_GPU)):
     import_module(name)
-for patch in (*patches.IN_EVERY_PROCESS, *(patches.ON_CPU if on_cpu else ())):
+for patch in plugin.process_patches():
     patch.changed()

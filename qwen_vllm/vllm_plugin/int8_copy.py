@@ -26,20 +26,25 @@ FEW = 4
 GROUP = 32
 """So many weights of a row share a step and an offset in the 4 bits of GGUF's Q4_1."""
 FOUR_BITS = 0.1
-"""How far, in steps, weights may be from multiples of their step: bfloat16 moves them so far."""
+"""How far, in steps, weights may be from multiples of their step: bfloat16 moves the demo model's by 0.04."""
 
 
-def _in_4_bits(weight: torch.Tensor) -> Product | None:
-    """Return the product with `weight`, [outputs, inputs], as 4 bits; None where it has more."""
-    if weight.shape[1] % GROUP:
-        return None
+def _in_steps(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Return `weight` by its groups, as steps from 0 to 15, size of a step and least value; None where it has more."""
     groups = weight.float().unflatten(1, (-1, GROUP))
     least, most = groups.aminmax(dim=-1, keepdim=True)
     step = ((most - least) / 15).clamp_min_(1e-30)
     exact = groups.sub_(least).div_(step)
     steps = exact.round()
-    if exact.sub_(steps).abs_().max() > FOUR_BITS:
+    return None if exact.sub_(steps).abs_().max() > FOUR_BITS else (steps, step, least)
+
+
+def _in_4_bits(weight: torch.Tensor) -> Product | None:
+    """Return the product with `weight`, [outputs, inputs], as 4 bits; None where it has more."""
+    # Of a weight that has more, the first row tells at once.
+    if weight.shape[1] % GROUP or not _in_steps(weight[:1]) or not (found := _in_steps(weight)):
         return None
+    steps, step, least = found
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(steps.int().flatten(1), 1)
     # The kernel counts the steps from 8.
     scales = torch.cat((step, least + 8 * step), dim=-1).transpose(0, 1).to(weight.dtype).contiguous()
@@ -66,12 +71,17 @@ def _in_8_bits(weight: torch.Tensor) -> Product:
     return product
 
 
+def product_with_copy(weight: torch.Tensor) -> Product:
+    """Return the product with a copy of `weight`, [outputs, inputs]: in 4 bits where it has no more, else in 8."""
+    return _in_4_bits(weight) or _in_8_bits(weight)
+
+
 def _add_copy(layer: torch.nn.Module, weight: torch.Tensor) -> None:
     """Let a layer that computes with `weight`, [outputs, inputs], take few tokens with a copy."""
     if is_compiled():
         return
     many = layer.cpu_linear
-    few = _in_4_bits(weight) or _in_8_bits(weight)
+    few = product_with_copy(weight)
 
     def linear(x: torch.Tensor, loaded: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if len(x) > FEW:

@@ -28,6 +28,7 @@ OPENAI_CHAT = "vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat
 ANTHROPIC = "vllm.entrypoints.anthropic.serving.AnthropicServingMessages"
 SPEEDUPS = "qwen_vllm.vllm_plugin.speedups"
 RENDERING = "qwen_vllm.vllm_plugin.rendering"
+EARLY = "qwen_vllm.vllm_plugin.early"
 CPU_SPEEDUPS = "qwen_vllm.vllm_plugin.cpu_speedups"
 TICKETS = "qwen_vllm.server.tickets"
 ENGINES = "qwen_vllm.vllm_plugin.engines"
@@ -429,7 +430,7 @@ STAGES = Patch(
 INSPECTION = Patch(
     name="models looked at in this process",
     why="What a model can do is found by importing it in a process of its own, which imports vLLM anew, because that "
-    "could use CUDA: a fifth of a first start.",
+    "could use CUDA: half of a first start.",
     upstream="not proposed yet; measured in benchmarks/NOTES.md",
     replaces={f"{REGISTRY}._run_in_subprocess": lambda _: lambda inspect: inspect()},
     made_for={
@@ -442,10 +443,10 @@ EARLY_PROCESSES = Patch(
     why="The server imports vLLM, and then the processes of engines and front ends do so again: half of a start.",
     upstream="not proposed yet; measured in benchmarks/NOTES.md",
     replaces={
-        f"vllm.v1.engine.{module}.get_mp_context": _ours("qwen_vllm.vllm_plugin.early.EarlyContext")
-        for module in ("utils", "coordinator")
-    }
-    | {"vllm.v1.utils.multiprocessing": _wrapped_by("qwen_vllm.vllm_plugin.early.for_front_ends")},
+        "vllm.v1.engine.utils.get_mp_context": _ours(f"{EARLY}.EarlyContext"),
+        "vllm.v1.engine.coordinator.get_mp_context": _ours(f"{EARLY}.EarlyContext"),
+        "vllm.v1.utils.multiprocessing": _wrapped_by(f"{EARLY}.for_front_ends"),
+    },
     made_for={
         "vllm.v1.engine.coordinator.DPCoordinator.__init__": "bd1085587d42",
         "vllm.v1.utils.APIServerProcessManager.__init__": "259698bbef75",

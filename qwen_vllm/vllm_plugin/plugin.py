@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 
@@ -40,14 +41,18 @@ def begin_process() -> None:
     qwen_v1.register()
     reasoning.register()
     tool_calls.register()
-    on_cpu = hardware.on_cpu()
-    for patch in (*patches.IN_EVERY_PROCESS, *(patches.ON_CPU if on_cpu else ())):
+    for patch in process_patches():
         patch.apply()
     if engines.SLEEP_AFTER in os.environ:
         patches.SLEEP.apply()
-    if on_cpu:
+    if hardware.on_cpu():
         for module in ("cpu_speedups", "int8_copy"):
             import_module(f"{__package__}.{module}").register()
+
+
+def process_patches() -> Sequence[patches.Patch]:
+    """Return the patches that each of vLLM's processes gets on this hardware."""
+    return (*patches.IN_EVERY_PROCESS, *(patches.ON_CPU if hardware.on_cpu() else ()))
 
 
 def end_with_parent() -> None:

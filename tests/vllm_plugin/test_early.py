@@ -57,7 +57,7 @@ def test_it_has_the_servers_environment_and_its_origin_ends_with_the_server(tmp_
 
 LIBRARIES = """
 import os
-import tempfile
+import sys
 
 from qwen_vllm.vllm_plugin import early
 
@@ -73,7 +73,7 @@ def front_end(queue, name):
 if __name__ == "__main__":
     early.MODULES = (*early.MODULES[:1], "prometheus_client", "torch")
     early.begin()
-    os.environ |= {"OMP_NUM_THREADS": "1", "PROMETHEUS_MULTIPROC_DIR": tempfile.mkdtemp()}
+    os.environ |= {"OMP_NUM_THREADS": "1", "PROMETHEUS_MULTIPROC_DIR": sys.argv[1]}
     context = early.EarlyContext()
     queue = context.Queue()
     context.Process(target=front_end, args=(queue, "some")).start()
@@ -84,7 +84,9 @@ if __name__ == "__main__":
 def test_libraries_that_read_the_environment_as_they_are_imported_know_it(tmp_path: Path) -> None:
     script = tmp_path / "server.py"
     script.write_text(LIBRARIES)
-    threads, *files = subprocess.check_output((sys.executable, script), text=True, cwd=Path.cwd(), timeout=60).split()
+    (tmp_path / "metrics").mkdir()
+    command = (sys.executable, script, tmp_path / "metrics")
+    threads, *files = subprocess.check_output(command, text=True, cwd=Path.cwd(), timeout=60).split()
     assert threads == "1"
     assert [file.partition("_")[0] for file in files] == ["counter"]
 

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qwen_vllm.flags import Help
 from qwen_vllm.network import THIS_MACHINE, address, listen
 from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling, ServerInfo
-from qwen_vllm.webui import UNQUEUED
+from qwen_vllm.webui import UNQUEUED, formulas
 from qwen_vllm.webui import gradio as gr
 from qwen_vllm.webui.answering import AnswerStreams, Reply, WaitingLine
 from qwen_vllm.webui.chat_list import ChatList
@@ -376,6 +376,7 @@ def build_app(page: Page, args: argparse.Namespace) -> FastAPI:
     words = words_for(args.lang)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(LocalOnly)
+    formulas.replace_renderer(app)
     return gr.mount_gradio_app(
         app,
         page.build(),

@@ -92,8 +92,9 @@ def measure(tab: Tab, server: Server, name: str, turns: int, throttle: float) ->
     runs = []
     for stop in (False, True)[: 1 + (name != "short")]:
         tab.driver.execute_cdp_cmd("Emulation.setCPUThrottlingRate", {"rate": 1})
-        tab.press("#new")
-        tab.run("localStorage[`qwen-vllm/chat/${sessionStorage['qwen-vllm/open']}`] = arguments[0]", json.dumps(talk))
+        chat = f"{name}-{turns}-{stop}"
+        tab.run("sessionStorage['qwen-vllm/open'] = arguments[0]", chat)
+        tab.run("localStorage[`qwen-vllm/chat/${arguments[0]}`] = arguments[1]", chat, json.dumps(talk))
         tab.driver.refresh()
         tab.until(lambda: tab.is_ready() and bool(tab.messages()) == bool(talk), 120)
         time.sleep(2)

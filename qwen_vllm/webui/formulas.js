@@ -3,7 +3,7 @@
 import katex from "KATEX";
 
 const FORMULA = /((?:\$\$|\\\[|\\\(|\$)\u2060[^]+?\u2060(?:\$\$|\\\]|\\\)|\$))/;
-const KEPT = 64;  // formulas, which are drawn at once when they come again: a growing answer is set anew for each piece
+const KEPT = 24;  // formulas, which are drawn at once when they come again: a growing answer is set anew for each piece
 
 const kept = new Map(), texts = new WeakMap();
 const nearby = new IntersectionObserver((entries) => {
@@ -11,7 +11,7 @@ const nearby = new IntersectionObserver((entries) => {
     if (!isIntersecting) target.textContent = texts.get(target);
     else if (!target.firstElementChild) draw(target);
   }
-}, {root: document.querySelector("#talk"), rootMargin: "100% 0%"});
+}, {root: document.querySelector("#talk"), rootMargin: "20% 0%"});
 addEventListener("beforeprint", () => document.querySelectorAll("#talk .formula").forEach(draw));
 
 function draw(element) {

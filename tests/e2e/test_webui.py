@@ -121,6 +121,7 @@ const see = (node) => {
   const link = name === "a" ? `${node.getAttribute("href")} ` : "";
   return `‹${name} ${link}${name === "pre" ? inner.trimEnd() : inner}›`;
 };
+dispatchEvent(new Event("beforeprint"));  // formulas off the screen are drawn too
 return [...document.querySelectorAll("#chat [data-testid=bot] .md")].map(see);"""
 """The answers on the page in the notation of `SEEN`."""
 COPY = """
@@ -163,6 +164,21 @@ def test_what_is_copied_is_what_was_written(server, page, person):
     tab.press("#chat [aria-label='Copy message']")
     read = "navigator.clipboard.readText().then(arguments[0])"
     assert tab.until(lambda: tab.driver.execute_async_script(read)) == "A vector<int>, *see* `<b>`."
+
+
+def test_formulas_are_drawn_where_they_are_to_be_seen_and_are_text_elsewhere(server, page, person):
+    answer = "\n\n".join(f"Step {n}: $x_{{{n}}}^2$ and `${n}$`." for n in range(200))
+    server.play(line({"delta": answer}), line(LAST))
+    tab = person(page)
+    tab.send("Go on")
+    tab.until(lambda: tab.figures() and tab.is_ready())
+    formula = "(e) => [e.textContent, e.querySelector('.katex annotation')?.textContent]"
+    formulas = f"return [...document.querySelectorAll('#chat .formula')].map({formula})"
+    tab.until(lambda: [tex for _, tex in tab.run(formulas)][-2:] == ["x_{198}^2", "x_{199}^2"])
+    assert written(tab.run(formulas)[0][0]) == "$x_{0}^2$"
+    tab.run("document.querySelector('#talk').scrollTop = -1e6")
+    tab.until(lambda: tab.run(formulas)[0][1] == "x_{0}^2" and tab.run(formulas)[199][1] is None)
+    assert written(tab.run(formulas)[199][0]) == "$x_{199}^2$"
 
 
 def test_a_long_block_of_code_is_shown_whole_with_colours_at_its_beginning(server, page, person):

@@ -57,12 +57,13 @@ class Sender:
     def __init__(self, answer: str) -> None:
         size = -(-len(answer) // PIECES)
         self._pieces = [answer[start : start + size] for start in range(0, len(answer), size)]
+        self._pause = SECONDS / max(PIECES // 10, len(self._pieces))  # a short answer comes in a moment
         self.sent = 0.0
 
     def __iter__(self) -> Iterator[bytes]:
         began = time.monotonic()
         for number, piece in enumerate(self._pieces):
-            time.sleep(max(0, began + SECONDS * number / len(self._pieces) - time.monotonic()))
+            time.sleep(max(0, began + self._pause * number - time.monotonic()))
             yield line({"delta": piece})
         self.sent = time.time()
         yield line(LAST)

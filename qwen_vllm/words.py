@@ -40,11 +40,12 @@ def choose_language(flags: Sequence[str] | None = None) -> None:
 
     So does argparse. A program calls this; libraries alone speak English. None: the flags of the command line.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--lang", choices=tuple(WORDS), default="")
-    languages = [parser.parse_known_args(flags)[0].lang, *(os.environ.get(name, "") for name in ("QWEN_LANG", *LOCALE))]
-    os.environ["QWEN_LANG"] = "zh" if next(filter(None, languages), "").startswith("zh") else "en"
     argparse._ = say  # type: ignore[attr-defined]  # its gettext, which would read binary files of words
+    languages = [os.environ.get(name, "") for name in ("QWEN_LANG", *LOCALE)]
+    os.environ["QWEN_LANG"] = "zh" if next(filter(None, languages), "").startswith("zh") else "en"
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--lang", choices=tuple(WORDS), default=os.environ["QWEN_LANG"])
+    os.environ["QWEN_LANG"] = parser.parse_known_args(flags)[0].lang
 
 
 def say(text: str, /, **values: object) -> str:

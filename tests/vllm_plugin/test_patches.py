@@ -21,6 +21,7 @@ from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
 from qwen_vllm import hardware
 from qwen_vllm.vllm_plugin import patches
+from qwen_vllm.vllm_plugin.patch import Patch, source_hash
 from qwen_vllm.vllm_plugin.patches import (
     INSPECTION,
     LORA_SLOTS,
@@ -29,8 +30,6 @@ from qwen_vllm.vllm_plugin.patches import (
     QWEN_VL,
     SHARED_GPU,
     THINKING_BUDGET,
-    Patch,
-    source_hash,
 )
 
 USED = {

@@ -30,7 +30,8 @@ function draw(element) {
 
 function rendered(text) {
   const formula = document.createElement("span"), displayMode = /^(\$\$|\\\[)/.test(text);
-  katex.render(text.replace(/^.+?\u2060|\u2060.+?$/g, ""), formula, {displayMode, throwOnError: false});
+  const tex = text.slice(text.indexOf("\u2060") + 1, text.lastIndexOf("\u2060"));
+  katex.render(tex, formula, {displayMode, throwOnError: false});
   return formula;
 }
 

@@ -22,7 +22,7 @@ import requests
 import uvloop
 
 from benchmarks.load import HEAD, PATHS, WORDS, Seen, row
-from benchmarks.serving import routes, start
+from benchmarks.serving import add_side_flags, routes, start
 
 SYSTEM_WORDS, QUESTION_WORDS, ANSWER_TOKENS = 1000, (10, 60), (50, 400)
 THINKING = 5.0
@@ -133,10 +133,7 @@ def talk(url: str, api: str, people: int, questions: int, seed: int, processes: 
 def main() -> int:
     """Prints a row for each side and turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--flags", action="append", default=[], help="of the server, on all sides; repeatable")
-    parser.add_argument("--sides", nargs="+", default=["rust", "ours"])
-    parser.add_argument("--turns", type=int, default=3, help="how often each side is asked (default: 3)")
+    add_side_flags(parser)
     parser.add_argument("--people", type=int, default=200)
     parser.add_argument("--questions", type=int, default=8, help="of each person (default: 8)")
     parser.add_argument("--processes", type=int, default=8, help="at most, on this side (default: 8)")

@@ -14,6 +14,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from benchmarks.load import HEAD, PATHS, Seen, add_flags, load, rate, row
@@ -35,6 +36,14 @@ def start(stack: ExitStack, number: int, side: str, flags: list[str]) -> str:
     return url
 
 
+def add_side_flags(parser: argparse.ArgumentParser, sides: Sequence[str] = ("rust", "ours"), turns: int = 3) -> None:
+    """The flags that say which servers are compared, how they are started, and how often each has its turn."""
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--flags", action="append", default=[], help="of the server, on all sides; repeatable")
+    parser.add_argument("--sides", nargs="+", default=sides)
+    parser.add_argument("--turns", type=int, default=turns, help=f"of each side (default: {turns})")
+
+
 def routes(side: str) -> list[str]:
     """What of a side is measured."""
     return ["openai"] if side in PROGRAMS else ["chat"] if ":" in side else ["chat", "openai"]
@@ -54,10 +63,7 @@ def spread(values: list[float], digits: int = 0) -> str:
 def main() -> int:
     """Prints a row a turn, then the medians, then the ratios to `vllm` and `rust`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--flags", action="append", default=[], help="of the server, on all sides; repeatable")
-    parser.add_argument("--sides", nargs="+", default=["vllm", "rust", "ours"])
-    parser.add_argument("--turns", type=int, default=3, help="how often each side is asked (default: 3)")
+    add_side_flags(parser, ["vllm", "rust", "ours"])
     add_flags(parser)
     args = vars(parser.parse_args())
     sides, streams, turns = args.pop("sides"), args.pop("streams"), args.pop("turns")

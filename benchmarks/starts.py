@@ -13,16 +13,13 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.serving import spread, start
+from benchmarks.serving import add_side_flags, spread, start
 
 
 def main() -> None:
     """Prints a line a start, then each side's first one, and the median of the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--flags", action="append", default=[], help="of the server, on all sides; repeatable")
-    parser.add_argument("--sides", nargs="+", default=["rust", "ours"])
-    parser.add_argument("--turns", type=int, default=4, help="how often each side is started (default: 4)")
+    add_side_flags(parser, turns=4)
     parser.add_argument("--cache", type=Path, help="folder (default: a temporary one)")
     args = parser.parse_args()
     seen: dict[str, list[float]] = {side: [] for side in args.sides}

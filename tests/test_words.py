@@ -4,6 +4,7 @@ import argparse
 import ast
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from string import Formatter
@@ -95,20 +96,15 @@ WRONG = {
     "--history-max": "参数 --history-max：后面要写一个值",
     "--history-max=-1": "参数 --history-max：必须是不小于 0 的整数",
     "--h": "参数 --h 不明确，可能是 --help, --history-max",
-    "--lang=fr": "参数 --lang：不能是 'fr'（可选：'en', 'zh'）",
-    "--lang": "参数 --lang：后面要写一个值",
     "--enable-thinking=1": "参数 --enable-thinking/--no-enable-thinking：后面不能写值，这里写了 '1'",
 }
 
 
 @pytest.mark.parametrize(("flag", "told"), WRONG.items())
-def test_a_wrong_flag_is_told_in_chinese(
-    flag: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setenv("QWEN_LANG", "zh")
+def test_a_wrong_flag_is_told_in_chinese(flag: str, told: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match=r"^2$"):
-        vllm_client.main([flag])
-    assert capsys.readouterr().err.splitlines()[-1].endswith(f".py：错误：{told}")
+        vllm_client.main(["--lang", "zh", flag])
+    assert capsys.readouterr().err.splitlines()[-1] == f"vllm_client.py：错误：{told}"
 
 
 LOCALES = {
@@ -145,6 +141,20 @@ def test_a_language_that_there_is_not_is_told(capsys: pytest.CaptureFixture) -> 
     with pytest.raises(SystemExit, match=r"^2$"):
         choose_language(["--lang", "fr"])
     assert "argument --lang: invalid choice: 'fr' (choose from 'en', 'zh')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"), [(["--lang", "fr"], "不能是 'fr'（可选：'en', 'zh'）"), (["--lang"], "后面要写一个值")]
+)
+def test_a_language_that_there_is_not_is_told_in_the_one_of_the_locale(
+    flags: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.delenv("QWEN_LANG")
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    monkeypatch.setattr(sys, "argv", ["vllm_client.py"])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        vllm_client.main(flags)
+    assert capsys.readouterr().err.splitlines()[-1] == f"vllm_client.py：错误：参数 --lang：{told}"
 
 
 def test_a_library_speaks_english_whatever_the_locale_is(monkeypatch: pytest.MonkeyPatch) -> None:

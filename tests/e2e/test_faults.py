@@ -154,7 +154,8 @@ def test_a_client_that_stops_reading_is_cut_off_and_its_request_with_it(
 @pytest.mark.parametrize("end", ["close", "reset", "half-close"])
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_the_engine(small_server: SimpleNamespace, url: str, end: str, stream: bool) -> None:
-    body = json.dumps({"query": "Count to 1000.", "max_tokens": 250, "stream": stream, "min_p": 0.0}).encode()
+    fields = {"query": "Tell me a long story.", "max_tokens": 250, "temperature": 0}
+    body = json.dumps({**fields, "stream": stream, "min_p": 0.0}).encode()
     with socket.create_connection(("127.0.0.1", small_server.port)) as client:
         client.sendall(request_of(len(body)) + body)
         wait_until(lambda: unfinished(url) == 1)
@@ -263,7 +264,7 @@ def test_whatever_the_description_of_the_api_allows_or_not_is_answered_or_refuse
 
 def test_an_engine_that_hangs_ends_the_server_with_explicit_errors(small_server: SimpleNamespace) -> None:
     server = server_process(small_server.url)
-    answer = stream_chat(small_server.url, "Count to 1000.", sampling=Sampling(max_tokens=250, temperature=0))
+    answer = stream_chat(small_server.url, "Tell me a long story.", sampling=Sampling(max_tokens=250, temperature=0))
     next(answer)
     [engine] = [p for p in server.children(recursive=True) if "EngineCor" in p.name()]
     os.kill(engine.pid, signal.SIGSTOP)

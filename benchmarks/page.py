@@ -40,7 +40,9 @@ let waiting = false;
 new MutationObserver(() => {
   if (waiting) return;
   waiting = true;
-  requestAnimationFrame(() => setTimeout(() => { waiting = false; seen.paints.push(Date.now()); }));
+  // Right after the frame: a timer would wait behind the next piece's.
+  const painted = () => { waiting = false; seen.paints.push(Date.now()); };
+  requestAnimationFrame(() => scheduler.postTask(painted, {priority: "user-blocking"}));
 }).observe(document.querySelector("#talk"), watched);
 new MutationObserver(() => {
   if (document.querySelector("#figures .prose").textContent.trim()) seen.end ??= Date.now();

@@ -25,7 +25,7 @@ from qwen_vllm.network import THIS_MACHINE, address, listen
 from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling, ServerInfo
 from qwen_vllm.webui import UNQUEUED, formulas
 from qwen_vllm.webui import gradio as gr
-from qwen_vllm.webui.answering import AnswerStreams, Reply, WaitingLine
+from qwen_vllm.webui.answering import AnswerStreams, Reply, WaitingLine, settings_of
 from qwen_vllm.webui.chat_list import ChatList
 from qwen_vllm.webui.conversation import (
     Messages,
@@ -66,6 +66,8 @@ class Components:
             self.system = gr.Textbox(DEFAULT_SYSTEM, label=say("system"), lines=3, elem_id="system")
             fields = {name: _field(name, say) for name in dict.fromkeys((*DEPTH, *Sampling.model_fields))}
             self.sampling = [fields[name] for name in Sampling.model_fields]
+        # All of them as one input: Gradio handles the state of each input at each step of an event.
+        self.settings = gr.Textbox(visible="hidden")
         self.heading = gr.HTML(elem_id="heading")
         gr.HTML("<div role=alert></div>", elem_id="notice")
         self.chat_id = gr.Textbox(visible="hidden", elem_id="chat-id")
@@ -152,16 +154,16 @@ class Page:
     def _connect(self, page: gr.Blocks, on: Components) -> None:
         settings, asking = [on.system, *on.sampling], [on.box, on.chat, on.running]
         documents = on.documents
-        attaching, attached = [on.box, *documents.inputs, *settings], documents.shown
+        attaching, attached = [on.box, *documents.inputs, on.settings], documents.shown
         here = [on.chat_id, on.chat, on.running]
         shown = [*here, on.figures, on.chats.earlier]
-        restored = page.load(js="chats.restore", inputs=settings, outputs=[*shown, *settings])
+        restored = page.load(js="chats.restore", inputs=settings, outputs=[*shown, *settings, on.settings])
         restored.then(self.greet, None, [on.heading, *on.sampling], **UNQUEUED).then(js="showTitle")
         page.unload(self.stop)
         on.chat.change(js="chats.save", inputs=here[:2], outputs=shown)
         on.running.change(js="chats.grow", inputs=[on.chat_id, on.running])  # outputs would be copied for each piece
         on.running.change(self.drawn, js="painted", **UNQUEUED)
-        gr.on([setting.change for setting in settings], js="chats.keepSettings", inputs=settings)
+        gr.on([setting.change for setting in settings], js="chats.keepSettings", inputs=settings, outputs=on.settings)
 
         for start in (
             on.box.submit(self.begin, attaching, [on.box, on.running, documents.dropped, *attached], **UNQUEUED),
@@ -170,7 +172,7 @@ class Page:
         ):
             start.then(
                 self.answer,
-                [*here, *settings],
+                [*here, on.settings],
                 [on.chat_id, on.running, on.figures],
                 js="(id, messages, ...rest) => [id, chats.withEarlier(messages), ...rest]",
                 concurrency_limit=None,  # `WaitingLine` has the bounds, and tells people their places
@@ -214,12 +216,11 @@ class Page:
         dropped: str,
         known: str,
         agreed: bool,
+        settings: str,
         request: gr.Request,
-        system: str,
-        *settings: str,
     ) -> list[Any]:
         """Read the documents that were dropped, and show them."""
-        attached = await self._documents.attached(dropped, known, asked["text"], system, settings, self._info)
+        attached = await self._documents.attached(dropped, known, asked["text"], settings_of(settings), self._info)
         return attached.updates(self._words(request))
 
     async def begin(
@@ -228,13 +229,12 @@ class Page:
         dropped: str,
         known: str,
         agreed: bool,
+        settings: str,
         request: gr.Request,
-        system: str,
-        *settings: str,
     ) -> list[Any]:
         """Move the question and its documents into the turn that begins, unless they do not fit, or are not read."""
         words = self._words(request)
-        attached = await self._documents.attached(dropped, known, asked["text"], system, settings, self._info)
+        attached = await self._documents.attached(dropped, known, asked["text"], settings_of(settings), self._info)
         if attached.is_news or not (attached.fits or (agreed and attached.room)):
             hint = "" if attached.fits else words["documents_unsent"]
             return [gr.skip(), gr.skip(), gr.skip(), *attached.updates(words, agreed, hint)]
@@ -247,9 +247,8 @@ class Page:
         chat_id: str,
         earlier: Messages,
         asked: Messages,
+        settings: str,
         request: gr.Request,
-        system: str,
-        *settings: str,
     ) -> AsyncIterator[tuple[str, Messages, str]]:
         """Answer the question, if one is asked.
 
@@ -258,7 +257,7 @@ class Page:
         if not asked:
             return
         reply = Reply(self._words(request), self._info)
-        with self.streams.grow(reply, str(request.session_hash), [*earlier, *asked], system, settings):
+        with self.streams.grow(reply, str(request.session_hash), [*earlier, *asked], settings_of(settings)):
             while reply.changed.is_set() or not reply.ended.is_set():  # the end may come while this pauses
                 await reply.changed.wait()
                 if reply.seen_drawn:

@@ -1,11 +1,13 @@
 """Answers the questions of the page: the line in front of the model server, and the replies that grow."""
 
 import asyncio
+import json
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from itertools import count
+from typing import NamedTuple
 
 from qwen_vllm.flags import typed
 from qwen_vllm.protocol import ChatError, ChatResult, Part, Reasoning, Sampling, ServerInfo, validated
@@ -143,13 +145,28 @@ def failure(error: ChatError, words: Words) -> Message:
     return remark(words["no_answer"], text)
 
 
-def sampling_of(settings: Sequence[str]) -> Sampling:
-    """Return the sampling parameters from the page's fields, which are in the protocol's order.
+class Settings(NamedTuple):
+    """The page's settings. An empty field leaves the value to the server."""
+
+    system: str
+    """the system prompt"""
+    fields: dict[str, str]
+    """what stands in the field of each sampling parameter, by name"""
+
+
+def settings_of(kept: str) -> Settings:
+    """Return the settings as the browser keeps them: a JSON list, in the protocol's order."""
+    system, *fields = json.loads(kept)
+    return Settings(system, dict(zip(Sampling.model_fields, fields, strict=True)))
+
+
+def sampling_of(fields: dict[str, str]) -> Sampling:
+    """Return the sampling parameters from the page's fields.
 
     Raises:
         ChatError: naming the parameter whose value is not allowed.
     """
-    filled = {name: value for name, value in zip(Sampling.model_fields, settings, strict=True) if value}
+    filled = {name: value for name, value in fields.items() if value}
     given = {name: typed(name, value) for name, value in filled.items()}
     if (depth := filled.get("reasoning_effort")) in ("off", "on"):  # the menu's words for a model without levels
         del given["reasoning_effort"]
@@ -168,9 +185,9 @@ class AnswerStreams:
         """The tasks that read answers from the server, each with its tab and its reply."""
 
     @contextmanager
-    def grow(self, reply: Reply, tab: str, messages: Messages, system: str, settings: Sequence[str]) -> Iterator[None]:
+    def grow(self, reply: Reply, tab: str, messages: Messages, settings: Settings) -> Iterator[None]:
         """Let the reply grow with the answer to the conversation's last question; stop where the block is left."""
-        reader = asyncio.create_task(self._read(reply, messages, system, settings))
+        reader = asyncio.create_task(self._read(reply, messages, settings))
         reader.add_done_callback(lambda _: reply.add(None))
         self._readers[reader] = tab, reply
         try:
@@ -192,16 +209,16 @@ class AnswerStreams:
                 reply.seen_drawn = True
                 reply.drawn.set()
 
-    async def _read(self, reply: Reply, messages: Messages, system: str, settings: Sequence[str]) -> None:
+    async def _read(self, reply: Reply, messages: Messages, settings: Settings) -> None:
         """Wait in line, ask, and ask again while the server is busy."""
         try:
-            sampling = sampling_of(settings)
+            sampling = sampling_of(settings.fields)
             with self.line.ticket() as ticket:
                 async for place in self.line.places(ticket):
                     reply.notify(reply.words["place"].format(place=place))
                 for attempt in count(1):
                     try:
-                        async with aclosing(self._ask(reply, messages, system, sampling)) as parts:
+                        async with aclosing(self._ask(reply, messages, settings.system, sampling)) as parts:
                             async for part in parts:
                                 reply.add(part)
                         return

@@ -6,14 +6,14 @@ The browser holds them until the question is asked. The page's server keeps noth
 import asyncio
 import json
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_vllm.protocol import ChatError, Sampling, ServerInfo
+from qwen_vllm.protocol import ChatError, ServerInfo
 from qwen_vllm.webui import gradio as gr
 from qwen_vllm.webui import reader
+from qwen_vllm.webui.answering import Settings
 from qwen_vllm.webui.conversation import framed, uploaded
 from qwen_vllm.webui.markdown import shown
 from qwen_vllm.webui.reader import Unreadable
@@ -95,18 +95,16 @@ class Documents:
         self._url, self._api_key = url, api_key
         self._readers = asyncio.Semaphore(READERS)
 
-    async def attached(
-        self, dropped: str, known: str, asked: str, system: str, settings: Sequence[str], info: ServerInfo
-    ) -> Attached:
+    async def attached(self, dropped: str, known: str, asked: str, settings: Settings, info: ServerInfo) -> Attached:
         """Return what is attached to the question `asked`. Only what is not among the `known` entries is read."""
         wanted = json.loads(dropped)
         before = {entry["id"]: entry for entry in json.loads(known)}
         reads = [self._read(before.get(entry["id"], entry), n) for n, entry in enumerate(wanted)]
         entries = list(await asyncio.gather(*reads))
         is_news = any("failure" in entry and entry["id"] not in before for entry in entries)
-        given = dict(zip(Sampling.model_fields, settings, strict=True))["max_tokens"]
+        given = settings.fields["max_tokens"]
         answer = int(given) if given.isdecimal() else info.defaults.get("max_tokens", 0)
-        room = info.context - answer - estimate(system + asked) - FRAME * (1 + len(entries))
+        room = info.context - answer - estimate(settings.system + asked) - FRAME * (1 + len(entries))
         return Attached(entries, max(room, 0) if info.context else None, info.context, is_news)
 
     async def texts(self, attached: Attached, words: Words) -> list[str]:

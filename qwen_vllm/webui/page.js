@@ -189,7 +189,11 @@ const chats = {
   edited: (messages) => [messages.map((message, n) => chats.attached(message).length ? message
     : {...message, content: [...chats.attached(chats.onPage()[n]), ...message.content]})],
 
-  keepSettings: (...settings) => { localStorage["qwen-vllm/settings"] = JSON.stringify(settings); },
+  keepSettings(...settings) {
+    const all = JSON.stringify(settings);
+    try { localStorage["qwen-vllm/settings"] = all; } catch (error) { chats.tellFailure(error); }
+    return all;
+  },
   async restore(...settings) {
     const open = sessionStorage["qwen-vllm/open"], kept = JSON.parse(localStorage["qwen-vllm/settings"] ?? "[]");
     for (const name of ["chats", "settings"]) document.querySelector(`#${name} .toggle-button`).ariaLabel = words[name];
@@ -198,7 +202,8 @@ const chats = {
     const failed = await store.moveOver().catch((error) => error);
     const shown = await (open ? chats.open(open) : chats.fresh());
     if (failed) chats.tellFailure(failed);
-    return [...shown, ...settings.map((setting, n) => kept[n] ?? setting)];
+    const restored = settings.map((setting, n) => kept[n] ?? setting);
+    return [...shown, ...restored, JSON.stringify(restored)];
   },
   saveMarkdown: (text) => chats.download("chat.md", text),
   saveJson: (text) => chats.download("chat.json", text),

@@ -744,8 +744,8 @@ def test_twenty_conversations_at_once_do_not_mix(demo_server):
     async def answer(n: int) -> bool:
         nonce = str(7_919 * (n + 11))
         request = SimpleNamespace(session_hash=nonce, headers={})
-        settings = ["0" if name == "temperature" else "" for name in Sampling.model_fields]
-        parts = page.answer(nonce, examples, [user(f"Repeat: {nonce}")], request, "You repeat.", *settings)
+        settings = json.dumps(["You repeat.", *("0" * (name == "temperature") for name in Sampling.model_fields)])
+        parts = page.answer(nonce, examples, [user(f"Repeat: {nonce}")], settings, request)
         *_, (chat, messages, _) = [part async for part in parts]
         assert chat == nonce
         return text_of(messages[-1]) == nonce

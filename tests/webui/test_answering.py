@@ -13,8 +13,8 @@ from tests.support.chat_messages import shown, user
 EN = WORDS["en"]
 
 
-def filled(**settings: str) -> list[str]:
-    return [settings.get(name, "") for name in Sampling.model_fields]
+def filled(**settings: str) -> dict[str, str]:
+    return {name: settings.get(name, "") for name in Sampling.model_fields}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from tests.support.documents import pdf
 from tests.support.scripted_server import Server, line
 
 EN = WORDS["en"]
-UNSET = [""] * len(Sampling.model_fields)
+UNSET = json.dumps(["system"] + [""] * len(Sampling.model_fields))
 CHINESE = "第一季度营收为 12.4 亿元。\n姓名,城市\n张三,北京"
 INFO = {"models": ["m"], "context": 1000, "images": False, "defaults": {"max_tokens": 200}}
 
@@ -169,7 +169,7 @@ class Tab:
 
     def _sent(self, text: str) -> list[Any]:
         asked = {"text": text, "files": []}
-        return [asked, json.dumps(self.dropped), self.known, self.agreed, self.request, "system", *UNSET]
+        return [asked, json.dumps(self.dropped), self.known, self.agreed, UNSET, self.request]
 
 
 @pytest.fixture

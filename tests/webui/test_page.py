@@ -1,6 +1,7 @@
 """The page without a browser: what it sends, what it shows, who waits, and its command line."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -24,7 +25,7 @@ from tests.support.chat_messages import TALK, assistant, shown, user
 from tests.support.scripted_server import LAST, Server, line
 from tests.support.switch import switch
 
-UNSET = [""] * len(Sampling.model_fields)
+UNSET = json.dumps(["system"] + [""] * len(Sampling.model_fields))
 EN = WORDS["en"]
 
 
@@ -37,9 +38,9 @@ def page_for(server: Server, line: WaitingLine | None = None) -> Page:
     return Page(server.url, "key", None, None, line or WaitingLine(8, 8))
 
 
-def answer(page: Page, *messages: dict[str, Any], settings: list[str] = UNSET, tab: Any = None) -> AsyncIterator[tuple]:
+def answer(page: Page, *messages: dict[str, Any], settings: str = UNSET, tab: Any = None) -> AsyncIterator[tuple]:
     last = len(messages) - bool(messages and messages[-1]["role"] == "user")
-    return page.answer("chat", list(messages[:last]), list(messages[last:]), tab or person(), "system", *settings)
+    return page.answer("chat", list(messages[:last]), list(messages[last:]), settings, tab or person())
 
 
 async def last(parts: AsyncIterator[tuple]) -> tuple[list[tuple[str, str]], str]:
@@ -48,8 +49,8 @@ async def last(parts: AsyncIterator[tuple]) -> tuple[list[tuple[str, str]], str]
     return shown(messages), figures
 
 
-def filled(**settings: str) -> list[str]:
-    return [settings.get(name, "") for name in Sampling.model_fields]
+def filled(**settings: str) -> str:
+    return json.dumps(["system", *(settings.get(name, "") for name in Sampling.model_fields)])
 
 
 @pytest.mark.parametrize("settings", [{"temperature": "hot"}, {"max_tokens": "1.5"}, {"top_p": "2"}, {"seed": "[1]"}])
@@ -161,7 +162,7 @@ def test_without_a_question_nothing_is_asked(server: Server, messages: list) -> 
 def test_a_blank_question_stays_out_of_the_conversation(server: Server) -> None:
     def began(text: str) -> list:
         asked = {"text": text, "files": []}
-        return asyncio.run(page_for(server).begin(asked, "[]", "[]", False, person(), "system", *UNSET))[1]
+        return asyncio.run(page_for(server).begin(asked, "[]", "[]", False, UNSET, person()))[1]
 
     assert began(" \n") == []
     assert began(" hi ")[-1]["content"] == user(" hi ")["content"]

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qwen_vllm.flags import Help
 from qwen_vllm.network import THIS_MACHINE, address, listen
 from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, Sampling, ServerInfo
-from qwen_vllm.webui import UNQUEUED, formulas
+from qwen_vllm.webui import UNQUEUED, mended
 from qwen_vllm.webui import gradio as gr
 from qwen_vllm.webui.answering import AnswerStreams, Reply, WaitingLine, settings_of
 from qwen_vllm.webui.chat_list import ChatList
@@ -49,7 +49,7 @@ QUICKLY_DRAWN = 20_000
 """Characters. Gradio reads the whole answer for each drawing: one longer by this is drawn half as often."""
 LONGEST_DRAWING = 10.0
 """Seconds that a drawing waits for the browser to be done with the one before: a slow one would lag more and more."""
-SCRIPTS = ("branches.js", "store.js", "page.js", "versions.js", "transfer.js", "documents.js")
+SCRIPTS = ("mended.js", "branches.js", "store.js", "page.js", "versions.js", "transfer.js", "documents.js")
 DEPTH = ("reasoning_effort", "thinking_budget")
 """The sampling parameters whose fields stand before the others."""
 CLOSE_TIMEOUT = 5
@@ -375,7 +375,7 @@ def build_app(page: Page, args: argparse.Namespace) -> FastAPI:
     words = words_for(args.lang)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(LocalOnly)
-    formulas.replace_renderer(app)
+    mended.mend(app)
     return gr.mount_gradio_app(
         app,
         page.build(),

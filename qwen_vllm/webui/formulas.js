@@ -2,9 +2,7 @@
 // text, as markdown.py marked it.
 import katex from "KATEX";
 
-const KEPT = 24;  // formulas, which are drawn at once when they come again: a growing answer is set anew for each piece
-
-const kept = new Map(), parts = new WeakMap(), onPage = new Set();
+const parts = new WeakMap(), placed = new Set(), onPage = new Set(), drawn = new Map();  // by their text
 const watch = (rootMargin, see) => new IntersectionObserver(see, {root: document.querySelector("#talk"), rootMargin});
 // A drawn formula takes another room than its text, and moves itself: so it goes later than it comes.
 const watches = [
@@ -20,32 +18,38 @@ const watches = [
 addEventListener("beforeprint", () => onPage.forEach(draw));
 
 function forget(element) {
+  const {text} = parts.get(element);
+  if (drawn.get(text) === element) drawn.delete(text);
   watches.forEach((each) => each.unobserve(element));
   onPage.delete(element);
 }
 
 function draw(element) {
   if (element.firstElementChild) return;
-  const {text} = parts.get(element), formula = kept.get(text) ?? rendered(parts.get(element));
-  kept.delete(text);
-  kept.set(text, formula);
-  if (kept.size > KEPT) kept.delete(kept.keys().next().value);
-  element.replaceChildren(formula.cloneNode(true));
+  const {text, tex, displayMode} = parts.get(element), before = drawn.get(text), formula = before?.firstElementChild;
+  if (formula) element.replaceChildren(before.isConnected ? formula.cloneNode(true) : formula);
+  else katex.render(tex, element, {displayMode, throwOnError: false});
+  drawn.set(text, element);
 }
 
-function rendered({tex, displayMode}) {
-  const formula = document.createElement("span");
-  katex.render(tex, formula, {displayMode, throwOnError: false});
-  return formula;
-}
-
-function placed(text, delimiters) {
+function place(text, delimiters) {
   const {left, right, display} = delimiters.find((each) => text.startsWith(each.left));
   const element = Object.assign(document.createElement("span"), {className: "formula", textContent: text});
+  element.dataset.formula = text;
   parts.set(element, {text, tex: text.slice(left.length, -right.length), displayMode: display});
-  if (kept.has(text)) draw(element);
-  watches.forEach((each) => each.observe(element));
+  if (!placed.size) requestAnimationFrame(show);
+  placed.add(element);
   return element;
+}
+
+// One that stood elsewhere, as in a turn that has ended, is there at once. Others do not come to the page: an answer that
+// grows keeps what it has.
+function show() {
+  for (const element of [...placed].filter(({isConnected}) => isConnected)) {
+    if (drawn.has(parts.get(element).text)) draw(element);
+    watches.forEach((each) => each.observe(element));
+  }
+  placed.clear();
 }
 
 const escaped = (text) => text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
@@ -57,6 +61,6 @@ export default function render(block, {delimiters}) {
   while (walker.nextNode()) found.push(walker.currentNode);
   for (const node of found.filter(({parentElement}) => !parentElement?.closest("code"))) {
     const texts = node.data.split(new RegExp(`(${formula})`));
-    node.replaceWith(...texts.map((text, n) => n % 2 ? placed(text, delimiters) : text));
+    node.replaceWith(...texts.map((text, n) => n % 2 ? place(text, delimiters) : text));
   }
 }

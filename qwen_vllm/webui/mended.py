@@ -1,19 +1,67 @@
-"""Serves the page's own drawing of formulas (formulas.js) in the place of the module that Gradio draws them with."""
+"""Serves some of Gradio's scripts and styles mended: Gradio does much anew for each piece of an answer.
+
+What the repairs call is in mended.js. Formulas are drawn by formulas.js, in the place of a whole script.
+"""
 
 from importlib.resources import files
+from pathlib import Path
 
 from fastapi import FastAPI, Response
 
 from qwen_vllm.webui import gradio
 
+ASSETS = Path(gradio.__file__).parent / "templates/frontend/assets"
+REPAIRS = {
+    "Blocks-*.js": {
+        # Each step of an event set the state of all components, and drew them.
+        "Object.entries(this.loading_stati.current)": "mended.changed(this.loading_stati.current)",
+    },
+    "markdown-code-*.js": {
+        # A text that is drawn already was read again.
+        "async function re(e,t){": "let drawn;async function re(e,t){if(drawn===t+e&&k())return!0;",
+        "return D=[...D.slice(0,a),...l,...d],": "return drawn=t+e,D=[...D.slice(0,a),...l,...d],",
+        # All that was found so far was copied at each token.
+        "walkTokens(e,t){let n=[];": "walkTokens(e,t){return mended.walkTokens(this,e,t)}walkAll(e,t){let n=[];",
+        # Tags that stay open were looked for where there are none.
+        "Ct(y,e,u,_()||!1)": "e.raw.includes(`<`)&&Ct(y,e,u,_()||!1)",
+        # Formulas, which are set aside before, were looked for in all the rest of the text at each block.
+        "extensions:[i,a]": "extensions:[i]",
+        # A block that grew was drawn anew as a whole.
+        "if(i){for(let e of D.slice(a,D.length-o))": "if(i){for(let e of mended.grow(D.slice(a,D.length-o),l))",
+    },
+    # All cells of an answer were styled anew for each that came: the tables of `gr.Dataframe` would look otherwise.
+    "Index-*.css": {".bot:not(:has(.table-wrap)) ": ".bot "},
+}
+"""What is written in another way, in the one file whose name fits."""
 
-def replace_renderer(app: FastAPI) -> None:
-    """Serve formulas.js under the name of Gradio's module. Call it before Gradio is mounted."""
-    assets = files(gradio).joinpath("templates/frontend/assets")
-    names = [asset.name for asset in assets.iterdir() if asset.name.endswith(".js")]
-    renderer, katex = (next(name for name in names if name.startswith(kind)) for kind in ("auto-render-", "katex-"))
-    script = files("qwen_vllm.webui").joinpath("formulas.js").read_text("utf-8").replace("KATEX", f"./{katex}")
 
-    @app.get(f"/assets/{renderer}")
-    def _formulas() -> Response:
-        return Response(script, media_type="text/javascript", headers={"cache-control": "no-cache"})
+def mend(app: FastAPI) -> None:
+    """Serve the mended files under their names. Call it before Gradio is mounted.
+
+    Raises:
+        RuntimeError: this is not the Gradio that the repairs are for.
+    """
+    formulas = files("qwen_vllm.webui").joinpath("formulas.js").read_text("utf-8")
+    _serve(app, _find("auto-render-*.js"), formulas.replace("KATEX", f"./{_find('katex-*.js').name}"))
+    for name, repairs in REPAIRS.items():
+        file = _find(name, *repairs)
+        text = file.read_text("utf-8")
+        for before, after in repairs.items():
+            text = text.replace(before, after)
+        _serve(app, file, text)
+
+
+def _find(name: str, *parts: str) -> Path:
+    """Return the one asset whose name fits, and which has these parts."""
+    found = [file for file in ASSETS.glob(name) if all(part in file.read_text("utf-8") for part in parts)]
+    if len(found) != 1:
+        raise RuntimeError(f"Gradio {gradio.__version__} is not the one this page is made for: run `make setup`")
+    return found[0]
+
+
+def _serve(app: FastAPI, file: Path, text: str) -> None:
+    kind = {".js": "text/javascript", ".css": "text/css"}[file.suffix]
+
+    @app.get(f"/assets/{file.name}")
+    def _mended() -> Response:
+        return Response(text, media_type=kind, headers={"cache-control": "no-cache"})

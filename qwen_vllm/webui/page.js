@@ -2,7 +2,6 @@
 const words = Object.entries(WORDS).find(([language]) => navigator.language.startsWith(language))?.[1] ?? WORDS.en;
 
 const TURNS = 10;  // turns that a chat opens with
-const COLOURED = 10000;  // characters of a block of code that have colours: all of them are found and drawn anew for each piece
 const left = ({opening}) => `qwen-vllm/left/${opening}`;
 
 // The chat on the page, and the list of all. What the functions return goes to Gradio's components.
@@ -198,7 +197,7 @@ const chats = {
     const open = sessionStorage["qwen-vllm/open"], kept = JSON.parse(localStorage["qwen-vllm/settings"] ?? "[]");
     for (const name of ["chats", "settings"]) document.querySelector(`#${name} .toggle-button`).ariaLabel = words[name];
     new MutationObserver(versions.draw).observe(document.querySelector("#chat"), {subtree: true, childList: true});
-    limitColours();
+    mended.limitColours();
     const failed = await store.moveOver().catch((error) => error);
     const shown = await (open ? chats.open(open) : chats.fresh());
     if (failed) chats.tellFailure(failed);
@@ -237,22 +236,6 @@ addEventListener("click", () => setTimeout(() => {  // by then Gradio has opened
   field.value = written(field.value);
   field.dispatchEvent(new Event("input", {bubbles: true}));
 }));
-// Gradio sets the `dir` of a message again at each of its drawings: the browser would style all of it again.
-const dir = Object.getOwnPropertyDescriptor(HTMLElement.prototype, "dir");
-Object.defineProperty(HTMLElement.prototype, "dir", {...dir, set(value) {
-  if (value !== this.dir) dir.set.call(this, value);
-}});
-// Gradio copies each value of each piece by `structuredClone`, which takes its time for a text too: there is nothing to copy.
-const clone = structuredClone;
-window.structuredClone = (value, ...options) => Object(value) === value ? clone(value, ...options) : value;
-// Gradio colours code by Prism.
-const limitColours = () => {
-  const hooks = window.Prism?.hooks;
-  hooks?.add("before-tokenize", (env) => {
-    Object.assign(env, {code: env.code.slice(0, COLOURED), rest: env.code.slice(COLOURED)});
-  });
-  hooks?.add("after-tokenize", (env) => { env.tokens.push(env.rest); });
-};
 // The keys of the page, in a dialog.
 const keys = document.createElement("dialog");
 keys.id = "keys";

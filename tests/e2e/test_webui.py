@@ -69,7 +69,7 @@ def test_an_answer_is_shown_with_code_formulas_and_tables_and_thoughts_folded(se
     tab.until(tab.figures)
     # While the fold closes, what it held is still a message of its own.
     tab.until(lambda: len(tab.messages()) == 3 and re.fullmatch(r"Thoughts\s+\d\.\d s", tab.messages()[1]))
-    assert "Here is bold" in tab.messages()[2]
+    tab.until(lambda: "Here is bold" in tab.messages()[2])
     assert "vector<int>" in tab.messages()[2]
     marked = ["bold", "def", "return", "1", "2"]
     tab.until(lambda: tab.texts("#chat strong, #chat td, #chat code .keyword") == marked)
@@ -179,6 +179,60 @@ def test_formulas_are_drawn_where_they_are_to_be_seen_and_are_text_elsewhere(ser
     tab.run("document.querySelector('#talk').scrollTop = -1e6")
     tab.until(lambda: tab.run(formulas)[0][1] == "x_{0}^2" and tab.run(formulas)[199][1] is None)
     assert written(tab.run(formulas)[199][0]) == "$x_{199}^2$"
+
+
+GROWING = """\
+1. One **bold** and `code`.
+2. Two $x_1$ and ~~gone~~,
+   - [a link](https://a.cn) and *more*
+
+| n | value |
+|---|---|
+| 1 | **a** |
+| 2 | $y_2$ |
+
+> He said: $z_3$ and 3~5.
+
+```python
+def one(): return 1
+```
+
+In one paragraph $a_1$ and $b_2$ and **then** $c_3$, the end."""
+
+
+def test_an_answer_that_grew_by_small_pieces_is_the_same_as_one_that_comes_whole(server, page, person):
+    tab, whole = person(page), threading.Event()
+
+    def pieces() -> Iterator[bytes | threading.Event]:
+        for start in range(0, len(GROWING), 3):
+            time.sleep(0.02)  # as a model writes: what comes at once is drawn at once
+            yield line({"delta": GROWING[start : start + 3]})
+        yield from (whole, line(LAST))
+
+    server.scripts["/chat"] = [(200, pieces())]
+    tab.send("Go on")
+    tab.until(lambda: tab.messages()[-1].endswith("the end."))
+    look = "return document.querySelector('{} .bot .md').innerHTML"
+    tab.until(lambda: tab.run(look.format("#running")).count('class="katex"') == 6)
+    grown = tab.run(look.format("#running"))
+    whole.set()
+    tab.until(lambda: tab.figures() and tab.is_ready())
+    assert tab.until(lambda: tab.run(look.format("#chat"))) == grown
+
+
+def test_what_stands_there_stays_while_an_answer_grows(server, page, person):
+    tab, more, end = person(page), threading.Event(), threading.Event()
+    talk = "| a | b |\n|---|---|\n| 1 | $x^2$ |\n", "| 2 | $y^2$ |\n\nThe sum is $z^2$"
+    server.play(line({"delta": talk[0]}), more, line({"delta": talk[1]}), end, line(LAST))
+    tab.send("Go on")
+    formula = "document.querySelector('#running td .katex')"
+    tab.until(lambda: tab.run(f"return {formula} !== null"))
+    tab.run(f"window.before = {formula}; getSelection().selectAllChildren(document.querySelector('#running td'))")
+    more.set()
+    tab.until(lambda: tab.run("return document.querySelectorAll('#running .katex').length") == 3)
+    assert tab.run(f"return {formula} === before")
+    assert tab.run("return String(getSelection())") == "1"
+    end.set()
 
 
 def test_a_long_block_of_code_is_shown_whole_with_colours_at_its_beginning(server, page, person):

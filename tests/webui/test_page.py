@@ -19,6 +19,7 @@ from fastapi.testclient import TestClient
 
 from gradio_webui import Page, PageServer, main, parse_args
 from qwen_vllm.protocol import Sampling
+from qwen_vllm.webui import mended
 from qwen_vllm.webui.answering import WaitingLine
 from qwen_vllm.words import WORDS
 from tests.support.chat_messages import TALK, assistant, shown, user
@@ -289,6 +290,23 @@ def test_every_answer_of_the_page_forbids_other_hosts() -> None:
     page = visit()
     for path in ("/", "/config", "/nowhere"):
         assert page.get(path).headers["content-security-policy"].startswith("default-src 'self'")
+
+
+def test_gradio_is_served_mended() -> None:
+    page = visit()
+    for name, repairs in mended.REPAIRS.items():
+        [file] = [
+            file for file in mended.ASSETS.glob(name) if page.get(f"/assets/{file.name}").text != file.read_text()
+        ]
+        served = page.get(f"/assets/{file.name}")
+        assert all(after in served.text for after in repairs.values())
+        assert served.headers["content-type"].startswith("text/css" if name.endswith("css") else "text/javascript")
+
+
+def test_another_gradio_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(mended.REPAIRS, "Blocks-*.js", {"what this Gradio has not": ""})
+    with pytest.raises(RuntimeError, match="is not the one this page is made for: run `make setup`"):
+        visit()
 
 
 def test_the_page_tells_nobody_of_itself() -> None:

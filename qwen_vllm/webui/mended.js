@@ -1,5 +1,5 @@
 // Keeps Gradio from work that changes nothing, so that long answers stay smooth. mended.py puts the calls into its scripts.
-const COLOURED = 10000;  // characters of a block of code that have colours: all of them are found and drawn anew for each piece
+const COLOURED = 10000;  // characters of a block of code that have colours: each of those is an element
 
 const mended = {
   states: {},
@@ -9,6 +9,21 @@ const mended = {
     mended.states[id] = JSON.stringify(state);
     return mended.states[id] !== before;
   }),
+  // What is drawn of the turn on its way, by its elements: a text, its blocks, and what they were read with.
+  running: new Map(),
+  stands(element, drawn) {
+    if (!element.closest("#running")) return;
+    [...mended.running.keys()].filter(({isConnected}) => !isConnected).forEach((gone) => mended.running.delete(gone));
+    mended.running.set(element, drawn);
+  },
+  // Move into `element` of the chat what was drawn of its text, in a turn that has gone from its place.
+  moved(text, element) {
+    if (!element?.matches("#chat :empty")) return null;
+    const [before, drawn] = [...mended.running].find(([{isConnected}, each]) => !isConnected && text.startsWith(each.text)) ?? [];
+    if (drawn) element.append(...drawn.blocks.flatMap(({nodes}) => nodes));
+    mended.running.delete(before);
+    return drawn;
+  },
   // Call `see` with all tokens of marked, and with those inside of them. Returns what it returned.
   walkTokens(marked, tokens, see) {
     const seen = [], walk = (token) => {
@@ -28,13 +43,13 @@ const mended = {
     fresh[0].nodes = graft(old[0].nodes, fresh[0].nodes);
     return old.slice(1);
   },
-  // Gradio colours code by Prism, which is there when the page has opened.
-  limitColours() {
-    const hooks = window.Prism?.hooks;
-    hooks?.add("before-tokenize", (env) => {
-      Object.assign(env, {code: env.code.slice(0, COLOURED), rest: env.code.slice(COLOURED)});
-    });
-    hooks?.add("after-tokenize", (env) => { env.tokens.push(env.rest); });
+  // Return a block of code as HTML with colours at its beginning, as far as they were found before.
+  coloured(prism, code, language) {
+    const beginning = code.slice(0, COLOURED);
+    if (mended.code?.beginning !== beginning || mended.code.language !== language) {
+      mended.code = {beginning, language, html: prism.highlight(beginning, prism.languages[language], language)};
+    }
+    return mended.code.html + prism.util.encode(code.slice(COLOURED));
   },
 };
 

@@ -17,15 +17,19 @@ REPAIRS = {
         "Object.entries(this.loading_stati.current)": "mended.changed(this.loading_stati.current)",
     },
     "markdown-code-*.js": {
-        # A text that is drawn already was read again.
-        "async function re(e,t){": "let drawn;async function re(e,t){if(drawn===t+e&&k())return!0;",
-        "return D=[...D.slice(0,a),...l,...d],": "return drawn=t+e,D=[...D.slice(0,a),...l,...d],",
+        # A text that is drawn already was read again, and drawn anew as its turn went from one chatbot to the other.
+        "async function re(e,t){": "let drawn;async function re(e,t){v||await 0;const from=mended.moved(t+e,v);"
+        "if(from)[D,O,drawn]=[from.blocks,from.context,from.text];if(drawn===t+e&&k())return!0;",
+        "return D=[...D.slice(0,a),...l,...d],O=n,": "return D=[...D.slice(0,a),...l,...d],O=n,"
+        "mended.stands(v,{text:drawn=t+e,blocks:D,context:n}),",
         # All that was found so far was copied at each token.
         "walkTokens(e,t){let n=[];": "walkTokens(e,t){return mended.walkTokens(this,e,t)}walkAll(e,t){let n=[];",
         # Tags that stay open were looked for where there are none.
         "Ct(y,e,u,_()||!1)": "e.raw.includes(`<`)&&Ct(y,e,u,_()||!1)",
         # Formulas, which are set aside before, were looked for in all the rest of the text at each block.
         "extensions:[i,a]": "extensions:[i]",
+        # Code was coloured as a whole, each time.
+        "Qe.highlight(e,Qe.languages[t],t)": "mended.coloured(Qe,e,t)",
         # A block that grew was drawn anew as a whole.
         "if(i){for(let e of D.slice(a,D.length-o))": "if(i){for(let e of mended.grow(D.slice(a,D.length-o),l))",
     },

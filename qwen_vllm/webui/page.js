@@ -197,7 +197,6 @@ const chats = {
     const open = sessionStorage["qwen-vllm/open"], kept = JSON.parse(localStorage["qwen-vllm/settings"] ?? "[]");
     for (const name of ["chats", "settings"]) document.querySelector(`#${name} .toggle-button`).ariaLabel = words[name];
     new MutationObserver(versions.draw).observe(document.querySelector("#chat"), {subtree: true, childList: true});
-    mended.limitColours();
     const failed = await store.moveOver().catch((error) => error);
     const shown = await (open ? chats.open(open) : chats.fresh());
     if (failed) chats.tellFailure(failed);

@@ -72,6 +72,7 @@ class Reply:
         match part:
             case None:
                 self.ended.set()
+                self.drawn.set()  # the last drawing waits for none
             case Reasoning():
                 self._reasoning, self._first = self._reasoning + part.text, self._first or now
                 self._thought = now - self._first

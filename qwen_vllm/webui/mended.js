@@ -2,8 +2,8 @@
 const COLOURED = 10000;  // characters of a block of code that have colours: each of those is an element
 
 const mended = {
-  states: {},
   // Return the entries of the states that have changed since they were asked for.
+  states: {},
   changed: (states) => Object.entries(states).filter(([id, state]) => {
     const before = mended.states[id];
     mended.states[id] = JSON.stringify(state);
@@ -43,7 +43,8 @@ const mended = {
     fresh[0].nodes = graft(old[0].nodes, fresh[0].nodes);
     return old.slice(1);
   },
-  // Return a block of code as HTML with colours at its beginning, as far as they were found before.
+  // Return a block of code as HTML with colours at its beginning, which are found once.
+  code: null,
   coloured(prism, code, language) {
     const beginning = code.slice(0, COLOURED);
     if (mended.code?.beginning !== beginning || mended.code.language !== language) {

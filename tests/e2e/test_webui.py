@@ -367,6 +367,17 @@ def test_settings_are_sent_and_kept(server, page, person):
     assert "temperature: Input should be a valid number" in tab.ask("Hi again")
 
 
+def test_settings_that_a_full_browser_cannot_keep_hold_for_this_page(server, page, person):
+    server.play(line({"delta": "Hello."}), line(LAST))
+    tab = person(page)
+    fill = "for (let size = 1 << 22, n = 0; size >= 1; size >>= 1) "
+    tab.run(fill + "try { while (true) localStorage[`full${n++}`] = 'x'.repeat(size); } catch { }")
+    tab.fill("#temperature textarea, #temperature input", "0.123456")
+    tab.until(lambda: "storage is full" in tab.notice())
+    assert tab.ask("Hi") == "Hello."
+    assert questions(server)[-1]["temperature"] == 0.123456
+
+
 def test_shift_enter_breaks_the_line(server, page, person):
     server.play(line({"delta": "Yes."}), line(LAST))
     tab = person(page)

@@ -17,7 +17,7 @@ import pytest
 import requests
 from fastapi.testclient import TestClient
 
-from gradio_webui import Page, PageServer, main, parse_args
+from gradio_webui import LONGEST_DRAWING, Page, PageServer, main, parse_args
 from qwen_vllm.protocol import Sampling
 from qwen_vllm.webui import mended
 from qwen_vllm.webui.answering import WaitingLine
@@ -100,10 +100,9 @@ def test_a_long_answer_is_drawn_less_often_whatever_came_before(
 
 
 def test_the_next_drawing_waits_until_the_browser_is_done_with_the_last(server: Server) -> None:
-    parts = [threading.Event(), threading.Event()]
-    server.play(
-        line({"delta": "one"}), parts[0], line({"delta": " two"}), parts[1], line({"delta": " three"}), line(LAST)
-    )
+    parts = [threading.Event() for _ in range(3)]
+    texts = [line({"delta": text}) for text in ("one", " two", " three")]
+    server.play(*[step for text, part in zip(texts, parts, strict=True) for step in (text, part)], line(LAST))
 
     async def watch() -> list[tuple[str, str]]:
         page, tab = page_for(server), person()
@@ -118,9 +117,28 @@ def test_the_next_drawing_waits_until_the_browser_is_done_with_the_last(server: 
         assert not third.done()
         await page.drawn(person("another"))
         await page.drawn(tab)
+        parts[2].set()
         return shown((await third)[1])
 
     assert asyncio.run(watch()) == [("", "one two three")]
+
+
+def test_the_end_of_an_answer_does_not_wait_for_the_browser(server: Server) -> None:
+    parts = [threading.Event(), threading.Event()]
+    server.play(line({"delta": "one"}), parts[0], line({"delta": " two"}), parts[1], line(LAST))
+
+    async def watch() -> list[tuple[str, str]]:
+        page, tab = page_for(server), person()
+        drawn = answer(page, user("q"), tab=tab)
+        await anext(drawn)
+        await page.drawn(tab)
+        parts[0].set()
+        await anext(drawn)
+        parts[1].set()
+        async with asyncio.timeout(LONGEST_DRAWING / 2):  # the browser draws the second
+            return shown((await anext(drawn))[1])
+
+    assert asyncio.run(watch()) == [("", "one two")]
 
 
 def test_the_key_and_the_conversation_are_sent(server: Server) -> None:

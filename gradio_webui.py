@@ -96,7 +96,7 @@ class Components:
             sources=["upload"],
             file_count="multiple",
             max_plain_text_length=10**9,  # a long paste stays text; by default Gradio makes a file of it
-            autofocus=True,
+            interactive=False,  # until the browser has restored its chat: a question before that would be lost
         )
 
 
@@ -158,6 +158,7 @@ class Page:
         here = [on.chat_id, on.chat, on.running]
         shown = [*here, on.figures, on.chats.earlier]
         restored = page.load(js="chats.restore", inputs=settings, outputs=[*shown, *settings, on.settings])
+        restored.then(ready, None, on.box, **UNQUEUED).then(js="focusBox")
         restored.then(self.greet, None, [on.heading, *on.sampling], **UNQUEUED).then(js="showTitle")
         page.unload(self.stop)
         on.chat.change(js="chats.save", inputs=here[:2], outputs=shown)

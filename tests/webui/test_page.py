@@ -310,6 +310,11 @@ def test_every_answer_of_the_page_forbids_other_hosts() -> None:
         assert page.get(path).headers["content-security-policy"].startswith("default-src 'self'")
 
 
+def test_nothing_can_be_asked_before_the_browser_has_restored_its_chat() -> None:
+    [box] = [part for part in visit().get("/config").json()["components"] if part["props"].get("elem_id") == "box"]
+    assert not box["props"]["interactive"]
+
+
 def test_gradio_is_served_mended() -> None:
     page = visit()
     for name, repairs in mended.REPAIRS.items():

@@ -2,8 +2,8 @@
 // text, as markdown.py marked it.
 import katex from "KATEX";
 
-const parts = new WeakMap(), placed = new Set(), onPage = new Set(), drawn = new Map();  // by their text
-const watch = (rootMargin, see) => new IntersectionObserver(see, {root: document.querySelector("#talk"), rootMargin});
+const talk = document.querySelector("#talk"), parts = new WeakMap(), onPage = new Set(), drawn = new Map();  // by their text
+const watch = (rootMargin, see) => new IntersectionObserver(see, {root: talk, rootMargin});
 // A drawn formula takes another room than its text, and moves itself: so it goes later than it comes.
 const watches = [
   watch("20% 0%", (entries) => entries.filter((entry) => entry.isIntersecting).forEach(({target}) => draw(target))),
@@ -16,6 +16,20 @@ const watches = [
   }),
 ];
 addEventListener("beforeprint", () => onPage.forEach(draw));
+// A formula may come long after it was placed, as when its message waits for what colours code; and it may come again, as
+// a turn does that was left and is opened from the chat. One of an answer that keeps what it has does not come at all.
+new MutationObserver((changes) => {
+  for (const node of changes.flatMap(({addedNodes}) => [...addedNodes])) {
+    if (parts.has(node)) come(node);
+    else node.querySelectorAll?.(".formula").forEach(come);
+  }
+}).observe(talk, {subtree: true, childList: true});
+
+// One that stood elsewhere, as in a turn that has ended, is there at once.
+function come(element) {
+  if (drawn.has(parts.get(element).text)) draw(element);
+  watches.forEach((each) => each.observe(element));
+}
 
 function forget(element) {
   const {text} = parts.get(element);
@@ -37,19 +51,7 @@ function place(text, delimiters) {
   const element = Object.assign(document.createElement("span"), {className: "formula", textContent: text});
   element.dataset.formula = text;
   parts.set(element, {text, tex: text.slice(left.length, -right.length), displayMode: display});
-  if (!placed.size) requestAnimationFrame(show);
-  placed.add(element);
   return element;
-}
-
-// One that stood elsewhere, as in a turn that has ended, is there at once. Others do not come to the page: an answer that
-// grows keeps what it has.
-function show() {
-  for (const element of [...placed].filter(({isConnected}) => isConnected)) {
-    if (drawn.has(parts.get(element).text)) draw(element);
-    watches.forEach((each) => each.observe(element));
-  }
-  placed.clear();
 }
 
 const escaped = (text) => text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");

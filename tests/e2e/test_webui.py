@@ -235,6 +235,35 @@ def test_what_stands_there_stays_while_an_answer_grows(server, page, person):
     end.set()
 
 
+DRAWN = """
+return [...document.querySelectorAll("#chat .formula")].map((e) => e.querySelector(".katex annotation")?.textContent)"""
+
+
+def test_formulas_of_a_turn_that_was_left_are_drawn_as_it_is_opened_again(server, page, person):
+    server.play(line({"delta": "It is $x^2$ and\n\n- $y_1$\n"}), ...)
+    tab = person(page)
+    tab.send("What is $q$?")
+    tab.until(lambda: tab.run("return document.querySelectorAll('#running .katex').length") == 3)
+    tab.press("#new")
+    gone = "return [...mended.running.keys()].every((turn) => !turn.querySelector('.katex'))"
+    tab.until(lambda: tab.run(gone))  # the browser has told that they are off the page
+    tab.press("#earlier input")
+    tab.until(lambda: tab.run(DRAWN) == ["q", "x^2", "y_1"])
+
+
+def test_formulas_are_drawn_beside_code_whose_colours_come_late(server, page, person):
+    server.play(line({"delta": "One: $x^2$"}), line(LAST))
+    tab = person(page)
+    tab.ask("Show me")
+    slow = {"offline": False, "latency": 300, "downloadThroughput": -1, "uploadThroughput": -1}
+    tab.driver.execute_cdp_cmd("Network.enable", {})
+    tab.driver.execute_cdp_cmd("Network.emulateNetworkConditions", slow)
+    server.play(line({"delta": "Two: $y^2$\n\n```java\nreturn;\n```\n"}), line(LAST))
+    tab.ask("Show me more")
+    tab.until(lambda: tab.texts("#chat code .keyword") == ["return"])
+    tab.until(lambda: tab.run(DRAWN) == ["x^2", "y^2"])
+
+
 def test_a_long_block_of_code_is_shown_whole_with_colours_at_its_beginning(server, page, person):
     code = "".join(f"def f{n}(x): return x < {n} and '<b>&amp;'\n" for n in range(500))
     server.play(line({"delta": f"```python\n{code}```"}), line(LAST))

@@ -34,7 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def url(folders: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     adapters = [f"poet={folders.poet}", f"lawyer={folders.lawyer}"]
-    flags = ["--model", str(folders.base), "--enable-lora", "--lora-modules", *adapters]
+    flags = ["--model", str(folders.base), "--dtype", "float32", "--enable-lora", "--lora-modules", *adapters]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
         with running_server(flags, tmp_path_factory.mktemp("server") / "log") as url:
@@ -97,10 +97,10 @@ def test_an_adapter_that_is_loaded_later_is_known_and_answers(url: str, folders:
 def answers_offline(base: Path, adapters: dict[str, str], merged: Path) -> tuple[list[str], str]:
     """What the model and its adapters say in one batch, and what the merged model says; in a process of its own."""
     sampling, query = Sampling(temperature=0, max_tokens=TOKENS), {"query": "你好", "system": SYSTEM}
-    model = ChatModel(str(base), adapters=adapters)
+    model = ChatModel(str(base), adapters=adapters, dtype="float32")
     rows = [query, *({**query, "model": name} for name in adapters)]
     said = [result.text for result in model.chat_batch(rows * 3, sampling)]
-    return said, ChatModel(str(merged)).chat(sampling=sampling, **query).text
+    return said, ChatModel(str(merged), dtype="float32").chat(sampling=sampling, **query).text
 
 
 def test_adapters_offline(folders: SimpleNamespace) -> None:

@@ -3,6 +3,7 @@
 What the repairs call is in mended.js. Formulas are drawn by formulas.js, in the place of a whole script.
 """
 
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from fastapi import FastAPI, Response
 
 from qwen_vllm.webui import gradio
 
-ASSETS = Path(gradio.__file__).parent / "templates/frontend/assets"
 REPAIRS = {
     "Blocks-*.js": {
         # Each step of an event set the state of all components, and drew them.
@@ -55,9 +55,14 @@ def mend(app: FastAPI) -> None:
         _serve(app, file, text)
 
 
+def assets(name: str) -> Iterator[Path]:
+    """Yield Gradio's scripts and styles whose names fit."""
+    return (Path(gradio.__file__).parent / "templates/frontend/assets").glob(name)
+
+
 def _find(name: str, *parts: str) -> Path:
     """Return the one asset whose name fits, and which has these parts."""
-    found = [file for file in ASSETS.glob(name) if all(part in file.read_text("utf-8") for part in parts)]
+    found = [file for file in assets(name) if all(part in file.read_text("utf-8") for part in parts)]
     if len(found) != 1:
         raise RuntimeError(f"Gradio {gradio.__version__} is not the one this page is made for: run `make setup`")
     return found[0]

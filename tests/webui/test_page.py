@@ -319,7 +319,7 @@ def test_gradio_is_served_mended() -> None:
     page = visit()
     for name, repairs in mended.REPAIRS.items():
         [file] = [
-            file for file in mended.ASSETS.glob(name) if page.get(f"/assets/{file.name}").text != file.read_text()
+            file for file in mended.assets(name) if page.get(f"/assets/{file.name}").text != file.read_text()
         ]
         served = page.get(f"/assets/{file.name}")
         assert all(after in served.text for after in repairs.values())

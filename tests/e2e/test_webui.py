@@ -637,6 +637,7 @@ def test_a_document_that_does_not_fit_goes_along_in_part_only_where_the_person_a
     tab.until(lambda: "Nothing was sent" in "".join(tab.texts("#told")))
     assert (questions(server), tab.messages(), tab.box().get_attribute("value")) == ([], [], "What?")
     tab.press("#cut input")
+    tab.until(lambda: tab.run("return document.querySelector('#cut input').checked"))
     tab.box().send_keys(Keys.ENTER)
     tab.until(lambda: tab.messages()[-1:] == ["Long."])
     [asked] = questions(server)

@@ -318,9 +318,7 @@ def test_nothing_can_be_asked_before_the_browser_has_restored_its_chat() -> None
 def test_gradio_is_served_mended() -> None:
     page = visit()
     for name, repairs in mended.REPAIRS.items():
-        [file] = [
-            file for file in mended.assets(name) if page.get(f"/assets/{file.name}").text != file.read_text()
-        ]
+        [file] = [file for file in mended.assets(name) if page.get(f"/assets/{file.name}").text != file.read_text()]
         served = page.get(f"/assets/{file.name}")
         assert all(after in served.text for after in repairs.values())
         assert served.headers["content-type"].startswith("text/css" if name.endswith("css") else "text/javascript")

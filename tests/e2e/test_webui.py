@@ -255,12 +255,13 @@ def test_formulas_are_drawn_beside_code_whose_colours_come_late(server, page, pe
     server.play(line({"delta": "One: $x^2$"}), line(LAST))
     tab = person(page)
     tab.ask("Show me")
-    slow = {"offline": False, "latency": 300, "downloadThroughput": -1, "uploadThroughput": -1}
+    line_of = {"offline": False, "downloadThroughput": -1, "uploadThroughput": -1}
     tab.driver.execute_cdp_cmd("Network.enable", {})
-    tab.driver.execute_cdp_cmd("Network.emulateNetworkConditions", slow)
+    tab.driver.execute_cdp_cmd("Network.emulateNetworkConditions", {**line_of, "latency": 300})
     server.play(line({"delta": "Two: $y^2$\n\n```java\nreturn;\n```\n"}), line(LAST))
     tab.ask("Show me more")
     tab.until(lambda: tab.texts("#chat code .keyword") == ["return"])
+    tab.driver.execute_cdp_cmd("Network.emulateNetworkConditions", {**line_of, "latency": 0})  # for the tests after
     tab.until(lambda: tab.run(DRAWN) == ["x^2", "y^2"])
 
 

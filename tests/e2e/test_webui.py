@@ -20,14 +20,13 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from gradio_webui import LONGEST_DRAWING, Page
-from qwen_vllm.protocol import Sampling
 from qwen_vllm.webui.answering import WaitingLine
 from qwen_vllm.webui.conversation import text_message, text_of
 from qwen_vllm.webui.markdown import written
 from tests.support import ROOT
 from tests.support.answers import SEEN
 from tests.support.browser import IN_BROWSER, INFO, PICK, Tab, exported, kept_chat, open_chat, questions
-from tests.support.chat_messages import assistant, user
+from tests.support.chat_messages import assistant, kept_settings, user
 from tests.support.documents import pdf
 from tests.support.page_server import serving
 from tests.support.probes import unfinished
@@ -442,7 +441,7 @@ def test_a_hundred_people_are_answered_at_once(server):
     with serving("--server-url", server.url, "--concurrency", "100") as url:
         functions = requests.get(f"{url}/config", timeout=10).json()["dependencies"]
         answer = next(function for function in functions if function["api_name"] == "answer")
-        data = ["chat", [], [user("Hi")], json.dumps(["system", *[""] * len(Sampling.model_fields)])]
+        data = ["chat", [], [user("Hi")], kept_settings()]
         for n in range(100):
             asked = {"fn_index": answer["id"], "session_hash": str(n), "data": data}
             requests.post(f"{url}/gradio_api/queue/join", json=asked, timeout=10).raise_for_status()
@@ -840,7 +839,7 @@ def test_twenty_conversations_at_once_do_not_mix(demo_server):
     async def answer(n: int) -> bool:
         nonce = str(7_919 * (n + 11))
         request = SimpleNamespace(session_hash=nonce, headers={})
-        settings = json.dumps(["You repeat.", *("0" * (name == "temperature") for name in Sampling.model_fields)])
+        settings = kept_settings("You repeat.", temperature="0")
         parts = page.answer(nonce, examples, [user(f"Repeat: {nonce}")], settings, request)
         *_, (chat, messages, _) = [part async for part in parts]
         assert chat == nonce

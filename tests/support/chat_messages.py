@@ -1,7 +1,9 @@
-"""Messages as the page's chatbot holds them."""
+"""Messages as the page's chatbot holds them, and settings as its browser keeps them."""
 
+import json
 from typing import Any
 
+from qwen_vllm.protocol import Sampling
 from qwen_vllm.webui.conversation import KEPT, remark
 
 
@@ -21,6 +23,11 @@ def shown(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """(title, text) of each message under a question."""
     replies = [message for message in messages if message["role"] == "assistant"]
     return [((m.get("metadata") or {}).get("title", ""), m["content"][0]["text"]) for m in replies]
+
+
+def kept_settings(system: str = "system", **fields: str) -> str:
+    """The page's settings, of which those that are not named are empty."""
+    return json.dumps([system, *(fields.get(name, "") for name in Sampling.model_fields)])
 
 
 THOUGHT = assistant("Hm.", title="Thoughts", status="done")

@@ -11,17 +11,16 @@ import docx
 import pytest
 
 from gradio_webui import Page
-from qwen_vllm.protocol import Sampling
 from qwen_vllm.webui import documents, reader
 from qwen_vllm.webui.answering import WaitingLine
 from qwen_vllm.webui.conversation import asked_text_of, documents_of, framed, question, text_message, text_of, unframed
 from qwen_vllm.webui.reader import Unreadable, read
 from qwen_vllm.words import WORDS
+from tests.support.chat_messages import kept_settings
 from tests.support.documents import pdf
 from tests.support.scripted_server import Server, line
 
 EN = WORDS["en"]
-UNSET = json.dumps(["system"] + [""] * len(Sampling.model_fields))
 CHINESE = "第一季度营收为 12.4 亿元。\n姓名,城市\n张三,北京"
 INFO = {"models": ["m"], "context": 1000, "images": False, "defaults": {"max_tokens": 200}}
 
@@ -169,7 +168,7 @@ class Tab:
 
     def _sent(self, text: str) -> list[Any]:
         asked = {"text": text, "files": []}
-        return [asked, json.dumps(self.dropped), self.known, self.agreed, UNSET, self.request]
+        return [asked, json.dumps(self.dropped), self.known, self.agreed, kept_settings(), self.request]
 
 
 @pytest.fixture
@@ -183,11 +182,9 @@ def test_documents_are_shown_with_the_servers_count_and_asked(tab: Tab, server: 
     server.play(line({"count": 1, "tokens": []}), path="/tokenize")
     (uploads / "a.md").write_text("# 标题")
     (uploads / "b.pdf").write_bytes(pdf("Two"))
-    assert tab.drop(uploads / "a.md", uploads / "b.pdf")[0] == ["📄 a.md · 1 tokens", "📄 b.pdf · 1 tokens"]
-    counted = sorted(
-        body["prompt"] for path, _, body in server.requests if path == "/tokenize"
-    )  # they are read side by side
-    assert counted == ["# 标题", "Two"]
+    tab.drop(uploads / "a.md")
+    assert tab.drop(uploads / "b.pdf")[0] == ["📄 a.md · 1 tokens", "📄 b.pdf · 1 tokens"]
+    assert [body["prompt"] for path, _, body in server.requests if path == "/tokenize"] == ["# 标题", "Two"]
     [asked], _ = tab.ask("And?")
     frames = [
         f"<details><summary>{name}</summary>\n\n```\n{text}\n```\n\n</details>"

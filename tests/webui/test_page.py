@@ -1,7 +1,6 @@
 """The page without a browser: what it sends, what it shows, who waits, and its command line."""
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -22,11 +21,10 @@ from qwen_vllm.protocol import Sampling
 from qwen_vllm.webui import mended
 from qwen_vllm.webui.answering import WaitingLine
 from qwen_vllm.words import WORDS
-from tests.support.chat_messages import TALK, assistant, shown, user
+from tests.support.chat_messages import TALK, assistant, kept_settings, shown, user
 from tests.support.scripted_server import LAST, Server, line
 from tests.support.switch import switch
 
-UNSET = json.dumps(["system"] + [""] * len(Sampling.model_fields))
 EN = WORDS["en"]
 
 
@@ -39,9 +37,13 @@ def page_for(server: Server, line: WaitingLine | None = None) -> Page:
     return Page(server.url, "key", None, None, line or WaitingLine(8, 8))
 
 
-def answer(page: Page, *messages: dict[str, Any], settings: str = UNSET, tab: Any = None) -> AsyncIterator[tuple]:
+def answer(
+    page: Page, *messages: dict[str, Any], settings: str = kept_settings(), tab: Any = None
+) -> AsyncIterator[tuple]:
     last = len(messages) - bool(messages and messages[-1]["role"] == "user")
-    return page.answer("chat", list(messages[:last]), list(messages[last:]), settings, tab or person())
+    return page.answer(
+        "chat", list(messages[:last]), list(messages[last:]), settings or kept_settings(), tab or person()
+    )
 
 
 async def last(parts: AsyncIterator[tuple]) -> tuple[list[tuple[str, str]], str]:
@@ -50,13 +52,9 @@ async def last(parts: AsyncIterator[tuple]) -> tuple[list[tuple[str, str]], str]
     return shown(messages), figures
 
 
-def filled(**settings: str) -> str:
-    return json.dumps(["system", *(settings.get(name, "") for name in Sampling.model_fields)])
-
-
 @pytest.mark.parametrize("settings", [{"temperature": "hot"}, {"max_tokens": "1.5"}, {"top_p": "2"}, {"seed": "[1]"}])
 def test_a_setting_that_is_not_allowed_is_named(server: Server, settings: dict[str, str]) -> None:
-    [(title, text)], _ = asyncio.run(last(answer(page_for(server), user("q"), settings=filled(**settings))))
+    [(title, text)], _ = asyncio.run(last(answer(page_for(server), user("q"), settings=kept_settings(**settings))))
     assert title == EN["no_answer"]
     assert next(iter(settings)) in text
     assert not server.requests
@@ -99,6 +97,17 @@ def test_a_long_answer_is_drawn_less_often_whatever_came_before(
     assert 10 * pauses[0] < pauses[-1] < 1
 
 
+async def twice_drawn(page: Page, tab: Any, parts: list[threading.Event]) -> AsyncIterator[tuple]:
+    """An answer that goes on behind two of its parts. The browser is done with the drawing of the first only."""
+    drawn = answer(page, user("q"), tab=tab)
+    await anext(drawn)
+    await page.drawn(tab)
+    parts[0].set()
+    await anext(drawn)
+    parts[1].set()
+    return drawn
+
+
 def test_the_next_drawing_waits_until_the_browser_is_done_with_the_last(server: Server) -> None:
     parts = [threading.Event() for _ in range(3)]
     texts = [line({"delta": text}) for text in ("one", " two", " three")]
@@ -106,12 +115,7 @@ def test_the_next_drawing_waits_until_the_browser_is_done_with_the_last(server: 
 
     async def watch() -> list[tuple[str, str]]:
         page, tab = page_for(server), person()
-        drawn = answer(page, user("q"), tab=tab)
-        await anext(drawn)
-        await page.drawn(tab)
-        parts[0].set()
-        await anext(drawn)  # the browser is done with the first
-        parts[1].set()
+        drawn = await twice_drawn(page, tab, parts)
         third = asyncio.ensure_future(anext(drawn))
         await asyncio.sleep(0.3)
         assert not third.done()
@@ -128,14 +132,8 @@ def test_the_end_of_an_answer_does_not_wait_for_the_browser(server: Server) -> N
     server.play(line({"delta": "one"}), parts[0], line({"delta": " two"}), parts[1], line(LAST))
 
     async def watch() -> list[tuple[str, str]]:
-        page, tab = page_for(server), person()
-        drawn = answer(page, user("q"), tab=tab)
-        await anext(drawn)
-        await page.drawn(tab)
-        parts[0].set()
-        await anext(drawn)
-        parts[1].set()
-        async with asyncio.timeout(LONGEST_DRAWING / 2):  # the browser draws the second
+        drawn = await twice_drawn(page_for(server), person(), parts)
+        async with asyncio.timeout(LONGEST_DRAWING / 2):
             return shown((await anext(drawn))[1])
 
     assert asyncio.run(watch()) == [("", "one two")]
@@ -159,7 +157,7 @@ def test_several_models_at_one_address_are_in_the_menu_and_asked_by_their_names(
         title, *fields = asyncio.run(page.greet(person()))
         assert title == "<h1>base</h1>"
         assert fields[list(Sampling.model_fields).index("model")]["choices"] == ["base", "poet"]
-        for settings in (UNSET, filled(model="poet")):
+        for settings in (kept_settings(), kept_settings(model="poet")):
             assert asyncio.run(last(answer(page, user("q"), settings=settings)))[0] == [("", "Rose")]
     assert [body["model"] for _, _, body in server.requests] == ["base", "poet"]
 
@@ -181,7 +179,7 @@ def test_without_a_question_nothing_is_asked(server: Server, messages: list) -> 
 def test_a_blank_question_stays_out_of_the_conversation(server: Server) -> None:
     def began(text: str) -> list:
         asked = {"text": text, "files": []}
-        return asyncio.run(page_for(server).begin(asked, "[]", "[]", False, UNSET, person()))[1]
+        return asyncio.run(page_for(server).begin(asked, "[]", "[]", False, kept_settings(), person()))[1]
 
     assert began(" \n") == []
     assert began(" hi ")[-1]["content"] == user(" hi ")["content"]

@@ -15,6 +15,7 @@ from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import uvicorn
 from fastapi import FastAPI
@@ -71,6 +72,7 @@ class Components:
         self.heading = gr.HTML(elem_id="heading")
         gr.HTML("<div role=alert></div>", elem_id="notice")
         self.chat_id = gr.Textbox(visible="hidden", elem_id="chat-id")
+        self.turn_id = gr.Textbox(visible="hidden")
         self.exported = gr.Textbox(visible="hidden")
         look: dict[str, Any] = {
             "show_label": False,
@@ -152,7 +154,7 @@ class Page:
         return page.queue()
 
     def _connect(self, page: gr.Blocks, on: Components) -> None:
-        settings, asking = [on.system, *on.sampling], [on.box, on.chat, on.running]
+        settings, asking = [on.system, *on.sampling], [on.box, on.chat, on.running, on.turn_id]
         documents = on.documents
         attaching, attached = [on.box, *documents.inputs, on.settings], documents.shown
         here = [on.chat_id, on.chat, on.running]
@@ -166,22 +168,22 @@ class Page:
         on.running.change(self.drawn, js="painted", **UNQUEUED)
         gr.on([setting.change for setting in settings], js="chats.keepSettings", inputs=settings, outputs=on.settings)
 
-        for start in (
-            on.box.submit(self.begin, attaching, [on.box, on.running, documents.dropped, *attached], **UNQUEUED),
-            on.chat.retry(retry, on.chat, asking, **UNQUEUED),
-            on.chat.edit(edit, on.chat, asking, js="chats.edited", **UNQUEUED),
-        ):
-            start.then(
-                self.answer,
-                [*here, on.settings],
-                [on.chat_id, on.running, on.figures],
-                js="(id, messages, ...rest) => [id, chats.withEarlier(messages), ...rest]",
-                concurrency_limit=None,  # `WaitingLine` has the bounds, and tells people their places
-                show_progress_on=(),  # else Gradio handles the state of each output for each piece
-                api_visibility="private",
-            ).then(js="chats.finish", inputs=[*here, on.figures], outputs=here[1:]).then(
-                ready, None, on.box, **UNQUEUED
-            ).then(js="focusBox")
+        begun = [on.box, on.running, on.turn_id, documents.dropped, *attached]
+        on.box.submit(self.begin, attaching, begun, **UNQUEUED)
+        on.chat.retry(retry, on.chat, asking, **UNQUEUED)
+        on.chat.edit(edit, on.chat, asking, js="chats.edited", **UNQUEUED)
+        # Not `.then` of these: what follows a refused question would still be under way as the next one is asked.
+        on.turn_id.change(
+            self.answer,
+            [*here, on.settings],
+            [on.chat_id, on.running, on.figures],
+            js="(id, messages, ...rest) => [id, chats.withEarlier(messages), ...rest]",
+            concurrency_limit=None,  # `WaitingLine` has the bounds, and tells people their places
+            show_progress_on=(),  # else Gradio handles the state of each output for each piece
+            api_visibility="private",
+        ).then(js="chats.finish", inputs=[*here, on.figures], outputs=here[1:]).then(
+            ready, None, on.box, **UNQUEUED
+        ).then(js="focusBox")
         on.box.stop(self.stop, **UNQUEUED)
         on.more.click(js="chats.more", outputs=on.chat)
         on.chat.undo(undo, on.chat, [on.box, on.chat, documents.dropped], **UNQUEUED)
@@ -238,10 +240,10 @@ class Page:
         attached = await self._documents.attached(dropped, known, asked["text"], settings_of(settings), self._info)
         if attached.is_news or not (attached.fits or (agreed and attached.room)):
             hint = "" if attached.fits else words["documents_unsent"]
-            return [gr.skip(), gr.skip(), gr.skip(), *attached.updates(words, agreed, hint)]
+            return [*[gr.skip()] * 4, *attached.updates(words, agreed, hint)]
         texts = await self._documents.texts(attached, words)
         turn = question(asked["files"], asked["text"], texts)
-        return [gr.update(value=None, **BUSY_BOX), turn, "[]", *[gr.skip()] * 4]
+        return [gr.update(value=None, **BUSY_BOX), turn, uuid4().hex, "[]", *[gr.skip()] * 4]
 
     async def answer(
         self,
@@ -285,16 +287,16 @@ class Page:
         self.streams.drawn(str(request.session_hash))
 
 
-def retry(messages: Messages, data: gr.RetryData) -> tuple[Any, Messages, Messages]:
+def retry(messages: Messages, data: gr.RetryData) -> tuple[Any, Messages, Messages, str]:
     """Begin a turn with the question that is to be answered again; cut the conversation before it."""
-    return gr.update(**BUSY_BOX), messages[: data.index], [messages[data.index]]
+    return gr.update(**BUSY_BOX), messages[: data.index], [messages[data.index]], uuid4().hex
 
 
-def edit(messages: Messages, data: gr.EditData) -> tuple[Any, Messages, Messages]:
+def edit(messages: Messages, data: gr.EditData) -> tuple[Any, Messages, Messages, str]:
     """Begin a turn with the edited question, which keeps its images and documents; cut the conversation before it."""
     asked = messages[data.index]
     edited = question(images_of(asked), written(data.value), documents_of(asked))
-    return gr.update(**BUSY_BOX), messages[: data.index] if edited else messages, edited
+    return gr.update(**BUSY_BOX), messages[: data.index] if edited else messages, edited, uuid4().hex
 
 
 def undo(messages: Messages, data: gr.UndoData) -> tuple[Any, Messages, str]:

@@ -254,14 +254,11 @@ def test_formulas_are_drawn_beside_code_whose_colours_come_late(server, page, pe
     server.play(line({"delta": "One: $x^2$"}), line(LAST))
     tab = person(page)
     tab.ask("Show me")
-    line_of = {"offline": False, "downloadThroughput": -1, "uploadThroughput": -1}
-    tab.driver.execute_cdp_cmd("Network.enable", {})
-    tab.driver.execute_cdp_cmd("Network.emulateNetworkConditions", {**line_of, "latency": 300})
     server.play(line({"delta": "Two: $y^2$\n\n```java\nreturn;\n```\n"}), line(LAST))
-    tab.ask("Show me more")
-    tab.until(lambda: tab.texts("#chat code .keyword") == ["return"])
-    tab.driver.execute_cdp_cmd("Network.emulateNetworkConditions", {**line_of, "latency": 0})  # for the tests after
-    tab.until(lambda: tab.run(DRAWN) == ["x^2", "y^2"])
+    with tab.on_a_slow_line():
+        tab.ask("Show me more")
+        tab.until(lambda: tab.texts("#chat code .keyword") == ["return"])
+        tab.until(lambda: tab.run(DRAWN) == ["x^2", "y^2"])
 
 
 def test_a_long_block_of_code_is_shown_whole_with_colours_at_its_beginning(server, page, person):
@@ -643,6 +640,24 @@ def test_a_document_that_does_not_fit_goes_along_in_part_only_where_the_person_a
     [asked] = questions(server)
     assert "long.txt (the first 6,000 of 12,400 tokens)" in asked["query"]
     assert 5900 < asked["query"].count("word") < 6100
+
+
+def test_a_question_right_after_one_that_was_refused_is_answered(server, page, person):
+    server.play(line({"count": 12400}), path="/tokenize")
+    server.then_play(line({"count": 6000}), path="/tokenize")
+    server.play(line({"delta": "Long."}), line(LAST))
+    tab = person(page)
+    give(tab, "drop", "long.txt", b"word " * 12400)
+    tab.until(lambda: "12,400 tokens, and the context has 8,192" in "".join(tab.texts("#cut")))
+    with tab.on_a_slow_line():
+        tab.box().send_keys("What?", Keys.ENTER)
+        tab.until(lambda: "Nothing was sent" in "".join(tab.texts("#told")))
+        tab.press("#cut input")
+        tab.until(lambda: tab.run("return document.querySelector('#cut input').checked"))
+        tab.box().send_keys(Keys.ENTER)
+        tab.until(lambda: tab.messages() == ["long.txt (the first 6,000 of 12,400 tokens)", "What?", "Long."])
+        tab.until(tab.is_ready)
+    assert len(questions(server)) == 1
 
 
 @pytest.mark.long

@@ -163,7 +163,7 @@ class Tab:
 
     def ask(self, text: str) -> list[Any]:
         """(the turn that begins, what is told)."""
-        _, running, _, _, _, _, told = asyncio.run(self.page.begin(*self._sent(text)))
+        _, running, *_, told = asyncio.run(self.page.begin(*self._sent(text)))
         return [running, told]
 
     def _sent(self, text: str) -> list[Any]:

@@ -13,6 +13,8 @@ SLEEP_AFTER = "QWEN_VLLM_SLEEP_AFTER"
 """The environment variable that tells the engines of --sleep-after, in minutes."""
 FIRST_ALONE = 96
 """So many requests the first of several engines on one GPU takes alone: with so few, two do no more than one."""
+NEARLY_FULL = 0.9
+"""Of an engine's places: beyond it a request goes where most are free, as it would wait while the other has room."""
 
 
 def share_gpus(resolve: Callable[[Any], list[int] | None]) -> Callable[[Any], list[int] | None]:
@@ -42,17 +44,29 @@ def preferred_engine(config: Any, beginning: str) -> int | None:
 
 
 def prefers(choose: Callable[[Any, Any], bytes]) -> Callable[[Any, Any], bytes]:
-    """Take data_parallel_rank for a wish, which yields to load."""
+    """Take data_parallel_rank for a wish, which yields to load.
+
+    vLLM's counts of the engines' requests come every 100 ms. An engine that has just ended hundreds would seem as full
+    as the other until then: so what this client has sent and got back since is counted, for all clients.
+    """
+    counted: Any = None
+    before: list[int] = []
 
     def choose_preferred(client: Any, request: Any) -> bytes:
-        counts = zip(client.core_engines, client.lb_engines, strict=True)
-        loads = [max(client.client_count * client.engine_inflight[name], sum(now[:2])) for name, now in counts]
+        nonlocal counted, before
+        mine = [client.client_count * client.engine_inflight[name] for name in client.core_engines]
+        if counted is not client.lb_engines:
+            counted = client.lb_engines
+            before = [sum(now[:2]) - own for now, own in zip(counted, mine, strict=True)]
+        loads = [own + max(0, others) for own, others in zip(mine, before, strict=True)]
         gpus = client.vllm_config.parallel_config.assigned_physical_gpu_ids or ()
         preferred = request.data_parallel_rank
         if len(gpus) > 1 and len(set(gpus)) == 1 and loads[0] < FIRST_ALONE:
             request.data_parallel_rank = 0
-        elif preferred is not None and loads[preferred] > 1.25 * min(loads) + 8:
-            request.data_parallel_rank = None
+        elif preferred is not None:
+            places = client.vllm_config.scheduler_config.max_num_seqs
+            most = min(1.25 * min(loads) + 8, NEARLY_FULL * places)
+            request.data_parallel_rank = preferred if loads[preferred] <= most else loads.index(min(loads))
         return choose(client, request)
 
     return choose_preferred

@@ -166,9 +166,19 @@ def test_engines_of_one_gpu_each_may_share_it(
     assert args.device_ids == devices
 
 
+def engines_config(gpus: list[int] | None) -> SimpleNamespace:
+    """vLLM's configuration of two engines with 576 places each."""
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(assigned_physical_gpu_ids=gpus),
+        scheduler_config=SimpleNamespace(max_num_seqs=576),
+    )
+
+
 @pytest.mark.parametrize(
     ("gpus", "preferred", "counts", "chosen"),
     [
+        ([0, 0], 1, [[0, 480, 0.0], [0, 518, 0.0]], "second"),
+        ([0, 0], 1, [[0, 480, 0.0], [0, 520, 0.0]], "first"),
         ([0, 1], 1, [[0, 40, 0.0], [0, 58, 0.0]], "second"),
         ([0, 1], 1, [[0, 40, 0.0], [0, 59, 0.0]], "first"),
         (None, 1, [[0, 0, 0.0], [5, 3, 0.0]], "second"),
@@ -184,7 +194,7 @@ def test_the_preferred_engine_takes_a_request_unless_it_has_too_much_to_do_or_fe
     client = SimpleNamespace(
         core_engines=["first", "second"],
         lb_engines=counts,
-        vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(assigned_physical_gpu_ids=gpus)),
+        vllm_config=engines_config(gpus),
         client_count=2,
         engine_inflight=Counter(),
         reqs_in_flight={},
@@ -194,6 +204,25 @@ def test_the_preferred_engine_takes_a_request_unless_it_has_too_much_to_do_or_fe
     with PREFERRED_ENGINE.applied():
         assert DPLBAsyncMPClient.get_core_engine_for_request(client, request) == chosen
     assert client.engine_inflight == {chosen: 1}
+
+
+def test_an_engine_that_has_just_ended_its_requests_takes_the_next_ones() -> None:
+    client = SimpleNamespace(
+        core_engines=["first", "second"],
+        lb_engines=[[0, 500, 0.0], [0, 500, 0.0]],
+        vllm_config=engines_config([0, 0]),
+        client_count=2,
+        engine_inflight=Counter(first=250, second=250),
+        reqs_in_flight={},
+        eng_start_index=0,
+    )
+    requests = (SimpleNamespace(request_id=str(n), data_parallel_rank=1, pooling_params=None) for n in range(251))
+    with PREFERRED_ENGINE.applied():
+        assert DPLBAsyncMPClient.get_core_engine_for_request(client, next(requests)) == "second"
+        client.engine_inflight["first"] -= 250  # the counts do not tell it yet
+        taken = [DPLBAsyncMPClient.get_core_engine_for_request(client, request) for request in requests]
+    assert taken[:190] == ["first"] * 190
+    assert client.client_count * client.engine_inflight["second"] <= 0.9 * 576 + 2
 
 
 def test_vllms_qwen35_is_imported_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:

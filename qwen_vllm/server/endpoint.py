@@ -4,6 +4,7 @@ vLLM loads `ChatEndpoint` as an endpoint plugin (see `pyproject.toml`), once its
 """
 
 import asyncio
+import gc
 import json
 import os
 import sys
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
 LONG_TEXT = 8192
 """From this many characters a prompt is built on a thread, so that other streams do not wait for it."""
+GARBAGE = 50_000, 10, 10
+"""After so many new objects Python looks for garbage among them; after so many looks, among older ones, and all."""
 DAY = r"^\d{4}-\d\d-\d\d$"
 NDJSON_HEADERS = [
     (b"content-type", b"application/x-ndjson"),
@@ -85,11 +88,13 @@ class ChatEndpoint:
         if args.max_body_size is None:
             args.max_body_size = body_limit(config.max_model_len, takes_images(config))
         enable_envs_cache()  # as the engine's process does: else a variable is looked up for each token
+        tokenizer = engine_client.get_tokenizer()
+        vars(tokenizer)["eos_token_id"] = tokenizer.eos_token_id  # vLLM asks for it with each request
         requests: RequestBuilder | ChatError
         try:
             requests = RequestBuilder(
                 config,
-                engine_client.get_tokenizer(),
+                tokenizer,
                 read_chat_template(args.chat_template, Path(args.tokenizer or args.model)),
                 args.default_chat_template_kwargs or {},
                 args.reasoning_parser,
@@ -97,12 +102,16 @@ class ChatEndpoint:
         except ChatError as reason:
             requests = reason
             print(f"/chat is off: {reason.message}", file=sys.stderr)
-        if why := why_not_kept(engine_client.get_tokenizer()):
+        if why := why_not_kept(tokenizer):
             print(f"Control tokens in messages to /v1 are taken as such: {why}", file=sys.stderr)
         state.team = _team(engine_client, args) if args.key_file else None
         state.chat = ChatService(
             engine_client, state.openai_serving_models, requests, args.max_body_size, args.sse_keep_alive_interval
         )
+        # Garbage is looked for among what comes from now on, and less often: a burst of requests is none.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GARBAGE)
 
 
 def _lifespan_around(vllm_lifespan: Any) -> Any:

@@ -1,9 +1,10 @@
-"""One stream with n-gram speculation (`--speculative-config`) and without: tokens/s where an answer repeats its prompt.
+"""One stream with speculation (`--speculative-config`) and without: tokens/s where an answer repeats its prompt.
 
-    python -m benchmarks.repetition [--tokens 3 6] [--turns 3] [SERVER FLAGS …]
+    python -m benchmarks.repetition [--method ngram] [--tokens 3 6] [--turns 3] [SERVER FLAGS …]
 
-The servers run side by side and are asked by turns, greedy. Prints a row a question and a server: the median, its ratio
-to the server without, and whether the texts are equal.
+With `--method mtp` the model's MTP layer guesses, which needs no repetition. The servers run side by side and are asked
+by turns, greedy. Prints a row a question and a server: the median, its ratio to the server without, and whether the
+texts are equal.
 """
 
 import argparse
@@ -28,6 +29,8 @@ QUESTIONS = {
     "story": "Write a story about a lighthouse.",
 }
 
+METHODS = {"ngram": {"prompt_lookup_min": 2, "prompt_lookup_max": 4}, "mtp": {}}
+
 
 def answer(url: str, text: str) -> tuple[str, float]:
     """Ask once; return the answer, and tokens/s from its first piece to its last."""
@@ -42,12 +45,13 @@ def answer(url: str, text: str) -> tuple[str, float]:
 def main() -> None:
     """Start the servers, ask by turns, and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=METHODS, default="ngram")
     parser.add_argument("--tokens", type=int, nargs="+", default=[3, 6], help="guessed at once (default: 3 6)")
     parser.add_argument("--turns", type=int, default=3, help="after one that does not count (default: 3)")
     args, flags = parser.parse_known_args()
     sides = {"without": flags}
     for tokens in args.tokens:
-        guesses = {"method": "ngram", "num_speculative_tokens": tokens, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
+        guesses = {"method": args.method, "num_speculative_tokens": tokens, **METHODS[args.method]}
         sides[f"{tokens} tokens"] = [*flags, "--speculative-config", json.dumps(guesses)]
     seen: dict[tuple[str, str], list[tuple[str, float]]] = {(name, side): [] for name in QUESTIONS for side in sides}
     with ExitStack() as stack:

@@ -34,7 +34,7 @@ MEMBERSHIP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 MTP = (
     "Qwen3.5 to 3.8 and Qwen3-Next have an MTP layer: --speculative-config "
-    """'{"method": "mtp", "num_speculative_tokens": 3}' pays while few talk at once (docs/models.md)"""
+    """'{"method": "mtp", "num_speculative_tokens": 2}' makes answers faster (docs/models.md)"""
 )
 
 
@@ -104,16 +104,17 @@ def graph_defaults(args: Any) -> list[Default]:
     return [Default("max_cudagraph_capture_size", -(-running // 16) * 16, reason)]
 
 
-def cache_defaults(context: int, token_bytes: int) -> list[Default]:
+def cache_defaults(context: int, token_bytes: int, request_bytes: int = 0) -> list[Default]:
     """Choose the size of the KV cache on a CPU, which takes the memory only as it is filled.
 
     Args:
         context: tokens of a full context; 0 where that is not known.
         token_bytes: bytes that a token takes in the cache; 0 where that is not known.
+        request_bytes: bytes that a request takes there beside its tokens.
     """
     if not on_cpu() or "VLLM_CPU_KVCACHE_SPACE" in os.environ:
         return []
-    one = context * token_bytes or USUAL_CACHE // CONTEXTS
+    one = context * token_bytes + request_bytes or USUAL_CACHE // CONTEXTS
     size = min(max(one, min(CONTEXTS * one, USUAL_CACHE)), _memory_bytes() // 2)
     return [Default("kv_cache_memory_bytes", size, f"{size / one:.1f} contexts of {context:,} tokens, as they fill it")]
 

@@ -3,11 +3,21 @@
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from qwen_vllm.cache import CACHE
-from qwen_vllm.hardware import INT8_COPY, Default, cache_defaults, fill_in, graph_defaults, reads_int8, sharing_defaults
+from qwen_vllm.hardware import (
+    INT8_COPY,
+    Default,
+    cache_defaults,
+    fill_in,
+    graph_defaults,
+    on_cpu,
+    reads_int8,
+    sharing_defaults,
+)
 from qwen_vllm.models.adapters import check_adapters
 from qwen_vllm.models.checks import (
     ModelUnavailable,
@@ -32,6 +42,8 @@ OUR_GRAMMARS = ("guidance", "auto")
 """Engines of --structured-outputs-config that take the grammars of our parsers."""
 VLLMS = {JSON_CALLS: "hermes", XML_CALLS: "qwen3_xml"}
 """vLLM's own parsers of the same calls, for the other engines."""
+STATES_OF_A_REQUEST = 2
+"""Of a layer of linear attention: vLLM rounds them up to whole blocks of the KV cache."""
 LOG = logging.getLogger("vllm.qwen_vllm")
 
 
@@ -59,8 +71,8 @@ def prepare(
     if not args.language_model_only and language_part_only(args.model):
         args.language_model_only = True
         LOG.warning("torchvision is not installed: %s takes no images", Path(args.model).name)
-    if str((args.speculative_config or {}).get("method")).endswith("mtp") and args.enable_prefix_caching is not False:
-        LOG.warning("MTP with prefix caching: texts can be wrong (vLLM issue 53912); add --no-enable-prefix-caching")
+    if _guesses(args):
+        _without_prefix_cache(args)
     fill_in(args, [*graph_defaults(args), *cache_default(args), *quantization_default(args)])
     folder = Path(args.tokenizer or args.model)
     template = read_chat_template(chat_template, folder)
@@ -78,8 +90,34 @@ def cache_default(args: Any) -> list[Default]:
     heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 0
     size = config.get("head_dim") or config.get("hidden_size", 0) // (config.get("num_attention_heads") or 1)
     kinds = config.get("layer_types") or ["full_attention"] * config.get("num_hidden_layers", 0)
-    token_bytes = 2 * kinds.count("full_attention") * heads * size * (4 if args.dtype == "float32" else 2)
-    return cache_defaults(context, token_bytes)
+    guesses = _guesses(args)
+    layers = kinds.count("full_attention") + bool(guesses)  # the MTP layer is one
+    token_bytes = 2 * layers * heads * size * (4 if args.dtype == "float32" else 2)
+    names = ("linear_num_value_heads", "linear_value_head_dim", "linear_key_head_dim")
+    state_bytes = 4 * prod(config.get(name) or 0 for name in names)
+    states = STATES_OF_A_REQUEST * (1 + guesses) * kinds.count("linear_attention")
+    return cache_defaults(context, token_bytes, states * state_bytes)
+
+
+def _guesses(args: Any) -> int:
+    """Count the tokens that the model's MTP layer guesses at once; 0: it does not."""
+    speculation = args.speculative_config or {}
+    return (speculation.get("num_speculative_tokens") or 1) if str(speculation.get("method")).endswith("mtp") else 0
+
+
+def _without_prefix_cache(args: Any) -> None:
+    """Do without the prefix cache beside MTP, unless the user wants both and the machine can do both.
+
+    Raises:
+        ModelUnavailable: it cannot.
+    """
+    if args.enable_prefix_caching is None:
+        args.enable_prefix_caching = False
+        LOG.warning("MTP: the prefix cache is off, as texts can be wrong with both (vLLM issue 53912)")
+    elif args.enable_prefix_caching and on_cpu():
+        raise ModelUnavailable("MTP with the prefix cache does not run on a CPU: leave out --enable-prefix-caching")
+    elif args.enable_prefix_caching:
+        LOG.warning("MTP with prefix caching: texts can be wrong (vLLM issue 53912); add --no-enable-prefix-caching")
 
 
 def sharing_default(args: Any) -> list[Default]:

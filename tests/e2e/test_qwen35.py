@@ -1,10 +1,12 @@
 """Qwen3.5 on the real engine: a tiny network of random weights, its vision tower in the checkpoint, most of its layers
-gated delta nets. All ways in give the same answers, with the cache of prefixes (server) and without it (offline).
+gated delta nets. All ways in give the same answers, with the cache of prefixes (server) and without it (offline). And
+one with an MTP layer, whose answers are known.
 """
 
 import json
+import re
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,10 +16,11 @@ import pytest
 import requests
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from benchmarks.shapes import said_words, write_words
 from qwen_vllm.protocol import Reasoning, Sampling, Turn
 from qwen_vllm.with_server import running_server
 from tests.support.tiny_checkpoints import write_qwen35
-from tests.support.tiny_families import QWEN38
+from tests.support.tiny_families import GATED_DELTA_NET, QWEN38, TINY
 from vllm_wrapper import ChatModel
 
 pytestmark = pytest.mark.long
@@ -144,3 +147,27 @@ def test_without_torchvision_the_server_says_that_it_takes_no_images(url):
     refused = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60)
     assert refused.status_code == 400
     assert "image" in refused.json()["error"]["message"]
+
+
+def test_with_multi_token_prediction_many_at_once_get_the_texts_of_the_model(tmp_path):
+    text = {**TINY, **GATED_DELTA_NET, "hidden_size": 64, "max_position_embeddings": 2048}
+    folder = write_words(tmp_path / "Words", text, guessed=0.7, words=50)
+    guesses = {"method": "mtp", "num_speculative_tokens": 3}
+    flags = ["--model", str(folder), "--language-model-only", "--speculative-config", json.dumps(guesses)]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    words = [tokenizer.decode([number]) for number in said_words(tokenizer)[:50]]
+
+    def said(url: str, n: int) -> str:
+        body = {"query": f"Say {n} words.", "temperature": 0, "max_tokens": 60 + n}
+        return requests.post(f"{url}/chat", json=body, timeout=120).json()["text"]
+
+    with running_server(flags, tmp_path / "log") as url:
+        with ThreadPoolExecutor(8) as people:
+            texts = [*people.map(lambda n: said(url, n), range(16))]
+        metrics = requests.get(f"{url}/metrics", timeout=60).text
+    assert texts == ["".join(words[i % 50] for i in range(60 + n)) for n in range(16)]
+    guessed, right = (
+        float(re.search(rf"spec_decode_num_{kind}_tokens_total{{.*}} (.*)", metrics)[1])
+        for kind in ("draft", "accepted")
+    )
+    assert 0.3 * guessed < right < 0.9 * guessed

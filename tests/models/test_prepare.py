@@ -75,16 +75,41 @@ def test_qwen35_on_a_cpu_is_bfloat16_and_without_torchvision_its_language_part(
 
 
 @pytest.mark.parametrize(
-    ("method", "caching", "warned"), [("mtp", None, True), ("mtp", False, False), ("ngram", None, False)]
+    ("method", "caching", "is_on", "warned"),
+    [
+        ("mtp", None, False, "the prefix cache is off"),
+        ("mtp", False, False, ""),
+        ("mtp", True, True, "add --no-enable-prefix-caching"),
+        ("ngram", None, None, ""),
+    ],
 )
-def test_multi_token_prediction_with_prefix_caching_is_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, method: str, caching: bool | None, warned: bool
+def test_multi_token_prediction_does_without_the_prefix_cache_or_is_warned_of(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    method: str,
+    caching: bool | None,
+    is_on: bool | None,
+    warned: str,
 ) -> None:
     logging.getLogger("vllm").propagate = True
+    monkeypatch.setattr("qwen_vllm.models.prepare.on_cpu", lambda: False)
     args = EngineArgs(model=str(write_model(tmp_path / "Tiny")), enable_prefix_caching=caching)
     args.speculative_config = {"method": method, "num_speculative_tokens": 2}
     prepare(args, {}, None, {})
-    assert ("--no-enable-prefix-caching" in caplog.text) == warned
+    assert args.enable_prefix_caching is is_on
+    assert warned in caplog.text
+    assert ("MTP" in caplog.text) == bool(warned)
+
+
+def test_multi_token_prediction_with_the_prefix_cache_is_refused_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen_vllm.models.prepare.on_cpu", lambda: True)
+    args = EngineArgs(model=str(write_model(tmp_path / "Tiny")), enable_prefix_caching=True)
+    args.speculative_config = {"method": "mtp", "num_speculative_tokens": 2}
+    with pytest.raises(ModelUnavailable, match="leave out --enable-prefix-caching"):
+        prepare(args, {}, None, {})
 
 
 @pytest.mark.parametrize(
@@ -132,6 +157,8 @@ def test_the_kv_cache_holds_eight_contexts(
     kinds = ["linear_attention", "full_attention"]
     text = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512, "layer_types": kinds}
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {**text, "max_position_embeddings": 4096}}))
-    args = SimpleNamespace(model=str(tmp_path), max_model_len=max_model_len, dtype="bfloat16")
+    args = SimpleNamespace(model=str(tmp_path), max_model_len=max_model_len, dtype="bfloat16", speculative_config=None)
     chosen = hardware.values(cache_default(args))
     assert chosen == {"kv_cache_memory_bytes": 8 * context * 2 * 2 * 64 * 2}
+    args.speculative_config = {"method": "mtp", "num_speculative_tokens": 2}
+    assert hardware.values(cache_default(args)) == {"kv_cache_memory_bytes": 8 * context * 2 * 2 * 2 * 64 * 2}

@@ -10,7 +10,7 @@ const watches = [
   watch("100% 0%", (entries) => {
     for (const {target, isIntersecting} of entries) {
       onPage.add(target);
-      if (!isIntersecting) target.textContent = parts.get(target).text;
+      if (!isIntersecting && target.firstElementChild) target.textContent = release(target);
     }
     [...onPage].filter(({isConnected}) => !isConnected).forEach(forget);
   }),
@@ -31,9 +31,15 @@ function come(element) {
   watches.forEach((each) => each.observe(element));
 }
 
-function forget(element) {
+// Let another of its text be drawn anew. Returns the text.
+function release(element) {
   const {text} = parts.get(element);
   if (drawn.get(text) === element) drawn.delete(text);
+  return text;
+}
+
+function forget(element) {
+  release(element);
   watches.forEach((each) => each.unobserve(element));
   onPage.delete(element);
 }

@@ -250,6 +250,24 @@ def test_formulas_of_a_turn_that_was_left_are_drawn_as_it_is_opened_again(server
     tab.until(lambda: tab.run(DRAWN) == ["q", "x^2", "y_1"])
 
 
+def test_formulas_far_above_stay_text_as_a_long_turn_ends(server, page, person):
+    def steps(*numbers: int) -> bytes:
+        return line({"delta": "".join(f"Step {n}: we have $x_{{{n}}}$, and so on. " for n in range(*numbers))})
+
+    go_on, end = threading.Event(), threading.Event()
+    server.play(steps(20), go_on, steps(20, 400), end, line(LAST))
+    tab = person(page)
+    tab.send("Show me")
+    drawn = "return [...document.querySelectorAll('#talk .formula')].map((e) => Boolean(e.firstElementChild))"
+    tab.until(lambda: tab.run(drawn) == [True] * 20)
+    go_on.set()
+    tab.until(lambda: tab.run(drawn)[:20] == [False] * 20 and tab.run(drawn)[-1])
+    end.set()
+    tab.until(lambda: tab.run("return document.querySelectorAll('#chat .formula').length") == 400 and tab.is_ready())
+    tab.until(lambda: tab.run(drawn)[-1])
+    assert tab.run(drawn)[:20] == [False] * 20
+
+
 def test_formulas_are_drawn_beside_code_whose_colours_come_late(server, page, person):
     server.play(line({"delta": "One: $x^2$"}), line(LAST))
     tab = person(page)

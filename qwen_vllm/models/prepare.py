@@ -54,8 +54,8 @@ def prepare(
 
     Args:
         args: `vllm.EngineArgs`, or a command line with the same names; `model` is a folder of `resolve_model`. Its
-            `tokenizer`, `dtype`, `language_model_only`, `reasoning_parser`, `override_generation_config` and what is
-            open of its CUDA graphs are set.
+            `tokenizer`, `dtype`, `language_model_only`, `reasoning_parser`, `override_generation_config`,
+            `enable_prefix_caching` beside MTP and what is open of its CUDA graphs are set.
         adapters: folders of LoRA adapters by their names.
         chat_template: a file with a Jinja template that replaces the model's own, or its text.
         template_options: what the template is given beside the messages.

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 from zlib import crc32
 
@@ -44,32 +44,38 @@ def preferred_engine(config: Any, beginning: str) -> int | None:
 
 
 def prefers(choose: Callable[[Any, Any], bytes]) -> Callable[[Any, Any], bytes]:
-    """Take data_parallel_rank for a wish, which yields to load.
-
-    vLLM's counts of the engines' requests come every 100 ms. An engine that has just ended hundreds would seem as full
-    as the other until then: so what this client has sent and got back since is counted, for all clients.
-    """
-    counted: Any = None
-    before: list[int] = []
+    """Take data_parallel_rank for a wish, which yields to load."""
 
     def choose_preferred(client: Any, request: Any) -> bytes:
-        nonlocal counted, before
-        mine = [client.client_count * client.engine_inflight[name] for name in client.core_engines]
-        if counted is not client.lb_engines:
-            counted = client.lb_engines
-            before = [sum(now[:2]) - own for now, own in zip(counted, mine, strict=True)]
-        loads = [own + max(0, others) for own, others in zip(mine, before, strict=True)]
-        gpus = client.vllm_config.parallel_config.assigned_physical_gpu_ids or ()
+        counts = zip(client.core_engines, client.lb_engines, strict=True)
+        loads = [max(client.client_count * client.engine_inflight[name], sum(now[:2])) for name, now in counts]
+        config = client.vllm_config
+        gpus = config.parallel_config.assigned_physical_gpu_ids or ()
+        most = min(1.25 * min(loads) + 8, NEARLY_FULL * config.scheduler_config.max_num_seqs)
         preferred = request.data_parallel_rank
         if len(gpus) > 1 and len(set(gpus)) == 1 and loads[0] < FIRST_ALONE:
             request.data_parallel_rank = 0
-        elif preferred is not None:
-            places = client.vllm_config.scheduler_config.max_num_seqs
-            most = min(1.25 * min(loads) + 8, NEARLY_FULL * places)
-            request.data_parallel_rank = preferred if loads[preferred] <= most else loads.index(min(loads))
+        elif preferred is not None and loads[preferred] > most:
+            request.data_parallel_rank = None
         return choose(client, request)
 
     return choose_preferred
+
+
+def takes_off_what_ended(process: Callable[[Any, Any], Awaitable[None]]) -> Callable[[Any, Any], Awaitable[None]]:
+    """Take this client's requests that have ended off the counts of the engines' requests, which come every 100 ms.
+
+    Until then an engine that has just ended hundreds would seem as full as the other. What this client sees is taken
+    for what all see, as vLLM does where it adds what was sent.
+    """
+
+    async def process_counted(client: Any, outputs: Any) -> None:
+        before = [client.engine_inflight[name] for name in client.core_engines if outputs.finished_requests]
+        await process(client, outputs)
+        for had, name, counts in zip(before, client.core_engines, client.lb_engines, strict=False):
+            counts[1] = max(0, counts[1] - client.client_count * (had - client.engine_inflight[name]))
+
+    return process_counted
 
 
 def sleeps_when_idle(handle: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:

@@ -21,6 +21,7 @@ EARLY = "qwen_vllm.vllm_plugin.early"
 CPU_SPEEDUPS = "qwen_vllm.vllm_plugin.cpu_speedups"
 TICKETS = "qwen_vllm.server.tickets"
 ENGINES = "qwen_vllm.vllm_plugin.engines"
+BALANCED = "vllm.v1.engine.core_client.DPLBAsyncMPClient"
 STOP_WORDS = "qwen_vllm.vllm_plugin.stop_words"
 TOOL_PARSERS = "qwen_vllm.vllm_plugin.tool_parsers"
 PARSER = "vllm.parser.abstract_parser.DelegatingParser"
@@ -99,13 +100,17 @@ SHARED_GPU = Patch(
 PREFERRED_ENGINE = Patch(
     name="preferred engine",
     why="A conversation goes on with the engine that has its prefix: data_parallel_rank names it. For vLLM this is an "
-    "order. Here another engine takes the request where the named one has over a quarter more to do, and of engines on "
-    "one GPU the first does while few are there.",
+    "order. Here another engine takes the request where the named one has over a quarter more to do or is nearly full, "
+    "and of engines on one GPU the first does while few are there. What has ended since the last count is taken off.",
     upstream="not proposed yet",
     replaces={
-        "vllm.v1.engine.core_client.DPLBAsyncMPClient.get_core_engine_for_request": wrapped_by(f"{ENGINES}.prefers")
+        f"{BALANCED}.get_core_engine_for_request": wrapped_by(f"{ENGINES}.prefers"),
+        f"{BALANCED}.process_engine_outputs": wrapped_by(f"{ENGINES}.takes_off_what_ended"),
     },
-    made_for={"vllm.v1.engine.core_client.DPLBAsyncMPClient.get_core_engine_for_request": "d55fd18f2b41"},
+    made_for={
+        f"{BALANCED}.get_core_engine_for_request": "d55fd18f2b41",
+        f"{BALANCED}.process_engine_outputs": "7446956b53d7",
+    },
 )
 QWEN_VL = Patch(
     name="Qwen with vision, without torchvision",

@@ -1,5 +1,6 @@
 """The list of changes to foreign code: each is made for this vLLM, and steps aside where it does not fit."""
 
+import asyncio
 import logging
 import pkgutil
 import subprocess
@@ -166,11 +167,19 @@ def test_engines_of_one_gpu_each_may_share_it(
     assert args.device_ids == devices
 
 
-def engines_config(gpus: list[int] | None) -> SimpleNamespace:
-    """vLLM's configuration of two engines with 576 places each."""
+def client_of(counts: list[list[float]], gpus: list[int] | None, **inflight: int) -> SimpleNamespace:
+    """vLLM's client of two engines with 576 places each, one of two front ends."""
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(assigned_physical_gpu_ids=gpus),
-        scheduler_config=SimpleNamespace(max_num_seqs=576),
+        core_engines=["first", "second"],
+        lb_engines=counts,
+        vllm_config=SimpleNamespace(
+            parallel_config=SimpleNamespace(assigned_physical_gpu_ids=gpus),
+            scheduler_config=SimpleNamespace(max_num_seqs=576),
+        ),
+        client_count=2,
+        engine_inflight=Counter(inflight),
+        reqs_in_flight={f"{name} {n}": name for name, count in inflight.items() for n in range(count)},
+        eng_start_index=0,
     )
 
 
@@ -191,15 +200,7 @@ def engines_config(gpus: list[int] | None) -> SimpleNamespace:
 def test_the_preferred_engine_takes_a_request_unless_it_has_too_much_to_do_or_few_are_on_the_gpu(
     gpus: list[int] | None, preferred: int | None, counts: list[list[float]], chosen: str
 ) -> None:
-    client = SimpleNamespace(
-        core_engines=["first", "second"],
-        lb_engines=counts,
-        vllm_config=engines_config(gpus),
-        client_count=2,
-        engine_inflight=Counter(),
-        reqs_in_flight={},
-        eng_start_index=0,
-    )
+    client = client_of(counts, gpus)
     request = SimpleNamespace(request_id="r", data_parallel_rank=preferred, pooling_params=None)
     with PREFERRED_ENGINE.applied():
         assert DPLBAsyncMPClient.get_core_engine_for_request(client, request) == chosen
@@ -207,19 +208,12 @@ def test_the_preferred_engine_takes_a_request_unless_it_has_too_much_to_do_or_fe
 
 
 def test_an_engine_that_has_just_ended_its_requests_takes_the_next_ones() -> None:
-    client = SimpleNamespace(
-        core_engines=["first", "second"],
-        lb_engines=[[0, 500, 0.0], [0, 500, 0.0]],
-        vllm_config=engines_config([0, 0]),
-        client_count=2,
-        engine_inflight=Counter(first=250, second=250),
-        reqs_in_flight={},
-        eng_start_index=0,
-    )
+    client = client_of([[0, 500, 0.0], [0, 500, 0.0]], [0, 0], first=250, second=250)
     requests = (SimpleNamespace(request_id=str(n), data_parallel_rank=1, pooling_params=None) for n in range(251))
     with PREFERRED_ENGINE.applied():
         assert DPLBAsyncMPClient.get_core_engine_for_request(client, next(requests)) == "second"
-        client.engine_inflight["first"] -= 250  # the counts do not tell it yet
+        ended = {name for name, engine in client.reqs_in_flight.items() if engine == "first"}
+        asyncio.run(DPLBAsyncMPClient.process_engine_outputs(client, SimpleNamespace(finished_requests=ended)))
         taken = [DPLBAsyncMPClient.get_core_engine_for_request(client, request) for request in requests]
     assert taken[:190] == ["first"] * 190
     assert client.client_count * client.engine_inflight["second"] <= 0.9 * 576 + 2

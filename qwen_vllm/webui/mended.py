@@ -46,10 +46,10 @@ def mend(app: FastAPI) -> None:
         RuntimeError: this is not the Gradio that the repairs are for.
     """
     formulas = files("qwen_vllm.webui").joinpath("formulas.js").read_text("utf-8")
-    _serve(app, _find("auto-render-*.js"), formulas.replace("KATEX", f"./{_find('katex-*.js').name}"))
+    (drawing, _), (katex, _) = _find("auto-render-*.js"), _find("katex-*.js")
+    _serve(app, drawing, formulas.replace("KATEX", f"./{katex.name}"))
     for name, repairs in REPAIRS.items():
-        file = _find(name, *repairs)
-        text = file.read_text("utf-8")
+        file, text = _find(name, *repairs)
         for before, after in repairs.items():
             text = text.replace(before, after)
         _serve(app, file, text)
@@ -60,9 +60,10 @@ def assets(name: str) -> Iterator[Path]:
     return (Path(gradio.__file__).parent / "templates/frontend/assets").glob(name)
 
 
-def _find(name: str, *parts: str) -> Path:
-    """Return the one asset whose name fits, and which has these parts."""
-    found = [file for file in assets(name) if all(part in file.read_text("utf-8") for part in parts)]
+def _find(name: str, *parts: str) -> tuple[Path, str]:
+    """Return the one asset whose name fits, and which has these parts, with its text."""
+    texts = ((file, file.read_text("utf-8")) for file in assets(name))
+    found = [(file, text) for file, text in texts if all(part in text for part in parts)]
     if len(found) != 1:
         raise RuntimeError(f"Gradio {gradio.__version__} is not the one this page is made for: run `make setup`")
     return found[0]

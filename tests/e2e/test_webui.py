@@ -641,19 +641,29 @@ def test_documents_are_chosen_dropped_and_pasted_and_stay_with_their_question(se
     assert queries == [asked, asked, asked.replace("What?", "And?"), asked.replace("What?", "And? Now?")]
 
 
-def test_a_document_that_does_not_fit_goes_along_in_part_only_where_the_person_agrees(server, page, person):
+def drop_too_much(server: Server, tab: Tab) -> Tab:
+    """Drops a document that does not fit, of which the first 6,000 tokens do."""
     server.play(line({"count": 12400}), path="/tokenize")
     server.then_play(line({"count": 6000}), path="/tokenize")
     server.play(line({"delta": "Long."}), line(LAST))
-    tab = person(page)
     give(tab, "drop", "long.txt", b"word " * 12400)
     tab.until(lambda: "12,400 tokens, and the context has 8,192" in "".join(tab.texts("#cut")))
-    tab.box().send_keys("What?", Keys.ENTER)
-    tab.until(lambda: "Nothing was sent" in "".join(tab.texts("#told")))
-    assert (questions(server), tab.messages(), tab.box().get_attribute("value")) == ([], [], "What?")
+    return tab
+
+
+def agree_and_send(tab: Tab) -> None:
+    """Lets the first part go along."""
     tab.press("#cut input")
     tab.until(lambda: tab.run("return document.querySelector('#cut input').checked"))
     tab.box().send_keys(Keys.ENTER)
+
+
+def test_a_document_that_does_not_fit_goes_along_in_part_only_where_the_person_agrees(server, page, person):
+    tab = drop_too_much(server, person(page))
+    tab.box().send_keys("What?", Keys.ENTER)
+    tab.until(lambda: "Nothing was sent" in "".join(tab.texts("#told")))
+    assert (questions(server), tab.messages(), tab.box().get_attribute("value")) == ([], [], "What?")
+    agree_and_send(tab)
     tab.until(lambda: tab.messages()[-1:] == ["Long."])
     [asked] = questions(server)
     assert "long.txt (the first 6,000 of 12,400 tokens)" in asked["query"]
@@ -661,18 +671,11 @@ def test_a_document_that_does_not_fit_goes_along_in_part_only_where_the_person_a
 
 
 def test_a_question_right_after_one_that_was_refused_is_answered(server, page, person):
-    server.play(line({"count": 12400}), path="/tokenize")
-    server.then_play(line({"count": 6000}), path="/tokenize")
-    server.play(line({"delta": "Long."}), line(LAST))
-    tab = person(page)
-    give(tab, "drop", "long.txt", b"word " * 12400)
-    tab.until(lambda: "12,400 tokens, and the context has 8,192" in "".join(tab.texts("#cut")))
+    tab = drop_too_much(server, person(page))
     with tab.on_a_slow_line():
         tab.box().send_keys("What?", Keys.ENTER)
         tab.until(lambda: "Nothing was sent" in "".join(tab.texts("#told")))
-        tab.press("#cut input")
-        tab.until(lambda: tab.run("return document.querySelector('#cut input').checked"))
-        tab.box().send_keys(Keys.ENTER)
+        agree_and_send(tab)
         tab.until(lambda: tab.messages() == ["long.txt (the first 6,000 of 12,400 tokens)", "What?", "Long."])
         tab.until(tab.is_ready)
     assert len(questions(server)) == 1

@@ -41,9 +41,7 @@ def answer(
     page: Page, *messages: dict[str, Any], settings: str = kept_settings(), tab: Any = None
 ) -> AsyncIterator[tuple]:
     last = len(messages) - bool(messages and messages[-1]["role"] == "user")
-    return page.answer(
-        "chat", list(messages[:last]), list(messages[last:]), settings or kept_settings(), tab or person()
-    )
+    return page.answer("chat", list(messages[:last]), list(messages[last:]), settings, tab or person())
 
 
 async def last(parts: AsyncIterator[tuple]) -> tuple[list[tuple[str, str]], str]:

@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="needs root and ip: apt install iproute2"),
 ]
 STALL = 20
-SMALL = f"--max-model-len 512 --kv-cache-memory-bytes 256M --stall-timeout {STALL}".split()
+SMALL = f"--max-model-len 2048 --kv-cache-memory-bytes 256M --stall-timeout {STALL}".split()
 ENGINES = """--data-parallel-size 2 --data-parallel-size-local 1 --data-parallel-address {head}
     --data-parallel-rpc-port 13345"""
 STAGES = "--pipeline-parallel-size 2 --nnodes 2 --master-addr {head}"
@@ -120,7 +120,7 @@ def test_a_host_is_cut_off_and_comes_back(hosts: tuple[Host, Host], tmp_path: Pa
         assert asked(url) == PARIS
         answering = server_process(url)
         everything = family(answering.pid) + family(computing.pid)
-        answers = streams(pool, url, 4, 450)
+        answers = streams(pool, url, 4, 1900)  # longer than until the server has noticed
         until(lambda: gauge(url, "num_requests_running") == 4)
         other.cut_off()
         until(lambda: requests.get(f"{url}/ready", timeout=10).status_code == 503)

@@ -32,6 +32,7 @@ LAYERS = "vllm.model_executor.layers"
 REGISTRY = "vllm.model_executor.models.registry"
 CPU_RUNNER = "vllm.v1.worker.cpu_model_runner.CPUModelRunner"
 SAMPLER = "vllm.v1.sample.ops.topk_topp_sampler"
+GPU_SAMPLER = "vllm.v1.worker.gpu.sample.sampler.Sampler"
 
 SCHEDULER = Patch(
     name="quick KV-cache manager",
@@ -277,6 +278,21 @@ EARLY_PROCESSES = Patch(
         "vllm.v1.engine.core.EngineCoreProc.run_engine_core": "c7e3d3cb3987",
     },
 )
+SAMPLING_PARAMETERS = Patch(
+    name="sampling parameters copied when they are new",
+    why="Each step copies the sampling parameters of all requests to the GPU, 15 arrays, though none has changed: with "
+    "one stream, where the GPU waits for Python, a twelfth of the step.",
+    upstream="not proposed yet; measured in benchmarks/NOTES.md",
+    replaces={
+        f"{GPU_SAMPLER}.add_request": wrapped_by(f"{SPEEDUPS}.marks_new"),
+        f"{GPU_SAMPLER}.apply_staged_writes": wrapped_by(f"{SPEEDUPS}.copies_what_is_new"),
+    },
+    made_for={
+        GPU_SAMPLER: "d29a90ec5853",
+        "vllm.v1.worker.gpu.sample.states.SamplingStates": "5be4c291da45",
+        "vllm.v1.worker.gpu.buffer_utils.UvaBackedTensor": "49c1cb355e66",
+    },
+)
 GGUF = Patch(
     name="GGUF parsed once",
     why="transformers parses a GGUF file three times and maps the names anew for each tensor: half of the time that "
@@ -317,4 +333,6 @@ IN_EVERY_PROCESS: Sequence[Patch] = (
 first process alone, `TEAM` for its front ends with --key-file, `GGUF` for when the demo model is made."""
 ON_CPU: Sequence[Patch] = (FLOAT16_WEIGHTS, TOP_P, EMPTY_CACHE, STAGES, INSPECTION)
 """Applied there too, with the vLLM for CPUs."""
-PATCHES: Sequence[Patch] = (*IN_EVERY_PROCESS, *ON_CPU, SLEEP, SIGNALS, EARLY_PROCESSES, TEAM, GGUF)
+ON_GPU: Sequence[Patch] = (SAMPLING_PARAMETERS,)
+"""Applied there too, with the vLLM for GPUs."""
+PATCHES: Sequence[Patch] = (*IN_EVERY_PROCESS, *ON_CPU, *ON_GPU, SLEEP, SIGNALS, EARLY_PROCESSES, TEAM, GGUF)

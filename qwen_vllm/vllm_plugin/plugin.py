@@ -53,7 +53,7 @@ def begin_process() -> None:
 
 def process_patches() -> Sequence[Patch]:
     """Return the patches that each of vLLM's processes gets on this hardware."""
-    return (*patches.IN_EVERY_PROCESS, *(patches.ON_CPU if hardware.on_cpu() else ()))
+    return (*patches.IN_EVERY_PROCESS, *(patches.ON_CPU if hardware.on_cpu() else patches.ON_GPU))
 
 
 def end_with_parent() -> None:

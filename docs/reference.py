@@ -78,8 +78,10 @@ def commands(language: str = "en") -> None:
 
 def front_ends(sentence: str) -> None:
     """Print how many front ends a server has: `sentence` with the numbers put in."""
-    share, most = Fraction(hardware.FRONT_ENDS_PER_CORE), hardware.FRONT_ENDS_PER_ENGINE
-    print(sentence.format(share=share, most=most, of_8=int(8 * share), of_16=min(most, int(16 * share))))
+    share, of_several = Fraction(hardware.FRONT_ENDS_PER_CORE), Fraction(hardware.WITH_SEVERAL_ENGINES)
+    most = hardware.FRONT_ENDS_PER_ENGINE
+    counts = {"of_8": int(8 * share), "of_16": min(most, int(16 * share)), "two_of_16": int(16 * of_several)}
+    print(sentence.format(share=share, of_several=of_several, most=most, **counts))
 
 
 def memory(*heads: str, hybrid: bool = False) -> None:

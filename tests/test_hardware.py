@@ -191,7 +191,10 @@ def test_graphs_reach_as_far_as_requests_run_unless_the_user_says_how_far(gpu: N
     assert chosen.get("max_cudagraph_capture_size") == size
 
 
-@pytest.mark.parametrize(("cores", "engines", "processes"), [(1, 1, 1), (8, 1, 3), (16, 1, 6), (64, 1, 6), (64, 2, 12)])
+@pytest.mark.parametrize(
+    ("cores", "engines", "processes"),
+    [(1, 1, 1), (8, 1, 3), (16, 1, 6), (64, 1, 6), (1, 2, 1), (16, 2, 8), (64, 2, 12)],
+)
 def test_front_ends_follow_the_cores_and_the_engines(
     gpu: None, monkeypatch: pytest.MonkeyPatch, cores: int, engines: int, processes: int
 ) -> None:

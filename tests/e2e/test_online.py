@@ -338,7 +338,9 @@ def test_results_are_ready_for_the_next_turn(url):
 def test_guessed_tokens_change_no_text(url, tmp_path):
     guesses = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
     text = "The station was built in 1884. It has six platforms, two of them for the trains to the coast."
-    questions = [f"Repeat this word for word: {text} {text}", "Tell me about the sea.", FRANCE]
+    # The model is sure of each token: between two that are as likely, how many are computed at once would choose.
+    wrongly_guessed = "Repeat this word for word: The old man saw the old dog, the old cat and the old man."
+    questions = [f"Repeat this word for word: {text} {text}", wrongly_guessed, FRANCE]
     with running_server(["--speculative-config", json.dumps(guesses)], tmp_path / "log") as guessing:
         guessed, plain = (
             ["".join(ask(each, question, max_tokens=80)[0]) for question in questions] for each in (guessing, url)
@@ -346,7 +348,11 @@ def test_guessed_tokens_change_no_text(url, tmp_path):
         assert guessed == plain
         assert all(plain)
         metrics = requests.get(f"{guessing}/metrics", timeout=10).text
-    assert float(re.search(r"^vllm:spec_decode_num_accepted_tokens_total\{.*\} (.*)$", metrics, re.M)[1]) > 0
+    draft, accepted = (
+        float(re.search(rf"^vllm:spec_decode_num_{kind}_tokens_total\{{.*\}} (.*)$", metrics, re.M)[1])
+        for kind in ("draft", "accepted")
+    )
+    assert draft > accepted > 0
 
 
 @pytest.mark.last

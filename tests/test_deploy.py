@@ -1,5 +1,6 @@
 """The page and the server behind the proxies of deploy/, from Debian's packages: path, https, login, pieces at once."""
 
+import json
 import re
 import shutil
 import socket
@@ -83,8 +84,8 @@ def test_the_page_is_used_under_a_path_and_another_name(server: Server, tmp_path
         web.headers["Cookie"] = "; ".join(f"{cookie.name}={cookie.value}" for cookie in login.cookies)
         config = web.get(f"{url}/qwen/config").json()
         assert config["root"] == home
-        answer = next(each for each in config["dependencies"] if len(each["inputs"]) > 10 and each["queue"])
-        data = ["chat", [], [user("Hi")], "system", *[""] * len(Sampling.model_fields)]
+        answer = next(each for each in config["dependencies"] if each["api_name"] == "answer")
+        data = ["chat", [], [user("Hi")], json.dumps(["system", *[""] * len(Sampling.model_fields)])]
         asked = {"fn_index": answer["id"], "session_hash": "ada", "data": data}
         web.post(f"{url}/qwen/gradio_api/queue/join", json=asked).raise_for_status()
         with web.get(f"{url}/qwen/gradio_api/queue/data?session_hash=ada", stream=True, timeout=30) as stream:

@@ -5,6 +5,7 @@ so: `python -m pytest -m vision`, where it is installed.
 import asyncio
 import base64
 import io
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -90,12 +91,12 @@ def test_the_page_sends_images(url: str, tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "red.png").write_bytes(base64.b64decode(RED.partition(",")[2]))
     image = {"type": "file", "file": {"path": str(tmp_path / "red.png")}}
     question = {"role": "user", "content": [image, {"type": "text", "text": "What is this?"}]}
-    fields = [str(GREEDY.sampling().get(name, "")) for name in Sampling.model_fields]
+    settings = json.dumps(["Be brief.", *(str(GREEDY.sampling().get(name, "")) for name in Sampling.model_fields)])
     request = SimpleNamespace(session_hash="tab", headers={})
 
     async def shown() -> str:
         page = Page(url, None, None, None, WaitingLine(1, 0))
-        *_, (_, messages, _) = [part async for part in page.answer("chat", [question], request, "Be brief.", *fields)]
+        *_, (_, messages, _) = [part async for part in page.answer("chat", [], [question], settings, request)]
         return text_of(messages[-1])
 
     assert asyncio.run(shown()) == ask(url, RED).text

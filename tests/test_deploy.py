@@ -1,6 +1,5 @@
 """The page and the server behind the proxies of deploy/, from Debian's packages: path, https, login, pieces at once."""
 
-import json
 import re
 import shutil
 import socket
@@ -16,10 +15,8 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 
-from qwen_vllm.protocol import Sampling
 from tests.support import ROOT
-from tests.support.chat_messages import user
-from tests.support.page_server import serving
+from tests.support.page_server import ask, serving
 from tests.support.scripted_server import LAST, Server, line
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:Unverified HTTPS request")]
@@ -82,12 +79,8 @@ def test_the_page_is_used_under_a_path_and_another_name(server: Server, tmp_path
         assert web.get(f"{url}/qwen/config").status_code == 401
         login = web.post(f"{url}/qwen/login", data={"username": "ada", "password": "secret"})
         web.headers["Cookie"] = "; ".join(f"{cookie.name}={cookie.value}" for cookie in login.cookies)
-        config = web.get(f"{url}/qwen/config").json()
-        assert config["root"] == home
-        answer = next(each for each in config["dependencies"] if each["api_name"] == "answer")
-        data = ["chat", [], [user("Hi")], json.dumps(["system", *[""] * len(Sampling.model_fields)])]
-        asked = {"fn_index": answer["id"], "session_hash": "ada", "data": data}
-        web.post(f"{url}/qwen/gradio_api/queue/join", json=asked).raise_for_status()
+        assert web.get(f"{url}/qwen/config").json()["root"] == home
+        ask(f"{url}/qwen", "ada", web)
         with web.get(f"{url}/qwen/gradio_api/queue/data?session_hash=ada", stream=True, timeout=30) as stream:
             lines = stream.iter_lines(1)
             assert any("Hel" in each.decode() for each in lines)  # before the rest is sent

@@ -5,7 +5,6 @@ so: `python -m pytest -m vision`, where it is installed.
 import asyncio
 import base64
 import io
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ from qwen_vllm.protocol import ChatError, ChatResult, Question, Sampling
 from qwen_vllm.webui.answering import WaitingLine
 from qwen_vllm.webui.conversation import text_of
 from qwen_vllm.with_server import running_server
+from tests.support.chat_messages import kept_settings
 from tests.support.tiny_checkpoints import write_qwen35, write_vision_model
 from vllm_client import openai_messages, server_info, stream_chat, stream_messages
 
@@ -91,7 +91,7 @@ def test_the_page_sends_images(url: str, tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "red.png").write_bytes(base64.b64decode(RED.partition(",")[2]))
     image = {"type": "file", "file": {"path": str(tmp_path / "red.png")}}
     question = {"role": "user", "content": [image, {"type": "text", "text": "What is this?"}]}
-    settings = json.dumps(["Be brief.", *(str(GREEDY.sampling().get(name, "")) for name in Sampling.model_fields)])
+    settings = kept_settings("Be brief.", **{name: str(value) for name, value in GREEDY.sampling().items()})
     request = SimpleNamespace(session_hash="tab", headers={})
 
     async def shown() -> str:

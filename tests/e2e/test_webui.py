@@ -28,7 +28,7 @@ from tests.support.answers import SEEN
 from tests.support.browser import IN_BROWSER, INFO, PICK, Tab, exported, kept_chat, open_chat, questions
 from tests.support.chat_messages import assistant, kept_settings, user
 from tests.support.documents import pdf
-from tests.support.page_server import serving
+from tests.support.page_server import ask, serving
 from tests.support.probes import unfinished
 from tests.support.programs import KEY
 from tests.support.scripted_server import LAST, Server, line, scripted
@@ -454,12 +454,8 @@ def test_a_page_with_a_password_lets_only_those_in_who_know_it(server, person):
 def test_a_hundred_people_are_answered_at_once(server):
     server.play(line({"delta": "Hi"}), ...)
     with serving("--server-url", server.url, "--concurrency", "100") as url:
-        functions = requests.get(f"{url}/config", timeout=10).json()["dependencies"]
-        answer = next(function for function in functions if function["api_name"] == "answer")
-        data = ["chat", [], [user("Hi")], kept_settings()]
         for n in range(100):
-            asked = {"fn_index": answer["id"], "session_hash": str(n), "data": data}
-            requests.post(f"{url}/gradio_api/queue/join", json=asked, timeout=10).raise_for_status()
+            ask(url, str(n))
         deadline = time.monotonic() + 30
         while len(questions(server)) < 100:
             assert time.monotonic() < deadline, f"only {len(questions(server))} are answered"

@@ -4,8 +4,12 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import requests
 
 from gradio_webui import PageServer, parse_args
+from tests.support.chat_messages import kept_settings, user
 
 
 @contextmanager
@@ -20,3 +24,12 @@ def serving(*flags: str) -> Iterator[str]:
     finally:
         page.should_exit = True
         thread.join()
+
+
+def ask(url: str, session: str, web: Any = requests) -> None:
+    """Asks the page at `url`, as a browser's tab `session` would; the answer comes at gradio_api/queue/data."""
+    functions = web.get(f"{url}/config", timeout=10).json()["dependencies"]
+    answer = next(function for function in functions if function["api_name"] == "answer")
+    data = ["chat", [], [user("Hi")], kept_settings()]
+    asked = {"fn_index": answer["id"], "session_hash": session, "data": data}
+    web.post(f"{url}/gradio_api/queue/join", json=asked, timeout=10).raise_for_status()

@@ -15,7 +15,6 @@ from contextlib import closing
 from pathlib import Path
 from statistics import median
 
-from qwen_vllm.models.resolve import resolve_model
 from qwen_vllm.offline.batch import Batch
 from qwen_vllm.protocol import ChatRequest
 from vllm_offline import _engine_args
@@ -83,7 +82,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--model")
     args, flags = parser.parse_known_args()
-    model = ChatModel(**_engine_args(resolve_model(args.model), flags))
+    model = ChatModel(args.model, **_engine_args(flags))
     questions = rows(args.rows)
     sides = {side.__name__: side(model, questions) for side in (bare, batch, file)}
     sides["bare"]()  # warms up

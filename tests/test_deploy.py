@@ -80,7 +80,7 @@ def test_the_page_is_used_under_a_path_and_another_name(server: Server, tmp_path
         login = web.post(f"{url}/qwen/login", data={"username": "ada", "password": "secret"})
         web.headers["Cookie"] = "; ".join(f"{cookie.name}={cookie.value}" for cookie in login.cookies)
         assert web.get(f"{url}/qwen/config").json()["root"] == home
-        ask(f"{url}/qwen", "ada", web)
+        ask(f"{url}/qwen", "ada", web=web)
         with web.get(f"{url}/qwen/gradio_api/queue/data?session_hash=ada", stream=True, timeout=30) as stream:
             lines = stream.iter_lines(1)
             assert any("Hel" in each.decode() for each in lines)  # before the rest is sent

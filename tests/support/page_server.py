@@ -26,10 +26,11 @@ def serving(*flags: str) -> Iterator[str]:
         thread.join()
 
 
-def ask(url: str, session: str, web: Any = requests) -> None:
-    """Asks the page at `url`, as a browser's tab `session` would; the answer comes at gradio_api/queue/data."""
+def ask(url: str, *sessions: str, web: Any = requests) -> None:
+    """Asks the page at `url`, as a browser's tabs `sessions` would; answers come at gradio_api/queue/data."""
     functions = web.get(f"{url}/config", timeout=10).json()["dependencies"]
     answer = next(function for function in functions if function["api_name"] == "answer")
     data = ["chat", [], [user("Hi")], kept_settings()]
-    asked = {"fn_index": answer["id"], "session_hash": session, "data": data}
-    web.post(f"{url}/gradio_api/queue/join", json=asked, timeout=10).raise_for_status()
+    for session in sessions:
+        asked = {"fn_index": answer["id"], "session_hash": session, "data": data}
+        web.post(f"{url}/gradio_api/queue/join", json=asked, timeout=10).raise_for_status()

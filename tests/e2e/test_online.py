@@ -20,7 +20,7 @@ from qwen_vllm.protocol import DEFAULT_SYSTEM, ChatError, ChatResult, Sampling
 from qwen_vllm.with_server import running_server
 from tests.support import ROOT
 from tests.support.demo import CONVERSATIONS, FRANCE, MODEL
-from tests.support.probes import server_process, unfinished
+from tests.support.probes import gauge, server_process, unfinished
 from tests.support.programs import KEY
 from vllm_client import stream_chat
 
@@ -347,11 +347,7 @@ def test_guessed_tokens_change_no_text(url, tmp_path):
         )
         assert guessed == plain
         assert all(plain)
-        metrics = requests.get(f"{guessing}/metrics", timeout=10).text
-    draft, accepted = (
-        float(re.search(rf"^vllm:spec_decode_num_{kind}_tokens_total\{{.*\}} (.*)$", metrics, re.M)[1])
-        for kind in ("draft", "accepted")
-    )
+        draft, accepted = (gauge(guessing, f"spec_decode_num_{kind}_tokens_total") for kind in ("draft", "accepted"))
     assert draft > accepted > 0
 
 

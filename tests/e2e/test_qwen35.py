@@ -4,7 +4,6 @@ one with an MTP layer, whose answers are known.
 """
 
 import json
-import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from benchmarks.shapes import said_words, write_words
 from qwen_vllm.protocol import Reasoning, Sampling, Turn
 from qwen_vllm.with_server import running_server
+from tests.support.probes import gauge
 from tests.support.tiny_checkpoints import write_qwen35
 from tests.support.tiny_families import GATED_DELTA_NET, QWEN38, TINY
 from vllm_wrapper import ChatModel
@@ -164,10 +164,6 @@ def test_with_multi_token_prediction_many_at_once_get_the_texts_of_the_model(tmp
     with running_server(flags, tmp_path / "log") as url:
         with ThreadPoolExecutor(8) as people:
             texts = [*people.map(lambda n: said(url, n), range(16))]
-        metrics = requests.get(f"{url}/metrics", timeout=60).text
+        guessed, right = (gauge(url, f"spec_decode_num_{kind}_tokens_total") for kind in ("draft", "accepted"))
     assert texts == ["".join(words[i % 50] for i in range(60 + n)) for n in range(16)]
-    guessed, right = (
-        float(re.search(rf"spec_decode_num_{kind}_tokens_total{{.*}} (.*)", metrics)[1])
-        for kind in ("draft", "accepted")
-    )
     assert 0.3 * guessed < right < 0.9 * guessed

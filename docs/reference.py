@@ -79,9 +79,9 @@ def commands(language: str = "en") -> None:
 def front_ends(sentence: str) -> None:
     """Print how many front ends a server has: `sentence` with the numbers put in."""
     share, of_several = Fraction(hardware.FRONT_ENDS_PER_CORE), Fraction(hardware.WITH_SEVERAL_ENGINES)
-    most = hardware.FRONT_ENDS_PER_ENGINE
-    counts = {"of_8": int(8 * share), "of_16": min(most, int(16 * share)), "two_of_16": int(16 * of_several)}
-    print(sentence.format(share=share, of_several=of_several, most=most, **counts))
+    machines = {"of_8": (8, 1), "of_16": (16, 1), "two_of_16": (16, 2)}
+    numbers = {name: hardware.front_ends(*machine) for name, machine in machines.items()}
+    print(sentence.format(share=share, of_several=of_several, most=hardware.FRONT_ENDS_PER_ENGINE, **numbers))
 
 
 def memory(*heads: str, hybrid: bool = False) -> None:

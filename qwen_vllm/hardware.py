@@ -133,7 +133,7 @@ def sharing_defaults(args: Any, weights: int) -> list[Default]:
     if on_cpu() or split or any(getattr(args, name) is not None for name in (*set_by_user, *others)):
         return []
     room = int(_gpu_bytes() * GPU_SHARE / 2)
-    if not 0 < weights <= SMALL_WEIGHTS or room < ENGINE_ROOM or int(_cores() * FRONT_ENDS_PER_CORE) < 4:
+    if not 0 < weights <= SMALL_WEIGHTS or room < ENGINE_ROOM or front_ends(_cores(), 1) < 4:
         return []
     return [
         Default("data_parallel_size", 2, f"one engine leaves the GPU waiting: {weights / 2**30:.1f} GiB of weights"),
@@ -156,15 +156,18 @@ def server_defaults(args: Any) -> list[Default]:
         os.environ.get(f"VLLM_{name}", "0") != "0" for name in ("USE_RUST_FRONTEND", "ALLOW_RUNTIME_LORA_UPDATING")
     )
     if not (on_cpu() or elsewhere or balanced or single or args.enable_elastic_ep or args.grpc):
-        share = FRONT_ENDS_PER_CORE if engines == 1 else WITH_SEVERAL_ENGINES
-        processes = max(1, min(FRONT_ENDS_PER_ENGINE * engines, int(_cores() * share)))
-        reason = (
-            f"processes that talk to clients, for {_cores()} cores and {engines} engine{'s' if engines > 1 else ''}"
-        )
-        chosen.append(Default("api_server_count", processes, reason))
+        cores = _cores()
+        reason = f"processes that talk to clients, for {cores} cores and {engines} engine{'s' if engines > 1 else ''}"
+        chosen.append(Default("api_server_count", front_ends(cores, engines), reason))
     if not on_cpu():
         chosen.append(Default("speculative_config", None, MTP))
     return chosen
+
+
+def front_ends(cores: int, engines: int) -> int:
+    """Choose how many processes talk to clients, on a GPU."""
+    share = FRONT_ENDS_PER_CORE if engines == 1 else WITH_SEVERAL_ENGINES
+    return max(1, min(FRONT_ENDS_PER_ENGINE * engines, int(cores * share)))
 
 
 def values(defaults: Iterable[Default]) -> dict[str, Any]:

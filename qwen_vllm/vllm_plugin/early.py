@@ -27,7 +27,14 @@ def is_possible() -> bool:
 def begin() -> None:
     """Start the process that imports. Nothing there may use the GPU: CUDA does not survive a fork."""
     multiprocessing.set_forkserver_preload(list(MODULES))
-    forkserver.ensure_running()
+    before = dict(os.environ)
+    # Python does not hand on where modules are found: a file of the current folder would take a library's place.
+    os.environ |= {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 class EarlyProcess(multiprocessing.context.ForkServerProcess):

@@ -91,6 +91,17 @@ def test_libraries_that_read_the_environment_as_they_are_imported_know_it(tmp_pa
     assert [file.partition("_")[0] for file in files] == ["counter"]
 
 
+def test_files_of_the_current_folder_do_not_take_the_place_of_libraries(tmp_path: Path) -> None:
+    script, folder = tmp_path / "server.py", tmp_path / "folder"
+    folder.mkdir()
+    script.write_text(SERVER)
+    (folder / "setproctitle.py").write_text("raise RuntimeError('this is no library')")
+    command = (sys.executable, script)
+    shown = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert shown.stdout.split()[:1] == ["hello"]
+    assert "no library" not in shown.stderr
+
+
 def test_processes_are_spawned_where_vllm_or_the_user_wants_that(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
     assert early.is_possible()

@@ -32,7 +32,8 @@ LAYERS = "vllm.model_executor.layers"
 REGISTRY = "vllm.model_executor.models.registry"
 CPU_RUNNER = "vllm.v1.worker.cpu_model_runner.CPUModelRunner"
 SAMPLER = "vllm.v1.sample.ops.topk_topp_sampler"
-GPU_SAMPLER = "vllm.v1.worker.gpu.sample.sampler.Sampler"
+GPU = "vllm.v1.worker.gpu"
+DECODE = "qwen_vllm.vllm_plugin.decode_graphs"
 
 SCHEDULER = Patch(
     name="quick KV-cache manager",
@@ -278,19 +279,29 @@ EARLY_PROCESSES = Patch(
         "vllm.v1.engine.core.EngineCoreProc.run_engine_core": "c7e3d3cb3987",
     },
 )
-SAMPLING_PARAMETERS = Patch(
-    name="sampling parameters copied when they are new",
-    why="Each step copies the sampling parameters of all requests to the GPU, 15 arrays, though none has changed: with "
-    "one stream, where the GPU waits for Python, a twelfth of the step.",
+DECODE_GRAPHS = Patch(
+    name="decode steps from CUDA graphs",
+    why="What is before and after the model in a step is launched kernel by kernel from Python: with a small model the "
+    "GPU waits for that.",
     upstream="not proposed yet; measured in benchmarks/NOTES.md",
-    replaces={
-        f"{GPU_SAMPLER}.add_request": wrapped_by(f"{SPEEDUPS}.marks_new"),
-        f"{GPU_SAMPLER}.apply_staged_writes": wrapped_by(f"{SPEEDUPS}.copies_what_is_new"),
-    },
+    replaces={f"{GPU}.model_runner.GPUModelRunner.capture_model": wrapped_by(f"{DECODE}.records_steps")},
     made_for={
-        GPU_SAMPLER: "d29a90ec5853",
-        "vllm.v1.worker.gpu.sample.states.SamplingStates": "5be4c291da45",
-        "vllm.v1.worker.gpu.buffer_utils.UvaBackedTensor": "49c1cb355e66",
+        f"{GPU}.model_runner.GPUModelRunner": "3d34a538ba3a",
+        f"{GPU}.model_states.default.DefaultModelState": "0881c09622ba",
+        f"{GPU}.model_states.mamba_hybrid.MambaHybridModelState": "71cf83a338a1",
+        f"{GPU}.mm.rope.RopeState": "dc2c1380bfd5",
+        f"{GPU}.attn_utils.build_attn_metadata": "cc007d75e8fe",
+        f"{GPU}.block_table.BlockTables": "9cbdbf75ea6f",
+        f"{GPU}.buffer_utils.UvaBackedTensor": "49c1cb355e66",
+        f"{GPU}.sample.sampler.Sampler": "d29a90ec5853",
+        f"{GPU}.sample.states.SamplingStates": "5be4c291da45",
+        f"{GPU}.sample.penalties.PenaltiesState": "0df57d2edf6a",
+        f"{GPU}.states.RequestState": "d956dfcd1116",
+        f"{GPU}.input_batch.InputBatch": "690140ac543b",
+        f"{GPU}.async_utils.AsyncOutput": "70584fdf7804",
+        "vllm.v1.attention.backends.flash_attn.FlashAttentionMetadataBuilder": "d0588891cbfa",
+        "vllm.v1.attention.backends.gdn_attn.GDNAttentionMetadataBuilder": "fb0f512c4904",
+        f"{SAMPLER}.apply_top_k_top_p": "4cfa685407a8",
     },
 )
 GGUF = Patch(
@@ -333,6 +344,6 @@ IN_EVERY_PROCESS: Sequence[Patch] = (
 first process alone, `TEAM` for its front ends with --key-file, `GGUF` for when the demo model is made."""
 ON_CPU: Sequence[Patch] = (FLOAT16_WEIGHTS, TOP_P, EMPTY_CACHE, STAGES, INSPECTION)
 """Applied there too, with the vLLM for CPUs."""
-ON_GPU: Sequence[Patch] = (SAMPLING_PARAMETERS,)
+ON_GPU: Sequence[Patch] = (DECODE_GRAPHS,)
 """Applied there too, with the vLLM for GPUs."""
 PATCHES: Sequence[Patch] = (*IN_EVERY_PROCESS, *ON_CPU, *ON_GPU, SLEEP, SIGNALS, EARLY_PROCESSES, TEAM, GGUF)

@@ -2,23 +2,18 @@
 
 import random
 from typing import Any
-from unittest.mock import Mock, patch
+from unittest.mock import patch
 
 import pytest
 import torch
 from tokenizers import decoders
 from vllm import SamplingParams
-from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.request import RequestStatus
-from vllm.v1.worker.gpu import buffer_utils
-from vllm.v1.worker.gpu.sample.sampler import Sampler
-from vllm.v1.worker.gpu.states import RequestState
 
-from qwen_vllm.vllm_plugin.patches import SAMPLING_PARAMETERS
 from qwen_vllm.vllm_plugin.speedups import PROMPT_END, QuickDetokenizer, QuickKVCacheManager
 from tests.support.scheduler_steps import BLOCK, SPEC, Steps
 from tests.support.tiny_families import FAMILIES, PIECES, tokenizer_of
@@ -92,36 +87,3 @@ def test_tokens_become_text_as_by_vllm_without_all_of_the_prompt(name: str) -> N
         texts = [[detokenizer.decode_next(token) for token in ids[cut:]] for detokenizer in (quick, vllms)]
         assert texts[0] == texts[1]
         assert cut <= PROMPT_END or len(streams.call_args_list[1].kwargs["ids"]) == PROMPT_END
-
-
-def day_of_sampler(processor: Mock) -> tuple[list[Any], list[int]]:
-    """What the GPU's side of the sampling parameters holds after each step, and how many arrays the step copied."""
-    chance, device = random.Random(1), torch.device("cpu")
-    sampler = Sampler(VllmConfig(), 8, 100, device, RequestState(8, 32, 16, 0, 100, device), "raw_logprobs")
-    sampler.logits_processors.append(processor)
-    seen, copies = [], []
-    copy = buffer_utils.UvaBackedTensor.copy_to_uva
-    with patch.object(buffer_utils.UvaBackedTensor, "copy_to_uva", autospec=True, side_effect=copy) as copied:
-        for step in range(60):
-            for _ in range(chance.choice((0, 0, 0, 1, 2))):
-                params = {name: chance.random() for name in ("temperature", "top_p", "min_p")}
-                sampler.add_request(chance.randrange(8), SamplingParams(**params, top_k=chance.randrange(9), seed=step))
-            sampler.apply_staged_writes()
-            states = sampler.sampling_states
-            arrays = (states.temperature, states.top_p, states.top_k, states.min_p, states.seeds)
-            seen.append([array.gpu.tolist() for array in arrays])
-            copies.append(copied.call_count)
-            copied.reset_mock()
-    return seen, copies
-
-
-def test_sampling_parameters_are_copied_to_the_gpu_where_a_request_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buffer_utils, "is_uva_available", lambda: False)  # its memory would be a GPU's
-    processor = Mock(**{"add_request.return_value": False})
-    theirs, each = day_of_sampler(processor)
-    processor.reset_mock()
-    with SAMPLING_PARAMETERS.applied():
-        ours, copies = day_of_sampler(processor)
-    assert ours == theirs
-    assert {*each} == {each[0]} and {*copies} == {each[0], 0} and copies.count(0) > 30
-    assert processor.apply_staged_writes.call_count == 60  # a processor of the user's is called in each step

@@ -21,6 +21,7 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.sample.ops import topk_topp_triton as scratch
 from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -29,11 +30,11 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 LOG = getLogger("vllm.qwen_vllm")
-MOST_SAMPLED = 64
-"""Of how many requests sampling is recorded: the record keeps memory for their logits."""
-OFTEN = 8
-"""So many steps of one number of requests come before it is recorded: its kernels are compiled by then."""
-MOST_RECORDS = 1024
+MOST_PREPARED, MOST_SAMPLED = 256, 64
+"""For so many requests there are records. With more a step plans longer than it launches; more logits take memory."""
+OFTEN = 3
+"""So many steps go vLLM's way before one like them is recorded: they compile its kernels and make their tables."""
+MOST_RECORDS = 1536
 """So many are kept."""
 MODEL_STATES = {"DefaultModelState", "MambaHybridModelState"}
 METADATA_BUILDERS = {"FlashAttentionMetadataBuilder", "GDNAttentionMetadataBuilder"}
@@ -41,10 +42,14 @@ METADATA_BUILDERS = {"FlashAttentionMetadataBuilder", "GDNAttentionMetadataBuild
 
 
 class Recorded(NamedTuple):
-    """Kernels that can be launched again, and what the function returned that launched them."""
+    """Kernels that can be launched again, what the function returned that launched them, and vLLM's scratch memory.
+
+    vLLM exchanges that for a larger one, where more requests come, and then nothing else would keep it.
+    """
 
     graph: torch.cuda.CUDAGraph
     result: Any
+    scratch: tuple[Any, ...]
 
 
 class Prepared(NamedTuple):
@@ -77,16 +82,16 @@ class DecodeGraphs:
 
     def __init__(self, runner: GPUModelRunner) -> None:
         self.runner = runner
-        self.works = True
-        self.seen: Counter[int] = Counter()
+        self.seen: Counter[Hashable] = Counter()
         self.records: dict[Hashable, Recorded] = {}
+        self.most = MOST_RECORDS
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(runner.device)
         size, device = runner.max_num_reqs + 1, runner.device
         self.rows, self.ends = torch.zeros(size, dtype=torch.int64, device=device), torch.arange(size, device=device)
         self.zeros, self.starts = self.rows.int(), self.ends.int()
         self.rows_now = b""
-        self.has_counted = False
+        self.counted: SamplerOutput | None = None
 
     def take_over(self) -> None:
         """Stand between the runner and its own methods."""
@@ -105,16 +110,14 @@ class DecodeGraphs:
         decodes = state.num_tokens == number and not state.has_prefill
         whole = shape.cg_mode == CUDAGraphMode.FULL and shape.num_ubatches == 1
         prepared = None
-        if self.works and decodes and whole:
-            self.seen[number] += 1
-            if self.seen[number] > OFTEN:
-                if (rows := state.idx_mapping_np.tobytes()) != self.rows_now:
-                    async_tensor_h2d(state.idx_mapping_np, out=self.rows[:number])
-                    self.rows_now = rows
-                rope = runner.model_state.rope_state
-                by_turns = (runner.block_tables.num_blocks, *([rope.prefill_delta] if rope else []))
-                key = ("prepare", shape, number, *(buffer.gpu.data_ptr() for buffer in by_turns))
-                prepared = self.replay(key, lambda: self.prepare(output, state, shape))
+        if decodes and whole and number <= MOST_PREPARED:
+            if (rows := state.idx_mapping_np.tobytes()) != self.rows_now:
+                async_tensor_h2d(state.idx_mapping_np, out=self.rows[:number])
+                self.rows_now = rows
+            rope = runner.model_state.rope_state
+            by_turns = (runner.block_tables.num_blocks, *([rope.prefill_delta] if rope else []))
+            key = ("prepare", shape, number, *(buffer.gpu.data_ptr() for buffer in by_turns))
+            prepared = self.replay(key, lambda: self.prepare(output, state, shape))
         if not prepared:
             return GPUModelRunner.prepare_inputs(runner, output, state, shape, num_active_loras)
         batch = copy(prepared.batch)
@@ -150,45 +153,49 @@ class DecodeGraphs:
 
     def sample(self, hidden_states: torch.Tensor, batch: InputBatch, grammar: Any) -> tuple[SamplerOutput, Any, Any]:
         """Sample the tokens of a batch, and count them where a record does so too."""
-        runner, sampler, found = self.runner, self.runner.sampler, None
+        runner, sampler, kind = self.runner, self.runner.sampler, None
+        self.counted = None
         if "made_before" in vars(batch) and grammar is None and batch.num_reqs <= MOST_SAMPLED:
             kind = sampling_kind(sampler, batch.idx_mapping_np)
-            if kind is not None:
-                by_turns = sampler.sampling_states.temperature  # and the other parameters with it, in each step
-                key = ("sample", kind, batch.num_reqs, hidden_states.data_ptr(), by_turns.gpu.data_ptr())
-                found = self.replay(key, lambda: self.sample_and_count(hidden_states, batch))
-        self.has_counted = bool(found)
-        return found or GPUModelRunner.sample(runner, hidden_states, batch, grammar)
+        if kind is None:
+            return GPUModelRunner.sample(runner, hidden_states, batch, grammar)
+        address = sampler.sampling_states.temperature.gpu.data_ptr()  # the other parameters take turns with it
+        key = ("sample", kind, batch.num_reqs, hidden_states.data_ptr(), address)
+        # FlashInfer takes its noise from the CPU: it would be the same in each replay.
+        with standing_in(sampler, "use_flashinfer", False):
+            found = self.replay(key, lambda: self.sample_and_count(hidden_states, batch))
+            self.counted = found and found[0]
+            return found or GPUModelRunner.sample(runner, hidden_states, batch, None)
 
     def sample_and_count(self, hidden_states: torch.Tensor, batch: InputBatch) -> tuple[SamplerOutput, Any, Any]:
-        """Sample by vLLM's functions, with noise that is made on the GPU: FlashInfer's would repeat in each replay."""
-        with standing_in(self.runner.sampler, "use_flashinfer", False):
-            output, *numbers = GPUModelRunner.sample(self.runner, hidden_states, batch, None)
+        """Sample and count by vLLM's functions."""
+        output, *numbers = GPUModelRunner.sample(self.runner, hidden_states, batch, None)
         sampled = (batch.idx_mapping, output.sampled_token_ids, *numbers, batch.query_start_loc)
         GPUModelRunner.postprocess_sampled(self.runner, *sampled)
         return output, *numbers
 
     def postprocess_sampled(self, *sampled: Any, **options: Any) -> None:
         """Count the sampled tokens, unless the record that sampled them has done so."""
-        if not self.has_counted:
+        if self.counted is None:
             GPUModelRunner.postprocess_sampled(self.runner, *sampled, **options)
 
     def async_output(self, **parts: Any) -> AsyncModelRunnerOutput:
         """Return what brings a step's tokens to the CPU."""
-        if self.has_counted:
-            return Tokens(parts["model_runner_output"], parts["sampler_output"])
+        if parts["sampler_output"] is self.counted:
+            return Tokens(parts["model_runner_output"], self.counted)
         return AsyncOutput(**parts)
 
     def replay(self, key: Hashable, function: Callable[[], Any]) -> Any:
-        """Launch the kernels of `function`, which itself runs the first time; None where they cannot be recorded."""
+        """Launch the kernels of `function`, which itself runs the first time; None where they are not recorded."""
         if key not in self.records:
-            if len(self.records) == MOST_RECORDS:
+            self.seen[key] += 1
+            if self.seen[key] <= OFTEN or len(self.records) >= self.most:
                 return None
             try:
                 self.records[key] = self.record(function)
-            except RuntimeError as error:  # for one, no memory is left
-                LOG.warning("Steps are launched kernel by kernel, which is slower with a small model: %s", error)
-                self.works = False
+            except Exception as error:  # for one, no memory is left; vLLM's way is still there
+                LOG.warning("No more steps are recorded, which is slower with a small model: %r", error)
+                self.most = 0
                 return None
         record = self.records[key]
         record.graph.replay()
@@ -205,7 +212,8 @@ class DecodeGraphs:
                 result = function()
             finally:
                 graph.capture_end()
-        return Recorded(graph, result)
+        caches = (scratch._TRITON_BUFFER_CACHE, scratch._TRITON_TABLE_CACHE, scratch._TRITON_SPLIT_CACHE)
+        return Recorded(graph, result, tuple(tensors for cache in caches for tensors in cache.values()))
 
 
 @contextmanager
@@ -233,14 +241,16 @@ def can_record(runner: GPUModelRunner) -> bool:
     """Tell whether the kernels of a model runner's steps depend on nothing but what `DecodeGraphs` sets anew."""
     groups = [group for groups in runner.attn_groups for group in groups]
     builders = {type(builder).__name__ for group in groups for builder in group.metadata_builders}
-    special = (runner.lora_config, runner.speculative_config, runner.pcp_manager, runner.fast_prefill)
+    special = (runner.lora_config, runner.speculative_config, runner.pcp_manager, runner.aux_output_connector)
+    others = (runner.fast_prefill, runner.batch_sharder, runner.ubatch_runner, runner.is_pooling_model)
     sampler = runner.sampler
     return (
-        type(runner.model_state).__name__ in MODEL_STATES
+        type(runner) is GPUModelRunner
+        and type(runner.model_state).__name__ in MODEL_STATES
         and builders <= METADATA_BUILDERS
         and runner.parallel_config.world_size == runner.dp_size == 1
         and runner.model_config.rswa_window is None
-        and not any((*special, runner.batch_sharder, runner.ubatch_runner, runner.is_pooling_model))
+        and not any((*special, *others))
         and type(sampler) is Sampler
         and not (sampler.compute_nans or sampler.trace_replay_state or sampler.return_sampling_mask)
     )

@@ -211,7 +211,7 @@ def runner() -> Any:
     embedding, head = torch.randn(VOCABULARY, 16), torch.randn(16, VOCABULARY)
     vars(made).update(
         plain,
-        **dict.fromkeys(("lora_config", "speculative_config"), None),
+        **dict.fromkeys(("lora_config", "speculative_config", "aux_output_connector"), None),
         use_pp=False,
         is_last_pp_rank=True,
         is_pooling_model=False,

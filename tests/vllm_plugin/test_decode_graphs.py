@@ -1,12 +1,16 @@
 """Steps that decode from CUDA graphs: the tokens are the same as by vLLM's own way."""
 
 import random
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.v1.sample.ops import topk_topp_triton
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.sample import sampler
+from vllm.v1.worker.gpu.sample.states import SamplingStates
 
 from qwen_vllm.vllm_plugin import decode_graphs
 from qwen_vllm.vllm_plugin.patches import DECODE_GRAPHS
@@ -113,7 +117,7 @@ def test_records_are_not_without_number(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     ("change", "records"),
-    [({}, True), ({"lora_config": 1}, False), ({"speculative_config": 1}, False), ({"is_pooling_model": True}, False)],
+    [({}, True), ({"lora_config": 1}, False), ({"speculative_config": 1}, False), ({"aux_output_connector": 1}, False)],
 )
 def test_what_is_recorded(monkeypatch: pytest.MonkeyPatch, change: dict, records: bool) -> None:
     made = runner()
@@ -134,3 +138,36 @@ def test_requests_for_logprobs_go_vllms_way() -> None:
         made.sampler.add_request(row, SamplingParams(temperature=0, logprobs=logprobs))
     kinds = [decode_graphs.sampling_kind(made.sampler, torch.tensor(rows).numpy()) for rows in ([0], [0, 1])]
     assert kinds == [(), None]
+
+
+def test_what_can_be_recorded_is_not_sampled_by_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def flashinfer_sample(logits: torch.Tensor, *_: Any) -> torch.Tensor:
+        calls.append(len(logits))
+        return logits.argmax(-1)
+
+    monkeypatch.setattr(sampler, "flashinfer_sample", flashinfer_sample)
+    monkeypatch.setattr(SamplingStates, "any_explicit_seed", lambda *_: False)
+    both = []
+    for records in (False, True):
+        made = runner()
+        made.sampler.use_flashinfer = True
+        if records:
+            decode_graphs.DecodeGraphs(made).take_over()
+        day_of(made, KINDS[3:4])
+        both.append(len(calls))
+        calls.clear()
+        assert made.sampler.use_flashinfer
+    assert both[1] < both[0] / 2
+
+
+def test_scratch_memory_that_vllm_exchanges_stays_with_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = {"small": torch.zeros(1)}
+    memory = weakref.ref(cache["small"])
+    monkeypatch.setattr(topk_topp_triton, "_TRITON_BUFFER_CACHE", cache)
+    made = runner()
+    decode_graphs.DecodeGraphs(made).take_over()
+    day_of(made, KINDS[:1])
+    cache.clear()
+    assert memory() is not None

@@ -28,16 +28,19 @@ class Graph(TorchDispatchMode):
     """
 
     captured: ClassVar[list["Graph"]] = []
+    is_capturing = False
     replays = 0
 
     def capture_begin(self, _pool: Any, capture_error_mode: str) -> None:
         assert capture_error_mode == "thread_local"
         self.operations: list[tuple[Any, Any, Any, Any]] = []
         self.made: list[torch.Tensor] = []
+        Graph.is_capturing = True
         self.__enter__()
 
     def capture_end(self) -> None:
         self.__exit__(None, None, None)
+        Graph.is_capturing = False
         Graph.captured.append(self)
 
     def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -204,8 +204,9 @@ def runner() -> Any:
     """One of vLLM's runners, with a model whose next token depends on the last one, its place and its blocks."""
     made: Any = object.__new__(GPUModelRunner)
     torch.manual_seed(0)
-    plain = dict.fromkeys(
-        ("adaptive_verification", "pcp_manager", "fast_prefill", "batch_sharder", "ubatch_runner", "rejection_sampler")
+    absent = (
+        *("adaptive_verification", "aux_output_connector", "batch_sharder", "fast_prefill", "lora_config"),
+        *("pcp_manager", "rejection_sampler", "speculative_config", "ubatch_runner"),
     )
     requests = RequestState(ROWS, LENGTH, LENGTH, 0, VOCABULARY, CPU)
     tables = SimpleNamespace(num_blocks=buffer_utils.UvaBackedTensor((1, ROWS), dtype=torch.int32))
@@ -213,8 +214,7 @@ def runner() -> Any:
     tables.compute_slot_mappings = lambda _rows, _starts, positions, num_tokens_padded: positions[:num_tokens_padded]
     embedding, head = torch.randn(VOCABULARY, 16), torch.randn(16, VOCABULARY)
     vars(made).update(
-        plain,
-        **dict.fromkeys(("lora_config", "speculative_config", "aux_output_connector"), None),
+        dict.fromkeys(absent),
         use_pp=False,
         is_last_pp_rank=True,
         is_pooling_model=False,

@@ -21,7 +21,7 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
-from vllm.v1.sample.ops import topk_topp_triton as scratch
+from vllm.v1.sample.ops import topk_topp_triton
 from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -49,7 +49,7 @@ class Recorded(NamedTuple):
 
     graph: torch.cuda.CUDAGraph
     result: Any
-    scratch: tuple[Any, ...]
+    scratch: list[Any]
 
 
 class Prepared(NamedTuple):
@@ -78,7 +78,15 @@ class Tokens(AsyncModelRunnerOutput):
 
 
 class DecodeGraphs:
-    """The records of one of vLLM's model runners. Methods named as vLLM's are for its steps, with vLLM's contract."""
+    """The records of one of vLLM's model runners. Methods named as vLLM's are for its steps, with vLLM's contract.
+
+    Attributes:
+        seen: how often a step of each kind came that is not recorded.
+        most: how many records there may be; 0 once one has failed.
+        rows: for each request of a step its row in vLLM's states, as in the bytes `rows_now`.
+        starts, ends, zeros: on the GPU, what vLLM makes anew in each step that decodes.
+        counted: what a record has sampled in this step and counted; None: vLLM's way has sampled.
+    """
 
     def __init__(self, runner: GPUModelRunner) -> None:
         self.runner = runner
@@ -108,9 +116,8 @@ class DecodeGraphs:
         """Prepare a step's inputs and what follows from them; `shape` is that of the model's graph."""
         runner, number = self.runner, len(state.req_ids)
         decodes = state.num_tokens == number and not state.has_prefill
-        whole = shape.cg_mode == CUDAGraphMode.FULL and shape.num_ubatches == 1
         prepared = None
-        if decodes and whole and number <= MOST_PREPARED:
+        if decodes and shape.cg_mode == CUDAGraphMode.FULL and number <= MOST_PREPARED:
             if (rows := state.idx_mapping_np.tobytes()) != self.rows_now:
                 async_tensor_h2d(state.idx_mapping_np, out=self.rows[:number])
                 self.rows_now = rows
@@ -212,8 +219,9 @@ class DecodeGraphs:
                 result = function()
             finally:
                 graph.capture_end()
-        caches = (scratch._TRITON_BUFFER_CACHE, scratch._TRITON_TABLE_CACHE, scratch._TRITON_SPLIT_CACHE)
-        return Recorded(graph, result, tuple(tensors for cache in caches for tensors in cache.values()))
+        names = ("_TRITON_BUFFER_CACHE", "_TRITON_TABLE_CACHE", "_TRITON_SPLIT_CACHE")
+        scratch = [tensors for name in names for tensors in getattr(topk_topp_triton, name).values()]
+        return Recorded(graph, result, scratch)
 
 
 @contextmanager
@@ -241,8 +249,10 @@ def can_record(runner: GPUModelRunner) -> bool:
     """Tell whether the kernels of a model runner's steps depend on nothing but what `DecodeGraphs` sets anew."""
     groups = [group for groups in runner.attn_groups for group in groups]
     builders = {type(builder).__name__ for group in groups for builder in group.metadata_builders}
-    special = (runner.lora_config, runner.speculative_config, runner.pcp_manager, runner.aux_output_connector)
-    others = (runner.fast_prefill, runner.batch_sharder, runner.ubatch_runner, runner.is_pooling_model)
+    special = (
+        *(runner.lora_config, runner.speculative_config, runner.pcp_manager, runner.aux_output_connector),
+        *(runner.fast_prefill, runner.batch_sharder, runner.ubatch_runner, runner.is_pooling_model),
+    )
     sampler = runner.sampler
     return (
         type(runner) is GPUModelRunner
@@ -250,7 +260,7 @@ def can_record(runner: GPUModelRunner) -> bool:
         and builders <= METADATA_BUILDERS
         and runner.parallel_config.world_size == runner.dp_size == 1
         and runner.model_config.rswa_window is None
-        and not any((*special, *others))
+        and not any(special)
         and type(sampler) is Sampler
         and not (sampler.compute_nans or sampler.trace_replay_state or sampler.return_sampling_mask)
     )

@@ -219,9 +219,12 @@ class DecodeGraphs:
                 result = function()
             finally:
                 graph.capture_end()
-        names = ("_TRITON_BUFFER_CACHE", "_TRITON_TABLE_CACHE", "_TRITON_SPLIT_CACHE")
-        scratch = [tensors for name in names for tensors in getattr(topk_topp_triton, name).values()]
-        return Recorded(graph, result, scratch)
+        caches: tuple[dict[Any, Any], ...] = (
+            topk_topp_triton._TRITON_BUFFER_CACHE,
+            topk_topp_triton._TRITON_TABLE_CACHE,
+            topk_topp_triton._TRITON_SPLIT_CACHE,
+        )
+        return Recorded(graph, result, [tensors for cache in caches for tensors in cache.values()])
 
 
 @contextmanager

@@ -296,12 +296,14 @@ DECODE_GRAPHS = Patch(
         f"{GPU}.sample.sampler.Sampler": "d29a90ec5853",
         f"{GPU}.sample.states.SamplingStates": "5be4c291da45",
         f"{GPU}.sample.penalties.PenaltiesState": "0df57d2edf6a",
+        f"{GPU}.sample.gumbel.gumbel_sample": "f678bed1eb04",
         f"{GPU}.states.RequestState": "d956dfcd1116",
         f"{GPU}.input_batch.InputBatch": "690140ac543b",
         f"{GPU}.async_utils.AsyncOutput": "70584fdf7804",
         "vllm.v1.attention.backends.flash_attn.FlashAttentionMetadataBuilder": "d0588891cbfa",
         "vllm.v1.attention.backends.gdn_attn.GDNAttentionMetadataBuilder": "fb0f512c4904",
         f"{SAMPLER}.apply_top_k_top_p": "4cfa685407a8",
+        "vllm.v1.sample.ops.topk_topp_triton.apply_top_k_top_p_triton": "da619854df34",
     },
 )
 GGUF = Patch(

@@ -32,6 +32,7 @@ from qwen_vllm.protocol import (
     validated,
 )
 from qwen_vllm.reasoning import ReasoningSplitter
+from qwen_vllm.text_encoder import hasten
 from qwen_vllm.vllm_plugin import plugin
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class ChatModel:
             self._tool_requests = ToolRequests(self._requests, self._engine.renderer, own_template, options)
         except ChatError as reason:
             self._requests = reason
+        hasten(self.llm.get_tokenizer())
         # Queue twice `max_num_seqs`, so that the engine always has a request ready.
         self._window = 2 * self._engine.vllm_config.scheduler_config.max_num_seqs
         self._ids = map(str, count())

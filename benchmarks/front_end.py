@@ -4,7 +4,7 @@ parameters, and each further piece of text.
 
     python -m benchmarks.front_end [--model FOLDER] [--without-patches] [--keys] [--v1 [--tools]] [FLAG …]
 
-64 requests at once. Each history is asked for again and again, with questions of 50 words that were not seen before.
+64 requests at once. Each history is asked for again and again, with questions of --words words, not seen before.
 With --v1 what /v1/chat/completions takes; with --keys, with --key-file and a key that has all limits. Other flags are
 the server's.
 """
@@ -16,7 +16,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,9 +79,9 @@ class ScriptedCore:
         """There is nothing to stop."""
 
 
-def request_body(turns: int, tokens: int, v1: bool, tools: bool) -> bytes:
-    """A request after that many turns, for so many tokens."""
-    query = " ".join(random.choices(WORDS, k=50))
+def request_body(turns: int, tokens: int, v1: bool, tools: bool, words: int, known: Sequence[str]) -> bytes:
+    """A request of `words` of the `known` words, after that many turns, for so many tokens."""
+    query = " ".join(random.choices(known, k=words))
     fields = {"query": query, "history": [TURN] * turns, "stream": True, "temperature": 0, "max_tokens": tokens}
     if v1:
         roles = [
@@ -141,6 +141,7 @@ async def main() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM, EngineCoreClient
 
     from qwen_vllm.server.endpoint import ChatEndpoint
+    from qwen_vllm.text_encoder import text_encoder
     from qwen_vllm.vllm_plugin import plugin
     from qwen_vllm.vllm_plugin.rendering import ALLOW
     from vllm_server import parse_args
@@ -151,6 +152,9 @@ async def main() -> None:
     parser.add_argument("--keys", action="store_true", help="as with --key-file")
     parser.add_argument("--v1", action="store_true", help="ask /v1/chat/completions, not /chat")
     parser.add_argument("--tools", action="store_true", help="requests have tools")
+    parser.add_argument("--words", type=int, default=50, help="of a question (default: 50)")
+    parser.add_argument("--text", type=Path, help="whose words these are (default: a dozen words)")
+    parser.add_argument("--fast", action="store_true", help="fastokens encodes, as where there is a GPU")
     parser.add_argument("--at-once", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=6)
     flags, of_server = parser.parse_known_args()
@@ -171,6 +175,10 @@ async def main() -> None:
         await init_app_state(engine, app.state, args, ("generate",))
     await endpoint.init_state(engine, app.state, args)
 
+    if flags.fast:
+        text_encoder(engine.get_tokenizer()).hasten().join()
+    known = flags.text.read_text().split() if flags.text else WORDS
+
     async def answer(body: bytes) -> None:
         await send_request(app, "/v1/chat/completions" if flags.v1 else "/chat", body)
 
@@ -184,7 +192,8 @@ async def main() -> None:
         app.state.ticking = asyncio.create_task(app.state.team.run())
 
     async def taken(work: Callable[[bytes], Awaitable[Any]], turns: int, tokens: int = 1) -> float:
-        return await microseconds(work, flags, lambda: request_body(turns, tokens, flags.v1, flags.tools))
+        asked = flags.v1, flags.tools, flags.words, known
+        return await microseconds(work, flags, lambda: request_body(turns, tokens, *asked))
 
     parts = {"request": answer, "check": check, **({} if flags.v1 else {"prompt": build})}
     print(f"{'turns':>6}", *(f"{name:>8}" for name in parts))

@@ -15,8 +15,10 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
@@ -39,9 +41,11 @@ class Seen:
     ended: float = 0.0
 
 
-def question(api: str, model: str, words: int, tokens: int, temperature: float | None) -> dict:
-    """The body of a request for an answer of `tokens` tokens, and a random prompt of `words` words."""
-    text = " ".join(random.choices(WORDS, k=words))
+def question(
+    api: str, model: str, words: int, tokens: int, temperature: float | None, known: Sequence[str] = WORDS
+) -> dict:
+    """The body of a request for an answer of `tokens` tokens, and a random prompt of `words` of the `known` words."""
+    text = " ".join(random.choices(known, k=words))
     sampling = {"max_tokens": tokens, "stream": True} | ({} if temperature is None else {"temperature": temperature})
     if api == "chat":
         return {"query": text, **sampling}
@@ -161,6 +165,7 @@ def load(
     rounds: int = 2,
     tokens: int = 256,
     words: int = 50,
+    text: Path | None = None,
     temperature: float | None = None,
     key: str = "",
     processes: int = 8,
@@ -172,13 +177,15 @@ def load(
         rounds: answers a stream.
         tokens: of an answer, at most; exactly so many on "openai".
         words: of a prompt, about a token each.
+        text: where they are from; None: a dozen that each tokenizer soon has in its cache.
         temperature: None: as the server has it.
         processes: at most so many on this side.
     """
     headers = {"authorization": f"Bearer {key}"}
     model = requests.get(f"{url}/v1/models", headers=headers, timeout=60).json()["data"][0]["id"]
+    known = text.read_text().split() if text else WORDS
     bodies = [
-        [json.dumps(question(api, model, words, tokens, temperature)).encode() for _ in range(rounds)]
+        [json.dumps(question(api, model, words, tokens, temperature, known)).encode() for _ in range(rounds)]
         for _ in range(streams)
     ]
     shares = [share for number in range(processes) if (share := bodies[number::processes])]
@@ -225,6 +232,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=2, help="answers a stream (default: 2)")
     parser.add_argument("--tokens", type=int, default=256, help="of an answer (default: 256)")
     parser.add_argument("--words", type=int, default=50, help="of a prompt (default: 50)")
+    parser.add_argument("--text", type=Path, help="whose words the prompts are made of (default: a dozen words)")
     parser.add_argument("--temperature", type=float, help="default: as the server has it")
     parser.add_argument("--processes", type=int, default=8, help="at most, on this side (default: 8)")
 

@@ -3,7 +3,6 @@
 What a template does is learned by rendering known texts. `prompt_utils` builds prompts from what is learned.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -12,9 +11,9 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from tokenizers import Tokenizer
 
 from qwen_vllm.protocol import Turn
+from qwen_vllm.text_encoder import any_of, split, text_encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -168,19 +167,6 @@ class ChatTemplate:
             return False
 
 
-def text_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """Make a tokenizer for which no text is a control token. The vocabulary is not copied."""
-    parts = {name: getattr(tokenizer, name) for name in ("normalizer", "pre_tokenizer", "decoder")}
-    # An empty sequence of normalizers is no None, but false.
-    states = {name: None if part is None else json.loads(part.__getstate__()) for name, part in parts.items()}
-    empty = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
-    # A text follows a control token, so the space that some tokenizers put before a whole prompt is not its.
-    state = json.dumps({**empty, **states}).replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
-    made = Tokenizer.from_str(state)
-    made.model = tokenizer.model
-    return made
-
-
 class Encoder:
     """Encodes trusted text, in which control tokens count, and texts of others, in which none does.
 
@@ -188,21 +174,13 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) -> None:
-        self._trusted: Tokenizer = tokenizer.backend_tokenizer
+        self._tokenizer, self._encoder = tokenizer, text_encoder(tokenizer)
         around, _, _ = template.render(SYSTEM, [(USER, ANSWER, REASONING)], QUERY).partition(QUERY)
         added = tokenizer.added_tokens_decoder.values()
-        control = [token.content for token in added if token.special or token.content in around]
-        self.control = re.compile("|".join(map(re.escape, control)) or "(?!)")
-        self._texts = text_tokenizer(self._trusted)
+        control = {token.content for token in added if token.special or token.content in around}
+        self.control = any_of(control)
         # An answer may hold the tokens the model wrote itself, such as <tool_call>; a user's text may hold none.
-        self._answers = text_tokenizer(self._trusted)
-        by_id = sorted(self._trusted.get_added_tokens_decoder().items())
-        for number, token in by_id:
-            token.special = token.content in control
-            self._answers.add_tokens([token])
-            if self._answers.token_to_id(token.content) != number:
-                raise UnsupportedTokenizer(f"the id of the control token {token.content} follows from no other")
-        self._answers.encode_special_tokens = True
+        self._own = any_of({token.content for token in added} - control)
         # One int object a token id, shared by all cached texts: 8 bytes a token instead of 36.
         self._ints = list(range(max(tokenizer.get_vocab().values()) + 1))
         if any(set(self.trusted(token)) & set(self.text(token)) for token in control):
@@ -210,25 +188,23 @@ class Encoder:
 
     def trusted(self, text: str) -> list[int]:
         """Encode text of the template."""
-        ids: list[int] = self._trusted.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._encoder.whole(text)
 
     def text(self, text: str) -> tuple[int, ...]:
         """Encode text of a user or an operator."""
-        return self._plain(self._texts, text)
+        return self._shared(self._encoder.text(text))
 
     def answer(self, text: str) -> tuple[int, ...]:
         """Encode text of the model."""
-        return self._plain(self._answers, text)
+        return self._shared(self._encoder.parts(split(text, self._own)))
 
     def decode(self, token_ids: list[int]) -> str:
         """Return the text of a whole prompt, with its control tokens."""
-        text: str = self._trusted.decode(token_ids, skip_special_tokens=False)
+        text: str = self._tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=False)
         return text
 
-    def _plain(self, tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        return tuple(map(self._ints.__getitem__, encoding.ids))
+    def _shared(self, token_ids: list[int]) -> tuple[int, ...]:
+        return tuple(map(self._ints.__getitem__, token_ids))
 
 
 def learn_format(template: ChatTemplate, encoder: Encoder) -> ChatFormat:

@@ -39,6 +39,7 @@ from qwen_vllm.server.lifecycle import Lifecycle
 from qwen_vllm.server.team import Team
 from qwen_vllm.server.tickets import CURRENT
 from qwen_vllm.server.usage import UsageFile
+from qwen_vllm.text_encoder import hasten
 from qwen_vllm.vllm_plugin import patches, plugin
 from qwen_vllm.vllm_plugin.engines import preferred_engine
 from qwen_vllm.vllm_plugin.rendering import why_not_kept
@@ -102,6 +103,7 @@ class ChatEndpoint:
         except ChatError as reason:
             requests = reason
             print(f"/chat is off: {reason.message}", file=sys.stderr)
+        hasten(tokenizer)
         if why := why_not_kept(tokenizer):
             print(f"Control tokens in messages to /v1 are taken as such: {why}", file=sys.stderr)
         state.team = _team(engine_client, args) if args.key_file else None

@@ -7,13 +7,13 @@ one that somebody wrote.
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from qwen_vllm.chat_template import text_tokenizer
+from qwen_vllm.text_encoder import any_of, split, text_encoder
 
 ALLOW = "QWEN_VLLM_ALLOW_CONTROL_TOKENS"
 """The environment variable by which --allow-control-tokens reaches every process."""
@@ -43,16 +43,15 @@ class TextKeeper:
         added = tokenizer.added_tokens_decoder
         if any(token.lstrip or token.rstrip or token.single_word for token in added.values()):
             raise ValueError("its control tokens take in what is around them")
-        self._ids = {token.content: token_id for token_id, token in added.items()}
-        self._texts = text_tokenizer(tokenizer.backend_tokenizer)
-        self._starts = {content[0] for content in self._ids}
+        contents = {token.content for token in added.values()}
+        self._encoder, self._control = text_encoder(tokenizer), any_of(contents)
+        self._starts = {content[0] for content in contents}
         start = f"[{re.escape(''.join(self._starts))}]"
-        control = _any_of(self._ids)
-        own = _any_of(content for content, token_id in self._ids.items() if not added[token_id].special)
-        self._control = re.compile(control or "(?!)")
+        control = self._control.pattern
+        own = any_of(token.content for token in added.values() if not token.special).pattern
         # In JSON: a control token, or what may be the first part of one at the end of a text.
-        self._risk = re.compile(f'{control}|{start}[^"]{{0,{max(map(len, self._ids), default=0)}}}"')
-        self._all, self._not_own = re.compile(f"({start})"), re.compile(f"{own}|({start})" if own else f"({start})")
+        self._risk = re.compile(f'{control}|{start}[^"]{{0,{max(map(len, contents), default=0)}}}"')
+        self._all, self._not_own = re.compile(f"({start})"), re.compile(f"{own}|({start})")
 
     def is_needed(self, *values: Any) -> bool:
         """Tell whether a text in `values`, at any depth, may spell a control token."""
@@ -76,23 +75,12 @@ class TextKeeper:
 
     def encode(self, text: str) -> list[int]:
         """Encode what a template made of marked texts."""
-        token_ids: list[int] = []
-        end = 0
-        for found in self._control.finditer(text):
-            token_ids += [*self._encode_text(text[end : found.start()]), self._ids[found[0]]]
-            end = found.end()
-        return token_ids + self._encode_text(text[end:])
+        return self._encoder.parts([(self._unmarked(part), is_token) for part, is_token in split(text, self._control)])
 
-    def _encode_text(self, text: str) -> list[int]:
+    def _unmarked(self, text: str) -> str:
         for start in self._starts:
             text = text.replace(start + MARK, start)
-        (encoding,) = self._texts.encode_batch_fast([text], add_special_tokens=False)
-        token_ids: list[int] = encoding.ids
-        return token_ids
-
-
-def _any_of(contents: Iterable[str]) -> str:
-    return "|".join(map(re.escape, sorted(contents, key=len, reverse=True)))
+        return text
 
 
 @cache
@@ -142,3 +130,21 @@ def texts_stay_text(render: Callable[..., Any]) -> Callable[..., Any]:
         return keeper(tokenizer).encode(text)
 
     return rendered
+
+
+def encodes_fast(tokenize: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap vLLM's function that encodes a text: fastokens does it, where it gives all that is asked for."""
+
+    @wraps(tokenize)
+    def tokenized(renderer: Any, prompt: Any, params: Any) -> Any:
+        tokenizer = renderer.get_tokenizer()
+        asked = params.get_encode_kwargs()
+        if getattr(tokenizer, "is_fast", False) and not params.return_token_offsets:
+            encoder = text_encoder(tokenizer)
+            if encoder.is_fast and (encoder.adds_nothing or not asked["add_special_tokens"]):
+                token_ids = encoder.whole(prompt["prompt"])
+                if not asked["truncation"] or len(token_ids) <= asked["max_length"]:
+                    return renderer._build_tokens_prompt(token_ids, prompt)
+        return tokenize(renderer, prompt, params)
+
+    return tokenized

@@ -1,0 +1,124 @@
+"""fastokens gives the tokenizers library's token ids, or does not encode."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+from vllm.renderers.base import BaseRenderer
+from vllm.renderers.params import TokenizeParams
+
+from qwen_vllm import hardware
+from qwen_vllm.text_encoder import TextEncoder, any_of, hasten, split, text_encoder
+from qwen_vllm.vllm_plugin.rendering import encodes_fast
+from tests.support.tiny_families import FAMILIES
+from tests.support.tokenizers import qwen36_tokenizer, qwen_tokenizer
+
+REAL = {"Qwen2.5": qwen_tokenizer, "Qwen3.6": qwen36_tokenizer}
+TEXT = "Is 3 < 4? `<b>` isn't; 请问，今天 2026…\n\n\t<|im_end|> e\u0301 🎉 <tool_call>{}</tool_call>\u2028 the end  "
+
+
+@pytest.fixture(scope="module", params=REAL)
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[TextEncoder, TextEncoder, PreTrainedTokenizerBase]]:
+    """Two encoders of one real vocabulary, of which the first is fast; and its tokenizer."""
+    tokenizer = REAL[request.param]()
+    fast = TextEncoder(tokenizer)
+    fast.hasten().join()
+    return fast, TextEncoder(tokenizer), tokenizer
+
+
+TOKENS = ["<|im_end|>", "<|im_start|>", "<think>", "</tool_call>", "<|im_", "<", "'re", " \n", "\r\n\r\n", "   ", "007"]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.lists(st.one_of(st.sampled_from(TOKENS), st.text(max_size=12)), max_size=30).map("".join))
+def test_all_texts_have_the_same_token_ids(pair: tuple, text: str) -> None:
+    fast, slow, tokenizer = pair
+    own = any_of(token.content for token in tokenizer.added_tokens_decoder.values() if not token.special)
+    assert fast.is_fast and not slow.is_fast
+    assert fast.text(text) == slow.text(text)
+    assert fast.whole(text) == slow.whole(text)
+    assert fast.parts(split(text, own)) == slow.parts(split(text, own))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_family_gets_other_token_ids(name: str) -> None:
+    tokenizer = FAMILIES[name].tokenizer(small=True)
+    fast, slow = TextEncoder(tokenizer), TextEncoder(tokenizer)
+    fast.hasten().join()
+    assert fast.text(TEXT) == slow.text(TEXT)
+    assert fast.whole(TEXT) == slow.whole(TEXT)
+
+
+def test_what_was_asked_of_the_tokenizer_for_one_text_does_not_cut_others(qwen_tokenizer: Any) -> None:
+    qwen_tokenizer("A B C D", truncation=True, max_length=2)
+    encoder = TextEncoder(qwen_tokenizer)
+    encoder.hasten().join()
+    assert encoder.is_fast and len(encoder.whole("A B C D")) == 4
+
+
+def test_a_tokenizer_that_fastokens_does_otherwise_stays_with_the_tokenizers_library(
+    qwen_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Otherwise:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: SimpleNamespace(ids=[1, 2, 3])
+
+    caplog.set_level("INFO", "vllm.qwen_vllm")
+    other = SimpleNamespace(from_json_str=lambda _: Otherwise())
+    monkeypatch.setattr("qwen_vllm.text_encoder.fastokens", SimpleNamespace(Tokenizer=other))
+    encoder = TextEncoder(qwen_tokenizer)
+    encoder.hasten().join()
+    assert encoder.text("hi") == qwen_tokenizer.encode("hi")
+    assert "other token ids" in caplog.text
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_it_is_made_where_a_gpu_waits_for_prompts(monkeypatch: pytest.MonkeyPatch, on_cpu: bool) -> None:
+    tokenizer = qwen_tokenizer()
+    monkeypatch.setattr(hardware, "on_cpu", lambda: on_cpu)
+    hasten(tokenizer)
+    encoder = text_encoder(tokenizer)
+    assert (encoder._reader is None) is on_cpu
+
+
+class _Renderer:
+    """vLLM's, as far as it encodes."""
+
+    _build_tokens_prompt = staticmethod(BaseRenderer._build_tokens_prompt)
+    _wants_offsets = BaseRenderer._wants_offsets
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.get_tokenizer = lambda: tokenizer
+        self._can_produce_offsets = lambda: True
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        TokenizeParams(max_total_tokens=None),
+        TokenizeParams(max_total_tokens=4096, add_special_tokens=True),
+        TokenizeParams(max_total_tokens=4096, add_special_tokens=False),
+        TokenizeParams(max_total_tokens=4),
+        TokenizeParams(max_total_tokens=4096, truncate_prompt_tokens=3),
+        TokenizeParams(max_total_tokens=4096, truncate_prompt_tokens=3, truncation_side="left"),
+        TokenizeParams(max_total_tokens=4096, return_token_offsets=True),
+    ],
+    ids=["no limit", "context", "no special", "too long", "cut", "cut on the left", "offsets"],
+)
+def test_vllms_own_routes_get_what_vllm_gives_them(qwen_tokenizer: Any, params: TokenizeParams) -> None:
+    text_encoder(qwen_tokenizer).hasten().join()
+    renderer, prompt = _Renderer(qwen_tokenizer), {"type": "text", "prompt": TEXT}
+    ours = encodes_fast(BaseRenderer._tokenize_prompt)(renderer, prompt, params)
+    assert ours == BaseRenderer._tokenize_prompt(renderer, prompt, params)
+
+
+def test_vllms_own_routes_are_encoded_by_fastokens(qwen_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    text_encoder(qwen_tokenizer).hasten().join()
+    monkeypatch.setattr(type(qwen_tokenizer), "__call__", None)
+    ours = encodes_fast(BaseRenderer._tokenize_prompt)
+    got = ours(_Renderer(qwen_tokenizer), {"prompt": "A B C"}, TokenizeParams(max_total_tokens=4096))
+    assert len(got["prompt_token_ids"]) == 3

@@ -15,8 +15,6 @@ from weakref import WeakKeyDictionary
 import fastokens
 from tokenizers import Tokenizer
 
-from qwen_vllm import hardware
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -112,8 +110,8 @@ def text_encoder(tokenizer: "PreTrainedTokenizerBase") -> TextEncoder:
 
 
 def hasten(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Have texts encoded by fastokens soon, where this can be seen: a CPU computes far longer than any takes here."""
-    if getattr(tokenizer, "is_fast", False) and not hardware.on_cpu():
+    """Have texts encoded by fastokens soon; nothing, for a tokenizer that is not of the tokenizers library."""
+    if getattr(tokenizer, "is_fast", False):
         text_encoder(tokenizer).hasten()
 
 

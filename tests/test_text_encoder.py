@@ -1,5 +1,6 @@
 """fastokens gives the tokenizers library's token ids, or does not encode."""
 
+import asyncio
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -7,13 +8,17 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.params import TokenizeParams
 
 from qwen_vllm import hardware
+from qwen_vllm.server import endpoint
 from qwen_vllm.text_encoder import TextEncoder, any_of, hasten, split, text_encoder
 from qwen_vllm.vllm_plugin.rendering import encodes_fast
+from tests.support.chat_app import chat_app
+from tests.support.scripted_engine import ScriptedEngine
 from tests.support.tiny_families import FAMILIES
 from tests.support.tokenizers import qwen36_tokenizer, qwen_tokenizer
 
@@ -28,6 +33,12 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[TextEncoder, TextEnco
     fast = TextEncoder(tokenizer)
     fast.hasten().join()
     return fast, TextEncoder(tokenizer), tokenizer
+
+
+@pytest.fixture
+def small() -> PreTrainedTokenizerBase:
+    """A tokenizer with Qwen's control tokens."""
+    return FAMILIES["Qwen2.5"].tokenizer(small=True)
 
 
 TOKENS = ["<|im_end|>", "<|im_start|>", "<think>", "</tool_call>", "<|im_", "<", "'re", " \n", "\r\n\r\n", "   ", "007"]
@@ -53,15 +64,15 @@ def test_no_family_gets_other_token_ids(name: str) -> None:
     assert fast.whole(TEXT) == slow.whole(TEXT)
 
 
-def test_what_was_asked_of_the_tokenizer_for_one_text_does_not_cut_others(qwen_tokenizer: Any) -> None:
-    qwen_tokenizer("A B C D", truncation=True, max_length=2)
-    encoder = TextEncoder(qwen_tokenizer)
+def test_what_was_asked_of_the_tokenizer_for_one_text_does_not_cut_others(small: Any) -> None:
+    small("A B C D", truncation=True, max_length=2)
+    encoder = TextEncoder(small)
     encoder.hasten().join()
-    assert encoder.is_fast and len(encoder.whole("A B C D")) == 4
+    assert encoder.is_fast and small.decode(encoder.whole("A B C D")) == "A B C D"
 
 
 def test_a_tokenizer_that_fastokens_does_otherwise_stays_with_the_tokenizers_library(
-    qwen_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    small: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Otherwise:
         def __getattr__(self, name: str) -> Any:
@@ -70,19 +81,27 @@ def test_a_tokenizer_that_fastokens_does_otherwise_stays_with_the_tokenizers_lib
     caplog.set_level("INFO", "vllm.qwen_vllm")
     other = SimpleNamespace(from_json_str=lambda _: Otherwise())
     monkeypatch.setattr("qwen_vllm.text_encoder.fastokens", SimpleNamespace(Tokenizer=other))
-    encoder = TextEncoder(qwen_tokenizer)
+    encoder = TextEncoder(small)
     encoder.hasten().join()
-    assert encoder.text("hi") == qwen_tokenizer.encode("hi")
+    assert encoder.text("hi") == small.encode("hi")
     assert "other token ids" in caplog.text
 
 
 @pytest.mark.parametrize("on_cpu", [False, True])
-def test_it_is_made_where_a_gpu_waits_for_prompts(monkeypatch: pytest.MonkeyPatch, on_cpu: bool) -> None:
-    tokenizer = qwen_tokenizer()
+def test_a_server_has_it_where_a_gpu_waits_for_prompts(monkeypatch: pytest.MonkeyPatch, on_cpu: bool) -> None:
+    hastened: list[Any] = []
     monkeypatch.setattr(hardware, "on_cpu", lambda: on_cpu)
-    hasten(tokenizer)
-    encoder = text_encoder(tokenizer)
-    assert (encoder._reader is None) is on_cpu
+    monkeypatch.setattr(endpoint, "hasten", hastened.append)
+    tokenizer = FAMILIES["Qwen2.5"].tokenizer(small=True)
+    asyncio.run(chat_app(ScriptedEngine(tokenizer)))
+    assert hastened == ([] if on_cpu else [tokenizer])
+
+
+def test_what_a_server_asks_for_changes_no_other_librarys_tokenizer(small: Any) -> None:
+    hasten(SimpleNamespace(encode=str))
+    hasten(small)
+    text_encoder(small).hasten().join()
+    assert text_encoder(small).is_fast
 
 
 class _Renderer:
@@ -109,16 +128,25 @@ class _Renderer:
     ],
     ids=["no limit", "context", "no special", "too long", "cut", "cut on the left", "offsets"],
 )
-def test_vllms_own_routes_get_what_vllm_gives_them(qwen_tokenizer: Any, params: TokenizeParams) -> None:
-    text_encoder(qwen_tokenizer).hasten().join()
-    renderer, prompt = _Renderer(qwen_tokenizer), {"type": "text", "prompt": TEXT}
+def test_vllms_own_routes_get_what_vllm_gives_them(small: Any, params: TokenizeParams) -> None:
+    text_encoder(small).hasten().join()
+    renderer, prompt = _Renderer(small), {"type": "text", "prompt": TEXT}
     ours = encodes_fast(BaseRenderer._tokenize_prompt)(renderer, prompt, params)
     assert ours == BaseRenderer._tokenize_prompt(renderer, prompt, params)
 
 
-def test_vllms_own_routes_are_encoded_by_fastokens(qwen_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    text_encoder(qwen_tokenizer).hasten().join()
-    monkeypatch.setattr(type(qwen_tokenizer), "__call__", None)
+def test_vllms_own_routes_are_encoded_by_fastokens(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    text_encoder(small).hasten().join()
+    monkeypatch.setattr(type(small), "__call__", None)
     ours = encodes_fast(BaseRenderer._tokenize_prompt)
-    got = ours(_Renderer(qwen_tokenizer), {"prompt": "A B C"}, TokenizeParams(max_total_tokens=4096))
-    assert len(got["prompt_token_ids"]) == 3
+    got = ours(_Renderer(small), {"prompt": "A B C"}, TokenizeParams(max_total_tokens=4096))
+    assert small.decode(got["prompt_token_ids"]) == "A B C"
+
+
+def test_a_token_for_the_beginning_of_a_prompt_is_vllms_to_add(small: Any) -> None:
+    begins = processors.TemplateProcessing("<|im_start|> $A", None, [("<|im_start|>", 1001)])
+    small.backend_tokenizer.post_processor = begins
+    text_encoder(small).hasten().join()
+    renderer, params = _Renderer(small), TokenizeParams(max_total_tokens=4096, add_special_tokens=True)
+    ours = encodes_fast(BaseRenderer._tokenize_prompt)(renderer, {"prompt": "A"}, params)
+    assert text_encoder(small).is_fast and ours["prompt_token_ids"][0] == 1001

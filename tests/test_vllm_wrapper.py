@@ -120,6 +120,15 @@ def test_a_stop_word_counts_in_the_text_alone_and_ends_its_row_in_the_engine(loa
     assert not llm.queue
 
 
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_texts_are_encoded_by_fastokens_where_a_gpu_waits_for_prompts(load, monkeypatch, qwen3_tokenizer, on_cpu):
+    hastened: list[Any] = []
+    monkeypatch.setattr(vllm_wrapper, "on_cpu", lambda: on_cpu)
+    monkeypatch.setattr(vllm_wrapper, "hasten", hastened.append)
+    load()
+    assert hastened == ([] if on_cpu else [qwen3_tokenizer])
+
+
 def test_a_batch_has_its_answers_in_order_whatever_finishes_first(load):
     model, llm = load()
     rows = [row("first", 5), row("second", 1, history=[["1", "2"]]), row("third", 3, system="S")]

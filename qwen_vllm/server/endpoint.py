@@ -29,6 +29,7 @@ from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from qwen_vllm import hardware
 from qwen_vllm.generation import RequestBuilder, RunningAnswer
 from qwen_vllm.models.prepare import read_chat_template
 from qwen_vllm.network import address
@@ -103,7 +104,8 @@ class ChatEndpoint:
         except ChatError as reason:
             requests = reason
             print(f"/chat is off: {reason.message}", file=sys.stderr)
-        hasten(tokenizer)
+        if not hardware.on_cpu():  # which computes far longer than any encodes
+            hasten(tokenizer)
         if why := why_not_kept(tokenizer):
             print(f"Control tokens in messages to /v1 are taken as such: {why}", file=sys.stderr)
         state.team = _team(engine_client, args) if args.key_file else None

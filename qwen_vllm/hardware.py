@@ -66,7 +66,11 @@ def environment_defaults() -> list[Default]:
 
 
 def set_environment() -> None:
-    """Set `environment_defaults` before vLLM is imported; what the user has set stays."""
+    """Set `environment_defaults` before vLLM is imported; what the user has set stays.
+
+    But for one: `text_encoder` uses fastokens beside the tokenizer, which vLLM would exchange for it.
+    """
+    os.environ.pop("VLLM_USE_FASTOKENS", None)
     for name, value, _ in environment_defaults():
         os.environ.setdefault(name, value)
 

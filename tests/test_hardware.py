@@ -46,6 +46,12 @@ def test_the_environment_keeps_what_the_user_has_set(
     assert ("VLLM_CPU_OMP_THREADS_BIND" in environment) == cpu
 
 
+def test_vllm_does_not_exchange_the_tokenizer(environment: dict[str, str]) -> None:
+    environment["VLLM_USE_FASTOKENS"] = "1"
+    hardware.set_environment()
+    assert "VLLM_USE_FASTOKENS" not in environment
+
+
 NO_LIMIT = str(2**63 - 4096)
 GROUPS = {
     "version 2, in a container": ("0::/", {"cpu.max": "200000 100000", "memory.max": str(8 * 2**30)}, 2, 8),

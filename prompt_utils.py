@@ -24,6 +24,7 @@ from qwen_vllm.chat_template import (
     learn_format,
 )
 from qwen_vllm.protocol import Turn, turns_to_drop
+from qwen_vllm.text_encoder import is_known
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +69,7 @@ class PromptBuilder:
         chat_template: str | None = None,
         options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        if not getattr(tokenizer, "is_fast", False):
+        if not is_known(tokenizer):
             raise UnsupportedTokenizer("the model's tokenizer is not of the tokenizers library")
         self._template = ChatTemplate(tokenizer, chat_template, options)
         self._encoder = Encoder(tokenizer, self._template)

@@ -179,7 +179,8 @@ class Encoder:
         added = tokenizer.added_tokens_decoder.values()
         control = {token.content for token in added if token.special or token.content in around}
         self.control = any_of(control)
-        # An answer may hold the tokens the model wrote itself, such as <tool_call>; a user's text may hold none.
+        # An answer may hold the tokens the model wrote itself, such as <tool_call>; a user's text may hold none. The
+        # whitespace around them stays: the model wrote it.
         self._own = any_of({token.content for token in added} - control)
         # One int object a token id, shared by all cached texts: 8 bytes a token instead of 36.
         self._ints = list(range(max(tokenizer.get_vocab().values()) + 1))

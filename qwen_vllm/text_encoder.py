@@ -5,11 +5,12 @@ background, where there is a GPU. Until it is ready, and where its ids would dif
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from logging import getLogger
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import fastokens
@@ -40,6 +41,7 @@ class TextEncoder:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._whole: Tokenizer = tokenizer.backend_tokenizer
         self._texts = text_tokenizer(self._whole)
+        self._ids = {token.content: number for number, token in self._whole.get_added_tokens_decoder().items()}
         self._fast: fastokens.Tokenizer | None = None
         self._reader: Thread | None = None
         self.adds_nothing = self._whole.num_special_tokens_to_add(is_pair=False) == 0
@@ -50,16 +52,16 @@ class TextEncoder:
 
     def text(self, text: str) -> list[int]:
         """Encode a text in which no control token counts."""
-        return self.parts([(text, False)])
+        if self._fast:
+            ids: list[int] = self._fast.encode_ordinary(text).ids
+            return ids
+        return _slowly(self._texts, text)
 
     def parts(self, parts: list[Part]) -> list[int]:
         """Encode texts one by one. What counts as a control token must be one."""
-        if self._fast:
-            fast_ids: list[int] = self._fast.encode_segments(parts).ids
-            return fast_ids
         token_ids: list[int] = []
         for text, is_token in parts:
-            token_ids += _slowly(self._whole if is_token else self._texts, text)
+            token_ids += [self._ids[text]] if is_token else self.text(text)
         return token_ids
 
     def whole(self, text: str) -> list[int]:
@@ -78,6 +80,7 @@ class TextEncoder:
         return self._reader
 
     def _read(self) -> None:
+        os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")  # each has a cache of its own, and gains little
         added = self._whole.get_added_tokens_decoder().values()
         sample = "".join([SAMPLE, *(token.content + SAMPLE[:9] for token in added)])
         try:
@@ -86,7 +89,9 @@ class TextEncoder:
             fast.no_truncation()
             fast.no_padding()
             same = (
-                fast.encode_segments([(sample, False)]).ids == _slowly(self._texts, sample)
+                # It looks for them in another order, where these flags say so.
+                not any(token.single_word or token.normalized for token in added)
+                and fast.encode_ordinary(sample).ids == _slowly(self._texts, sample)
                 and fast.encode(sample).ids[:cut] == _slowly(self._whole, sample)
                 and all(fast.encode(token.content).ids == _slowly(self._whole, token.content) for token in added)
             )
@@ -109,9 +114,14 @@ def text_encoder(tokenizer: "PreTrainedTokenizerBase") -> TextEncoder:
     return _MADE[tokenizer]
 
 
+def is_known(tokenizer: Any) -> bool:
+    """Tell whether a tokenizer is one of the tokenizers library, whatever it says of itself."""
+    return isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer)
+
+
 def hasten(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Have texts encoded by fastokens soon; nothing, for a tokenizer that is not of the tokenizers library."""
-    if getattr(tokenizer, "is_fast", False):
+    if is_known(tokenizer):
         text_encoder(tokenizer).hasten()
 
 

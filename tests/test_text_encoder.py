@@ -1,6 +1,7 @@
 """fastokens gives the tokenizers library's token ids, or does not encode."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.params import TokenizeParams
 
@@ -55,11 +56,53 @@ def test_all_texts_have_the_same_token_ids(pair: tuple, text: str) -> None:
     assert fast.parts(split(text, own)) == slow.parts(split(text, own))
 
 
+def _changed(tokenizer: PreTrainedTokenizerBase, **state: Any) -> PreTrainedTokenizerBase:
+    """The same, but for parts of its tokenizer.json."""
+    written = json.loads(tokenizer.backend_tokenizer.to_str()) | state
+    changed = Tokenizer.from_str(json.dumps(written))
+    return PreTrainedTokenizerFast(tokenizer_object=changed, chat_template=tokenizer.chat_template)
+
+
+@pytest.mark.parametrize("flag", ["single_word", "normalized"])
+def test_tokens_that_fastokens_finds_otherwise_stay_with_the_tokenizers_library(small: Any, flag: str) -> None:
+    added = json.loads(small.backend_tokenizer.to_str())["added_tokens"]
+    tokenizer = _changed(small, added_tokens=[*added[:-1], added[-1] | {flag: True}])
+    encoder = TextEncoder(tokenizer)
+    encoder.hasten().join()
+    assert not encoder.is_fast
+
+
+def test_padding_in_a_tokenizer_json_is_not_put_between_the_parts(small: Any) -> None:
+    padding = {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None}
+    padded = _changed(small, padding=padding | {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"})
+    parts = [("<|im_start|>", True), ("user\nA", False), ("<|im_end|>", True)]
+    assert padded.decode(TextEncoder(padded).parts(parts)) == "<|im_start|>user\nA<|im_end|>"
+
+
+class _Foreign:
+    """As vLLM's tokenizers for Mistral's format: fast by its own word, with nothing of the tokenizers library."""
+
+    is_fast, chat_template, eos_token_id = True, None, 2
+
+    def __call__(self, text: str, **_options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [1, 2, 3]}
+
+
+def test_a_tokenizer_of_another_library_that_says_it_is_fast_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "on_cpu", lambda: False)
+    app = asyncio.run(chat_app(ScriptedEngine(_Foreign())))
+    assert "tokenizers library" in str(app.state.chat._requests)
+    ours = encodes_fast(BaseRenderer._tokenize_prompt)
+    got = ours(_Renderer(_Foreign()), {"prompt": "A"}, TokenizeParams(max_total_tokens=4096))
+    assert got["prompt_token_ids"] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_family_gets_other_token_ids(name: str) -> None:
     tokenizer = FAMILIES[name].tokenizer(small=True)
     fast, slow = TextEncoder(tokenizer), TextEncoder(tokenizer)
     fast.hasten().join()
+    assert fast.is_fast or "Qwen" not in name
     assert fast.text(TEXT) == slow.text(TEXT)
     assert fast.whole(TEXT) == slow.whole(TEXT)
 

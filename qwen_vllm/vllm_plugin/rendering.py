@@ -11,9 +11,7 @@ from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from qwen_vllm.text_encoder import any_of, split, text_encoder
+from qwen_vllm.text_encoder import any_of, is_known, split, text_encoder
 
 ALLOW = "QWEN_VLLM_ALLOW_CONTROL_TOKENS"
 """The environment variable by which --allow-control-tokens reaches every process."""
@@ -38,7 +36,7 @@ class TextKeeper:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
+        if not is_known(tokenizer):
             raise ValueError("its tokenizer is not one of the tokenizers library")
         added = tokenizer.added_tokens_decoder
         if any(token.lstrip or token.rstrip or token.single_word for token in added.values()):
@@ -139,7 +137,7 @@ def encodes_fast(tokenize: Callable[..., Any]) -> Callable[..., Any]:
     def tokenized(renderer: Any, prompt: Any, params: Any) -> Any:
         tokenizer = renderer.get_tokenizer()
         asked = params.get_encode_kwargs()
-        if getattr(tokenizer, "is_fast", False) and not params.return_token_offsets:
+        if is_known(tokenizer) and not params.return_token_offsets:
             encoder = text_encoder(tokenizer)
             if encoder.is_fast and (encoder.adds_nothing or not asked["add_special_tokens"]):
                 token_ids = encoder.whole(prompt["prompt"])

@@ -13,10 +13,10 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import fastokens
 from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
+    import fastokens
     from transformers import PreTrainedTokenizerBase
 
 LOG = getLogger("vllm.qwen_vllm")
@@ -53,8 +53,7 @@ class TextEncoder:
     def text(self, text: str) -> list[int]:
         """Encode a text in which no control token counts."""
         if self._fast:
-            ids: list[int] = self._fast.encode_ordinary(text).ids
-            return ids
+            return self._fast.encode_ordinary(text).ids
         return _slowly(self._texts, text)
 
     def parts(self, parts: list[Part]) -> list[int]:
@@ -67,8 +66,7 @@ class TextEncoder:
     def whole(self, text: str) -> list[int]:
         """Encode as the tokenizer itself does: all its tokens count."""
         if self._fast:
-            ids: list[int] = self._fast.encode(text).ids
-            return ids
+            return self._fast.encode(text).ids
         return _slowly(self._whole, text)
 
     def hasten(self) -> Thread:
@@ -80,8 +78,13 @@ class TextEncoder:
         return self._reader
 
     def _read(self) -> None:
-        os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")  # each has a cache of its own, and gains little
         added = self._whole.get_added_tokens_decoder().values()
+        if any(token.single_word or token.normalized for token in added):
+            LOG.info("fastokens looks for this model's control tokens in another order: the tokenizers library encodes")
+            return
+        import fastokens  # 10 MB, which a CPU never needs
+
+        os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")  # each has a cache of its own, and gains little
         sample = "".join([SAMPLE, *(token.content + SAMPLE[:9] for token in added)])
         try:
             fast = fastokens.Tokenizer.from_json_str(self._whole.to_str())
@@ -89,9 +92,7 @@ class TextEncoder:
             fast.no_truncation()
             fast.no_padding()
             same = (
-                # It looks for them in another order, where these flags say so.
-                not any(token.single_word or token.normalized for token in added)
-                and fast.encode_ordinary(sample).ids == _slowly(self._texts, sample)
+                fast.encode_ordinary(sample).ids == _slowly(self._texts, sample)
                 and fast.encode(sample).ids[:cut] == _slowly(self._whole, sample)
                 and all(fast.encode(token.content).ids == _slowly(self._whole, token.content) for token in added)
             )
@@ -154,5 +155,4 @@ def text_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
 
 def _slowly(tokenizer: Tokenizer, text: str) -> list[int]:
     (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
-    token_ids: list[int] = encoding.ids
-    return token_ids
+    return encoding.ids

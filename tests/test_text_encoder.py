@@ -2,12 +2,11 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -28,7 +27,7 @@ TEXT = "Is 3 < 4? `<b>` isn't; 请问，今天 2026…\n\n\t<|im_end|> e\u0301 �
 
 
 @pytest.fixture(scope="module", params=REAL)
-def pair(request: pytest.FixtureRequest) -> Iterator[tuple[TextEncoder, TextEncoder, PreTrainedTokenizerBase]]:
+def pair(request: pytest.FixtureRequest) -> tuple[TextEncoder, TextEncoder, PreTrainedTokenizerBase]:
     """Two encoders of one real vocabulary, of which the first is fast; and its tokenizer."""
     tokenizer = REAL[request.param]()
     fast = TextEncoder(tokenizer)
@@ -45,7 +44,7 @@ def small() -> PreTrainedTokenizerBase:
 TOKENS = ["<|im_end|>", "<|im_start|>", "<think>", "</tool_call>", "<|im_", "<", "'re", " \n", "\r\n\r\n", "   ", "007"]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None)
 @given(text=st.lists(st.one_of(st.sampled_from(TOKENS), st.text(max_size=12)), max_size=30).map("".join))
 def test_all_texts_have_the_same_token_ids(pair: tuple, text: str) -> None:
     fast, slow, tokenizer = pair
@@ -122,8 +121,7 @@ def test_a_tokenizer_that_fastokens_does_otherwise_stays_with_the_tokenizers_lib
             return lambda *_: SimpleNamespace(ids=[1, 2, 3])
 
     caplog.set_level("INFO", "vllm.qwen_vllm")
-    other = SimpleNamespace(from_json_str=lambda _: Otherwise())
-    monkeypatch.setattr("qwen_vllm.text_encoder.fastokens", SimpleNamespace(Tokenizer=other))
+    monkeypatch.setattr("fastokens.Tokenizer", SimpleNamespace(from_json_str=lambda _: Otherwise()))
     encoder = TextEncoder(small)
     encoder.hasten().join()
     assert encoder.text("hi") == small.encode("hi")

@@ -136,10 +136,10 @@ def encodes_fast(tokenize: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(tokenize)
     def tokenized(renderer: Any, prompt: Any, params: Any) -> Any:
         tokenizer = renderer.get_tokenizer()
-        asked = params.get_encode_kwargs()
-        if is_known(tokenizer) and not params.return_token_offsets:
-            encoder = text_encoder(tokenizer)
-            if encoder.is_fast and (encoder.adds_nothing or not asked["add_special_tokens"]):
+        encoder = text_encoder(tokenizer) if is_known(tokenizer) else None
+        if encoder and encoder.is_fast and not params.return_token_offsets:
+            asked = params.get_encode_kwargs()
+            if encoder.adds_nothing or not asked["add_special_tokens"]:
                 token_ids = encoder.whole(prompt["prompt"])
                 if not asked["truncation"] or len(token_ids) <= asked["max_length"]:
                     return renderer._build_tokens_prompt(token_ids, prompt)

@@ -12,8 +12,8 @@ from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 from prompt_utils import Prompt
-from qwen_vllm.generation import RequestBuilder, RunningAnswer, sampling_defaults
-from qwen_vllm.hardware import engine_defaults, on_cpu, set_environment, values
+from qwen_vllm.generation import RequestBuilder, RunningAnswer, hasten, sampling_defaults
+from qwen_vllm.hardware import engine_defaults, set_environment, values
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.models.prepare import prepare, read_chat_template
 from qwen_vllm.models.resolve import resolve_model, resolve_parts
@@ -32,7 +32,6 @@ from qwen_vllm.protocol import (
     validated,
 )
 from qwen_vllm.reasoning import ReasoningSplitter
-from qwen_vllm.text_encoder import hasten
 from qwen_vllm.vllm_plugin import plugin
 
 if TYPE_CHECKING:
@@ -106,8 +105,7 @@ class ChatModel:
             self._tool_requests = ToolRequests(self._requests, self._engine.renderer, own_template, options)
         except ChatError as reason:
             self._requests = reason
-        if not on_cpu():  # which computes far longer than any encodes
-            hasten(self.llm.get_tokenizer())
+        hasten(self.llm.get_tokenizer())
         # Queue twice `max_num_seqs`, so that the engine always has a request ready.
         self._window = 2 * self._engine.vllm_config.scheduler_config.max_num_seqs
         self._ids = map(str, count())

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from prompt_utils import Prompt, PromptBuilder, PromptTooLong
 from qwen_vllm.chat_template import NoChatTemplate, UnsupportedTemplate, UnsupportedTokenizer
+from qwen_vllm.hardware import on_cpu
 from qwen_vllm.protocol import PROMPT_FIELDS, ChatError, ChatRequest, ChatResult, Sampling, Turn, turn
 from qwen_vllm.reasoning import ReasoningSplitter, overlap, parser_for, think_tags
+from qwen_vllm.text_encoder import is_known, text_encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,6 +150,12 @@ class RequestBuilder:
         else:
             return budget
         raise ChatError(f"thinking_budget: {message}", param="thinking_budget")
+
+
+def hasten(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Have texts encoded by fastokens soon, where it can and a GPU waits for them: a CPU computes far longer."""
+    if not on_cpu() and is_known(tokenizer):
+        text_encoder(tokenizer).hasten()
 
 
 def helping_options(

@@ -120,12 +120,6 @@ def is_known(tokenizer: Any) -> bool:
     return isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer)
 
 
-def hasten(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Have texts encoded by fastokens soon; nothing, for a tokenizer that is not of the tokenizers library."""
-    if is_known(tokenizer):
-        text_encoder(tokenizer).hasten()
-
-
 def any_of(contents: Iterable[str]) -> "re.Pattern[str]":
     """Make a pattern that finds one of these texts, the longest first; nothing, if there is none."""
     return re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)")

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.params import TokenizeParams
 
-from qwen_vllm import hardware
-from qwen_vllm.server import endpoint
-from qwen_vllm.text_encoder import TextEncoder, any_of, hasten, split, text_encoder
+from qwen_vllm import generation
+from qwen_vllm.generation import hasten
+from qwen_vllm.text_encoder import TextEncoder, any_of, split, text_encoder
 from qwen_vllm.vllm_plugin.rendering import encodes_fast
 from tests.support.chat_app import chat_app
 from tests.support.scripted_engine import ScriptedEngine
@@ -88,7 +88,7 @@ class _Foreign:
 
 
 def test_a_tokenizer_of_another_library_that_says_it_is_fast_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "on_cpu", lambda: False)
+    monkeypatch.setattr(generation, "on_cpu", lambda: False)
     app = asyncio.run(chat_app(ScriptedEngine(_Foreign())))
     assert "tokenizers library" in str(app.state.chat._requests)
     ours = encodes_fast(BaseRenderer._tokenize_prompt)
@@ -131,14 +131,17 @@ def test_a_tokenizer_that_fastokens_does_otherwise_stays_with_the_tokenizers_lib
 @pytest.mark.parametrize("on_cpu", [False, True])
 def test_a_server_has_it_where_a_gpu_waits_for_prompts(monkeypatch: pytest.MonkeyPatch, on_cpu: bool) -> None:
     hastened: list[Any] = []
-    monkeypatch.setattr(hardware, "on_cpu", lambda: on_cpu)
-    monkeypatch.setattr(endpoint, "hasten", hastened.append)
+    monkeypatch.setattr(generation, "on_cpu", lambda: on_cpu)
+    monkeypatch.setattr(TextEncoder, "hasten", lambda encoder: hastened.append(encoder))
     tokenizer = FAMILIES["Qwen2.5"].tokenizer(small=True)
     asyncio.run(chat_app(ScriptedEngine(tokenizer)))
-    assert hastened == ([] if on_cpu else [tokenizer])
+    assert hastened == ([] if on_cpu else [text_encoder(tokenizer)])
 
 
-def test_what_a_server_asks_for_changes_no_other_librarys_tokenizer(small: Any) -> None:
+def test_what_a_server_asks_for_changes_no_other_librarys_tokenizer(
+    small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "on_cpu", lambda: False)
     hasten(SimpleNamespace(encode=str))
     hasten(small)
     text_encoder(small).hasten().join()

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 import vllm_wrapper
+from qwen_vllm import generation
 from qwen_vllm.models.checks import ModelUnavailable
 from qwen_vllm.protocol import ChatError, Reasoning, Sampling
+from qwen_vllm.text_encoder import TextEncoder, text_encoder
 from qwen_vllm.vllm_plugin import plugin
 from tests.support.tiny_checkpoints import write_adapter, write_model
 from tests.support.tiny_families import QWEN36, QWEN38
@@ -123,10 +125,10 @@ def test_a_stop_word_counts_in_the_text_alone_and_ends_its_row_in_the_engine(loa
 @pytest.mark.parametrize("on_cpu", [False, True])
 def test_texts_are_encoded_by_fastokens_where_a_gpu_waits_for_prompts(load, monkeypatch, qwen3_tokenizer, on_cpu):
     hastened: list[Any] = []
-    monkeypatch.setattr(vllm_wrapper, "on_cpu", lambda: on_cpu)
-    monkeypatch.setattr(vllm_wrapper, "hasten", hastened.append)
+    monkeypatch.setattr(generation, "on_cpu", lambda: on_cpu)
+    monkeypatch.setattr(TextEncoder, "hasten", lambda encoder: hastened.append(encoder))
     load()
-    assert hastened == ([] if on_cpu else [qwen3_tokenizer])
+    assert hastened == ([] if on_cpu else [text_encoder(qwen3_tokenizer)])
 
 
 def test_a_batch_has_its_answers_in_order_whatever_finishes_first(load):

@@ -29,8 +29,7 @@ from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from qwen_vllm import hardware
-from qwen_vllm.generation import RequestBuilder, RunningAnswer
+from qwen_vllm.generation import RequestBuilder, RunningAnswer, hasten
 from qwen_vllm.models.prepare import read_chat_template
 from qwen_vllm.network import address
 from qwen_vllm.protocol import ChatError, ChatRequest, one_line, validated
@@ -40,7 +39,6 @@ from qwen_vllm.server.lifecycle import Lifecycle
 from qwen_vllm.server.team import Team
 from qwen_vllm.server.tickets import CURRENT
 from qwen_vllm.server.usage import UsageFile
-from qwen_vllm.text_encoder import hasten
 from qwen_vllm.vllm_plugin import patches, plugin
 from qwen_vllm.vllm_plugin.engines import preferred_engine
 from qwen_vllm.vllm_plugin.rendering import why_not_kept
@@ -104,8 +102,7 @@ class ChatEndpoint:
         except ChatError as reason:
             requests = reason
             print(f"/chat is off: {reason.message}", file=sys.stderr)
-        if not hardware.on_cpu():  # which computes far longer than any encodes
-            hasten(tokenizer)
+        hasten(tokenizer)
         if why := why_not_kept(tokenizer):
             print(f"Control tokens in messages to /v1 are taken as such: {why}", file=sys.stderr)
         state.team = _team(engine_client, args) if args.key_file else None

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.load import WORDS
+from benchmarks.load import words_of
 from qwen_vllm.protocol import ChatRequest, validated
 from qwen_vllm.server.guard import check_json
 
@@ -177,7 +177,7 @@ async def main() -> None:
 
     if flags.fast:
         text_encoder(engine.get_tokenizer()).hasten().join()
-    known = flags.text.read_text().split() if flags.text else WORDS
+    known = words_of(flags.text)
 
     async def answer(body: bytes) -> None:
         await send_request(app, "/v1/chat/completions" if flags.v1 else "/chat", body)

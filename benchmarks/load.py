@@ -41,9 +41,12 @@ class Seen:
     ended: float = 0.0
 
 
-def question(
-    api: str, model: str, words: int, tokens: int, temperature: float | None, known: Sequence[str] = WORDS
-) -> dict:
+def words_of(text: Path | None) -> Sequence[str]:
+    """The words that prompts are made of: those of a file, or a dozen that each tokenizer soon has in its cache."""
+    return text.read_text().split() if text else WORDS
+
+
+def question(api: str, model: str, words: int, tokens: int, temperature: float | None, known: Sequence[str]) -> dict:
     """The body of a request for an answer of `tokens` tokens, and a random prompt of `words` of the `known` words."""
     text = " ".join(random.choices(known, k=words))
     sampling = {"max_tokens": tokens, "stream": True} | ({} if temperature is None else {"temperature": temperature})
@@ -177,13 +180,13 @@ def load(
         rounds: answers a stream.
         tokens: of an answer, at most; exactly so many on "openai".
         words: of a prompt, about a token each.
-        text: where they are from; None: a dozen that each tokenizer soon has in its cache.
+        text: as for `words_of`.
         temperature: None: as the server has it.
         processes: at most so many on this side.
     """
     headers = {"authorization": f"Bearer {key}"}
     model = requests.get(f"{url}/v1/models", headers=headers, timeout=60).json()["data"][0]["id"]
-    known = text.read_text().split() if text else WORDS
+    known = words_of(text)
     bodies = [
         [json.dumps(question(api, model, words, tokens, temperature, known)).encode() for _ in range(rounds)]
         for _ in range(streams)
